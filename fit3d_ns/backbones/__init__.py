@@ -1,0 +1,30 @@
+"""Frozen or fine-tuned vision transformers as dense feature extractors; the only room that knows timm.
+
+Importing this package imports no timm: the functions do, when called.
+"""
+
+from fit3d_ns.backbones.architecture import check_timm, describe_backbone
+from fit3d_ns.backbones.backbone import Backbone, BackboneOutput, load_backbone
+from fit3d_ns.backbones.identity import backbone_identity, hash_state_dict
+from fit3d_ns.backbones.registry import NAMED_BACKBONES, NamedBackbone
+from fit3d_ns.backbones.sizing import input_size, patch_grid, resize_to_patches
+from fit3d_ns.backbones.spec import BackboneInfo, BackboneSpec
+from fit3d_ns.backbones.weights import weights_available
+
+__all__ = [
+    "NAMED_BACKBONES",
+    "Backbone",
+    "BackboneInfo",
+    "BackboneOutput",
+    "BackboneSpec",
+    "NamedBackbone",
+    "backbone_identity",
+    "check_timm",
+    "describe_backbone",
+    "hash_state_dict",
+    "input_size",
+    "load_backbone",
+    "patch_grid",
+    "resize_to_patches",
+    "weights_available",
+]

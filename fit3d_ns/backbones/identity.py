@@ -1,0 +1,109 @@
+"""What makes features what they are: a JSON-able identity, and the hash of weights within it."""
+
+import hashlib
+import json
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Mapping, Optional
+
+import torch
+from torch import Tensor
+
+from fit3d_ns.backbones.architecture import describe_backbone, resolve_architecture, skeleton
+from fit3d_ns.backbones.spec import BackboneInfo, BackboneSpec
+from fit3d_ns.backbones.state_dicts import read_state_dict, to_timm_layout
+from fit3d_ns.backbones.weights import find_weights
+from fit3d_ns.errors import UserError
+from fit3d_ns.files import atomic_write_json
+from fit3d_ns.storage import user_cache_directory
+
+IDENTITY_SCHEMA = 1
+"""Raise it when the same choice of a backbone comes to give other features."""
+
+
+def hash_state_dict(state_dict: Mapping[str, Tensor]) -> str:
+    """Hashes tensors by content: sorted names, dtypes, shapes and bytes, whatever file or device they came from.
+
+    Args:
+        state_dict: Tensors by name.
+
+    Returns:
+        SHA-256, hexadecimal.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(state_dict):
+        tensor = state_dict[name].detach().cpu().contiguous()
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def backbone_identity(spec: BackboneSpec) -> dict[str, Any]:
+    """Returns what `load_backbone(spec, ...).identity` would be, without building the model.
+
+    The hash of a weight file's tensors is remembered in the user's cache by path, size and time of change, so that
+    a warm start reads no weights.
+
+    Args:
+        spec: The user's choice.
+
+    Returns:
+        JSON-able, equal for equal features.
+
+    Raises:
+        UserError: As `load_backbone`.
+    """
+    info = describe_backbone(spec)
+    path = find_weights(spec)
+    note = _hash_note(path, info)
+    remembered = _read_note(note)
+    if remembered is None:
+        remembered = hash_state_dict(load_weights(spec, path))
+        _write_note(note, remembered)
+    return make_identity(spec, info, remembered)
+
+
+def make_identity(spec: BackboneSpec, info: BackboneInfo, weights_sha256: str) -> dict[str, Any]:
+    """Assembles the identity of a backbone whose weights hash is known."""
+    return {
+        "schema": IDENTITY_SCHEMA,
+        "norm": spec.norm,
+        "weights_sha256": weights_sha256,
+        "timm_major": int(metadata.version("timm").split(".")[0]),
+        **{key: list(value) if isinstance(value, tuple) else value for key, value in asdict(info).items()},
+    }
+
+
+def load_weights(spec: BackboneSpec, path: Path) -> dict[str, Tensor]:
+    """Reads a weight file into the layout of the backbone's timm model; raises as `to_timm_layout`."""
+    architecture = resolve_architecture(spec.name)
+    return to_timm_layout(read_state_dict(path), skeleton(architecture), path, architecture.name)
+
+
+def _hash_note(path: Path, info: BackboneInfo) -> Optional[Path]:
+    """Returns where the hash of this very file for this very architecture is remembered."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    # The hash is of converted tensors, so what converts them counts too.
+    facts = [IDENTITY_SCHEMA, metadata.version("timm"), info.timm_id, info.num_layers]
+    facts += [str(path.resolve()), status.st_size, status.st_mtime_ns]
+    key = hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
+    return user_cache_directory() / "weight-hashes" / f"{key}.json"
+
+
+def _read_note(note: Optional[Path]) -> Optional[str]:
+    try:
+        return json.loads(note.read_text())["weights_sha256"] if note else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _write_note(note: Optional[Path], weights_sha256: str) -> None:
+    try:
+        if note:
+            atomic_write_json(note, {"weights_sha256": weights_sha256})
+    except UserError:
+        pass  # A cache that cannot be written to costs the next start a second, nothing else.

@@ -1,0 +1,189 @@
+"""Every workaround for a version or an upstream bug, each with the link that lets it be deleted.
+
+Nothing here is imported at a cost: nerfstudio's model modules are touched inside the functions only.
+"""
+
+import inspect
+import sys
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Iterator, Type
+from unittest.mock import patch
+
+import numpy as np
+import torch
+
+from fit3d_ns.errors import UserError
+
+
+def check_gsplat() -> None:
+    """Refuses the gsplat release whose strategy never resets opacities.
+
+    Raises:
+        UserError: For gsplat 1.5.3 (https://github.com/nerfstudio-project/gsplat/issues/797).
+    """
+    if version("gsplat").split("+")[0] == "1.5.3":
+        raise UserError(
+            "gsplat 1.5.3 never resets opacities while training (its issue 797): "
+            "run `pip install gsplat==1.4.0`, or another version than 1.5.3."
+        )
+
+
+def install_error_hook() -> None:
+    """Lets a ``UserError`` end any ``ns-*`` command in its one sentence instead of a traceback."""
+    previous = sys.excepthook
+    if getattr(previous, "prints_user_errors", False):
+        return
+
+    def hook(kind, error, traceback):
+        if isinstance(error, UserError):
+            print(f"Error: {error}", file=sys.stderr)
+        else:
+            previous(kind, error, traceback)
+
+    hook.prints_user_errors = True  # type: ignore[attr-defined]
+    sys.excepthook = hook
+
+
+def register_safe_globals() -> None:
+    """Lets torch >= 2.6 load nerfstudio's checkpoints, which hold learning rates as numpy scalars.
+
+    The three names are plain number containers; unpickling stays restricted (``weights_only``). Upstream:
+    https://github.com/nerfstudio-project/nerfstudio/issues/3683
+    """
+    if not hasattr(torch.serialization, "add_safe_globals"):
+        return  # torch < 2.4 has no restricted default either
+    core = getattr(np, "_core", None) or getattr(np, "core")
+    torch.serialization.add_safe_globals([core.multiarray.scalar, np.dtype, type(np.dtype(np.float64))])
+
+
+def float_learning_rates(scheduler: torch.optim.lr_scheduler.LambdaLR) -> torch.optim.lr_scheduler.LambdaLR:
+    """Makes a scheduler return Python floats, so that checkpoints hold no numpy scalar (nerfstudio issue 3683).
+
+    Args:
+        scheduler: nerfstudio's exponential decay, whose lambdas return ``np.float64``.
+
+    Returns:
+        The same scheduler.
+    """
+    scheduler.lr_lambdas = [
+        lambda step, rate=rate: float(rate(step))  # type: ignore[misc]
+        for rate in scheduler.lr_lambdas
+    ]
+    for group, rate in zip(scheduler.optimizer.param_groups, scheduler.get_last_lr()):
+        group["lr"] = float(rate)
+    scheduler._last_lr = [float(rate) for rate in scheduler.get_last_lr()]
+    return scheduler
+
+
+class LazyLpips:
+    """LPIPS that fetches its network at the first measurement, and is left out where that cannot be had.
+
+    Splatfacto builds torchmetrics' metric in ``populate_modules``, and torchmetrics downloads AlexNet when it is built,
+    so a machine without network cannot even open a run. Here training, the viewer and exports never touch the network,
+    and checkpoints do not carry AlexNet.
+    """
+
+    def __init__(self, **arguments: Any):
+        self._arguments = arguments
+        self._metric: Any = None
+
+    @property
+    def available(self) -> bool:
+        """Whether the last measurement could be taken."""
+        return self._metric is not False
+
+    def __call__(self, image: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+        """Returns LPIPS, or NaN with one warning where its weights cannot be had.
+
+        Args:
+            image: Images in [0, 1], shape [B, 3, H, W].
+            reference: Images of the same shape.
+        """
+        if self._metric is None:
+            from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+
+            try:
+                with torch.random.fork_rng():
+                    self._metric = LearnedPerceptualImagePatchSimilarity(**self._arguments).to(image.device)
+            except (OSError, RuntimeError) as error:  # URLError is an OSError; torch.hub raises RuntimeError
+                from nerfstudio.utils.rich_utils import CONSOLE
+
+                self._metric = False
+                folder = Path(torch.hub.get_dir()) / "checkpoints"
+                CONSOLE.print(
+                    f"[yellow]LPIPS is left out: its AlexNet weights are not in {folder} and could not be downloaded "
+                    f"({error}).[/yellow]"
+                )
+        if self._metric is False:
+            return torch.tensor(float("nan"))
+        return self._metric(image, reference)
+
+
+@contextmanager
+def lazy_lpips() -> Iterator[None]:
+    """While active, building torchmetrics' LPIPS builds a ``LazyLpips``."""
+    with patch("torchmetrics.image.lpip.LearnedPerceptualImagePatchSimilarity", LazyLpips):
+        yield
+
+
+@contextmanager
+def splatfacto_on(device: torch.device) -> Iterator[None]:
+    """While active, splatfacto's own methods run on ``device``; on CUDA nothing is changed.
+
+    Splatfacto moves tensors with ``.cuda()`` in two places, calls gsplat's CUDA rasterizer and compiles a 4x4 matrix
+    inverse with torch.compile, which needs a C++ compiler
+    (https://github.com/nerfstudio-project/nerfstudio/issues/3290).
+
+    Args:
+        device: Device of the model.
+    """
+    if device.type == "cuda":
+        yield
+        return
+    from nerfstudio.models import splatfacto
+
+    from fit3d_ns.rasterization import rasterize
+
+    eager_viewmat = getattr(splatfacto.get_viewmat, "_torchdynamo_orig_callable", splatfacto.get_viewmat)
+    with (
+        patch.object(torch.Tensor, "cuda", lambda tensor, *_, **__: tensor.to(device)),
+        patch.object(splatfacto, "rasterization", rasterize, create=True),
+        patch.object(splatfacto, "get_viewmat", eager_viewmat),
+    ):
+        yield
+
+
+def clamp_refinement_pause(strategy: Any) -> bool:
+    """Keeps scenes of thousands of images densifying.
+
+    Splatfacto pauses refinement after each opacity reset for as many steps as there are images, so from about 2,900
+    images on the pause never ends (https://github.com/nerfstudio-project/nerfstudio/issues/2927). At least ten
+    refinements per reset are kept.
+
+    Args:
+        strategy: gsplat's strategy, changed in place.
+
+    Returns:
+        Whether the pause had to be shortened.
+    """
+    pause, reset, every = (
+        getattr(strategy, name, None) for name in ("pause_refine_after_reset", "reset_every", "refine_every")
+    )
+    if pause is None or reset is None or every is None:
+        return False  # MCMC neither resets nor pauses
+    longest = max(reset - 10 * every, 0)
+    if pause <= longest:
+        return False
+    strategy.pause_refine_after_reset = longest
+    return True
+
+
+def resume_adds_steps(trainer: Type[Any]) -> bool:
+    """Whether nerfstudio's trainer counts ``max_num_iterations`` from the resumed step (1.1.5) or from zero (later).
+
+    Args:
+        trainer: nerfstudio's ``Trainer`` class.
+    """
+    return "max_num_iterations - self._start_step" not in inspect.getsource(trainer.train)

@@ -1,0 +1,345 @@
+"""Splatfacto with a feature on every Gaussian and a decoder to the teacher's width."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Dict, List, Literal, Optional, Tuple, Type
+
+import torch
+from jaxtyping import Float
+from nerfstudio.cameras.cameras import Cameras
+from nerfstudio.models import splatfacto
+from nerfstudio.models.splatfacto import SplatfactoModel, SplatfactoModelConfig
+from nerfstudio.utils.rich_utils import CONSOLE
+from torch import Tensor
+from torch.nn import Parameter
+
+from fit3d_ns import compat
+from fit3d_ns.backbones import BackboneInfo, patch_grid
+from fit3d_ns.decoder import FeatureDecoder
+from fit3d_ns.errors import UserError
+from fit3d_ns.feature_grid import FEATURE_GRIDS, FeatureGrid, sample_teacher, sampling_offset
+from fit3d_ns.metrics import feature_cosine, feature_l1
+from fit3d_ns.pca import ColorBasis
+from fit3d_ns.rasterization import rasterize
+from fit3d_ns.runs import find_checkpoint, read_checkpoint
+from fit3d_ns.view_geometry import View
+
+FEATURES = "fit3d_features"
+"""Key of the per-Gaussian features in ``gauss_params``, in checkpoints and among the optimizers."""
+DECODER = "fit3d_decoder"
+"""Name of the decoder in the model, in checkpoints and among the optimizers."""
+
+
+@dataclass
+class Fit3DSplatModelConfig(SplatfactoModelConfig):
+    """Configuration of the splat and of its feature field."""
+
+    _target: Type = field(default_factory=lambda: Fit3DSplatModel)
+    """target class to instantiate"""
+    feature_dim: int = 64
+    """Channels D of the feature on every Gaussian (FiT3D: 64)."""
+    feature_grid: Literal["paper", "fast"] = "fast"
+    """How features are rendered for the teacher's patches: `paper` at full image size, sampled bilinearly; `fast` at 4
+    pixels a patch and side, antialiased, averaged over the patch. Recorded with the scene."""
+    feature_init: Literal["zeros", "random"] = "zeros"
+    """Initial features: zeros (as FiT3D's code) or small random numbers (as its text)."""
+    init_from: Optional[Path] = None
+    """A trained splatfacto or fit3d-splat run (its folder, config.yml or checkpoint). Its geometry and colour are taken
+    over and frozen; only features and decoder are trained."""
+
+
+class Fit3DSplatModel(SplatfactoModel):
+    """Splatfacto plus a feature field that cannot disturb it.
+
+    The colour pass is splatfacto's own. Features are rendered in a second pass over detached geometry, so the feature
+    loss reaches features and decoder only (FiT3D, section 3.1: features must not move the geometry), and densification
+    sees colour gradients only. Features live in ``gauss_params``, so the strategy carries their rows along when it
+    clones, splits, prunes or relocates Gaussians.
+    """
+
+    config: Fit3DSplatModelConfig
+
+    def populate_modules(self) -> None:
+        """Builds splatfacto, then features and decoder; random numbers of the former are not disturbed.
+
+        Raises:
+            UserError: If ``init_from`` names a run that cannot be read.
+        """
+        if self.frozen:
+            self._freeze_configuration()
+        device = torch.device(self.kwargs.get("device", "cpu"))
+        with compat.lazy_lpips(), compat.splatfacto_on(device):
+            super().populate_modules()
+        if compat.clamp_refinement_pause(self.strategy):
+            CONSOLE.print(
+                f"[yellow]{self.num_train_data} training views would stop densification for good; the pause after each "
+                f"opacity reset is shortened to {self.strategy.pause_refine_after_reset} steps.[/yellow]"
+            )
+        if self.frozen:
+            self._take_over_geometry()
+        teacher: BackboneInfo = self.kwargs["metadata"]["teacher"]
+        # A generator of its own, seeded like the run: the global sequence must be the same with and without features.
+        generator = torch.Generator().manual_seed(torch.initial_seed())
+        features = torch.zeros(self.num_points, self.config.feature_dim)
+        if self.config.feature_init == "random":
+            features.normal_(std=0.1, generator=generator)
+        self.gauss_params[FEATURES] = Parameter(features)
+        self.fit3d_decoder = FeatureDecoder(self.config.feature_dim, teacher.width, generator)
+
+    @property
+    def frozen(self) -> bool:
+        """Whether geometry and colour come from another run and stay as they are."""
+        return self.config.init_from is not None
+
+    @property
+    def feature_grid(self) -> FeatureGrid:
+        """The rule by which features are rendered for the teacher's patches."""
+        return FEATURE_GRIDS[self.config.feature_grid]
+
+    def patch_grid(self, height: int, width: int) -> Tuple[int, int]:
+        """Returns the height and width, in patches, of the teacher's map of an image.
+
+        Args:
+            height: Height of the image in pixels.
+            width: Width of the image in pixels.
+        """
+        metadata = self.kwargs["metadata"]
+        return patch_grid(height, width, metadata["teacher"].patch_size, metadata["teacher_max_size"])
+
+    def load_state_dict(self, dict: Dict[str, Tensor], **kwargs: Any) -> Any:  # type: ignore[override]
+        """Loads a checkpoint into the live parameters, so that optimizers built before go on training them.
+
+        Splatfacto replaces its parameters here, and a resumed run trains tensors that nothing reads
+        (https://github.com/nerfstudio-project/nerfstudio/issues/3554).
+
+        Raises:
+            UserError: If the checkpoint has no features, or features of another dimension or width.
+        """
+        self._check_feature_shapes(dict)
+        self.step = 30000  # as splatfacto: all spherical harmonics are active in a loaded model
+        num_points = dict["gauss_params.means"].shape[0]
+        for parameter in self.gauss_params.values():
+            parameter.data = parameter.data.new_zeros(num_points, *parameter.shape[1:])
+        # LPIPS has no weights here (compat.LazyLpips); a splatfacto checkpoint may carry them.
+        state = {name: value for name, value in dict.items() if not name.startswith("lpips.")}
+        return super(SplatfactoModel, self).load_state_dict(state, **kwargs)
+
+    def get_gaussian_param_groups(self) -> Dict[str, List[Parameter]]:
+        """Returns splatfacto's groups and the features."""
+        return {**super().get_gaussian_param_groups(), FEATURES: [self.gauss_params[FEATURES]]}
+
+    def get_param_groups(self) -> Dict[str, List[Parameter]]:
+        """Returns all groups: splatfacto's, the features and the decoder."""
+        return {**super().get_param_groups(), DECODER: list(self.fit3d_decoder.parameters())}
+
+    def get_outputs(self, camera: Cameras) -> Dict[str, Any]:
+        """Renders colour and, while training, the decoded features.
+
+        Args:
+            camera: One camera.
+
+        Returns:
+            Splatfacto's outputs; while training also ``fit3d_decoded``, of shape [C, h, w], sampled at this step's
+            points.
+        """
+        decoded = None
+        if self.training:  # before the colour pass, which rescales the camera and may round its size
+            decoded = self.decode_view(camera, self._sampling_offset())
+        with compat.splatfacto_on(self.device):
+            outputs = self._frozen_outputs(camera) if self.frozen and self.training else super().get_outputs(camera)
+        if decoded is not None:
+            outputs["fit3d_decoded"] = decoded
+        return outputs
+
+    def render_low(
+        self, camera: Cameras, render_size: Optional[Tuple[int, int]] = None
+    ) -> Tuple[Float[Tensor, "D H W"], Float[Tensor, "1 H W"]]:
+        """Renders the low-dimensional features over detached geometry.
+
+        Args:
+            camera: One camera, at the photo's size.
+            render_size: Height and width of the result in pixels; the feature grid's own if ``None``.
+
+        Returns:
+            Blended features on a zero background (not divided by accumulation, as FiT3D), and accumulation in [0, 1].
+        """
+        height, width = int(camera.height.item()), int(camera.width.item())
+        if render_size is None:
+            render_size = self.feature_grid.render_size((height, width), self.patch_grid(height, width))
+        viewmats, intrinsics = self._view_matrices(camera, render_size)
+        rows = slice(None)
+        if self.crop_box is not None and not self.training:
+            rows = self.crop_box.within(self.means).squeeze(-1)
+        features, alpha, _ = rasterize(
+            means=self.means.detach()[rows],
+            quats=self.quats.detach()[rows],
+            scales=torch.exp(self.scales.detach()[rows]),
+            opacities=torch.sigmoid(self.opacities.detach()[rows]).squeeze(-1),
+            colors=self.gauss_params[FEATURES][rows],
+            viewmats=viewmats,
+            Ks=intrinsics,
+            width=render_size[1],
+            height=render_size[0],
+            packed=False,
+            tile_size=self.feature_grid.tile_size,
+            rasterize_mode=self.feature_grid.rasterize_mode,
+        )
+        return features[0].permute(2, 0, 1), alpha[0].permute(2, 0, 1)
+
+    def decode_view(self, camera: Cameras, offset: Tuple[float, float] = (0.0, 0.0)) -> Float[Tensor, "C h w"]:
+        """Renders a view's features and decodes them on the teacher's patch grid.
+
+        Args:
+            camera: One camera, at the photo's size.
+            offset: Shift of the sampling points in patches (y, x).
+        """
+        grid = self.patch_grid(int(camera.height.item()), int(camera.width.item()))
+        low, _ = self.render_low(camera)
+        return self.fit3d_decoder.decode_patches(low, self.feature_grid, grid, offset)
+
+    @torch.no_grad()
+    def surface_view(self, camera: Cameras) -> View:
+        """Returns a camera with the depth and accumulation that the splat renders for it.
+
+        Args:
+            camera: One camera, at the photo's size.
+        """
+        outputs = self.get_outputs_for_camera(camera)
+        depth = outputs["depth"][..., 0]
+        viewmats, intrinsics = self._view_matrices(camera, (depth.shape[0], depth.shape[1]))
+        return View(
+            viewmat=viewmats[0],
+            K=intrinsics[0],
+            width=depth.shape[1],
+            height=depth.shape[0],
+            depth=depth,
+            accumulation=outputs["accumulation"][..., 0],
+        )
+
+    def get_loss_dict(
+        self, outputs: Dict[str, Any], batch: Dict[str, Any], metrics_dict: Optional[Dict[str, Any]] = None
+    ) -> Dict[str, Tensor]:
+        """Returns splatfacto's losses and the feature L1 (FiT3D, equation 3), which share no parameter.
+
+        Args:
+            outputs: Of ``get_outputs``.
+            batch: Of ``Fit3DDataManager.next_train``.
+            metrics_dict: Unused by the losses.
+        """
+        losses = {} if self.frozen and self.training else super().get_loss_dict(outputs, batch, metrics_dict)
+        if "fit3d_decoded" in outputs and "teacher" in batch:
+            teacher = sample_teacher(batch["teacher"].float(), self._sampling_offset())
+            decoded, weights = outputs["fit3d_decoded"], batch.get("patch_weights")
+            masked_out = weights is not None and not bool(weights.any())
+            losses["feature_loss"] = decoded.sum() * 0.0 if masked_out else feature_l1(decoded, teacher, weights)
+        return losses
+
+    def get_metrics_dict(self, outputs: Dict[str, Any], batch: Dict[str, Any]) -> Dict[str, Tensor]:
+        """Returns splatfacto's training metrics and the cosine between decoded and teacher features."""
+        metrics = super().get_metrics_dict(outputs, batch)
+        if "fit3d_decoded" in outputs and "teacher" in batch:
+            with torch.no_grad():
+                teacher = sample_teacher(batch["teacher"].float(), self._sampling_offset())
+                metrics["feature_cosine"] = feature_cosine(
+                    outputs["fit3d_decoded"], teacher, batch.get("patch_weights")
+                )
+        return metrics
+
+    @torch.no_grad()
+    def get_image_metrics_and_images(
+        self, outputs: Dict[str, Tensor], batch: Dict[str, Any]
+    ) -> Tuple[Dict[str, float], Dict[str, Tensor]]:
+        """Measures one held-out view.
+
+        Args:
+            outputs: Of ``get_outputs_for_camera``.
+            batch: Of ``Fit3DDataManager``: with ``camera`` and ``teacher``.
+
+        Returns:
+            ``psnr``, ``ssim``, ``lpips`` (where its weights can be had), ``feature_l1`` and ``feature_cosine`` (decoded
+            render against the teacher's map of that view, at patch resolution); and pictures: photo beside render, and
+            teacher beside lifted features in one shared colour basis.
+        """
+        metrics, images = super().get_image_metrics_and_images(outputs, batch)
+        if not self.lpips.available:
+            metrics = {name: value for name, value in metrics.items() if not name.endswith("lpips")}
+        if "teacher" in batch and "camera" in batch:
+            teacher = batch["teacher"].float()
+            decoded = self.decode_view(batch["camera"])
+            weights = batch.get("patch_weights")
+            metrics["feature_l1"] = float(feature_l1(decoded, teacher, weights))
+            metrics["feature_cosine"] = float(feature_cosine(decoded, teacher, weights))
+            basis = ColorBasis.fit(teacher.flatten(1).T)
+            images["features"] = torch.cat([basis.to_rgb(teacher), basis.to_rgb(decoded)], dim=1)
+        return metrics, images
+
+    def _view_matrices(
+        self, camera: Cameras, render_size: Tuple[int, int]
+    ) -> Tuple[Float[Tensor, "1 4 4"], Float[Tensor, "1 3 3"]]:
+        """World-to-camera (OpenCV axes) and intrinsics of a camera rendered at another size, without gradients."""
+        pose = self.camera_optimizer.apply_to_camera(camera) if self.training else camera.camera_to_worlds
+        intrinsics = camera.get_intrinsics_matrices().to(self.device).reshape(1, 3, 3).clone()
+        intrinsics[:, 0] *= render_size[1] / int(camera.width.item())
+        intrinsics[:, 1] *= render_size[0] / int(camera.height.item())
+        with compat.splatfacto_on(self.device):
+            viewmats = splatfacto.get_viewmat(pose.detach().to(self.device).reshape(1, 3, 4))
+        return viewmats, intrinsics
+
+    def _sampling_offset(self) -> Tuple[float, float]:
+        """This step's sampling points: moving for bilinear rules, fixed where whole patches are averaged."""
+        return sampling_offset(self.step) if self.feature_grid.pooling == "bilinear" else (0.0, 0.0)
+
+    def _freeze_configuration(self) -> None:
+        """Settings under which splatfacto neither refines nor renders at reduced size or colour degree."""
+        self.config.stop_split_at = 0
+        self.config.num_downscales = 0
+        self.config.sh_degree_interval = 1
+        if getattr(self.config, "strategy", "default") != "default":
+            self.config.strategy = "default"  # MCMC moves Gaussians at every step, refinement or not
+
+    def _take_over_geometry(self) -> None:
+        """Replaces the initial Gaussians by those of ``init_from``; optimizers do not exist yet."""
+        assert self.config.init_from is not None
+        checkpoint = find_checkpoint(self.config.init_from)
+        state = read_checkpoint(checkpoint)["pipeline"]
+        for name, parameter in list(self.gauss_params.items()):
+            stored = state.get(f"_model.gauss_params.{name}")
+            if stored is None or stored.shape[1:] != parameter.shape[1:]:
+                raise UserError(
+                    f"{checkpoint} holds no usable `{name}` (is it a splatfacto run, of the same --pipeline.model."
+                    "sh-degree?): check --pipeline.model.init-from."
+                )
+            self.gauss_params[name] = Parameter(stored.detach().clone())
+        pose = state.get("_model.camera_optimizer.pose_adjustment")
+        if pose is not None and bool(pose.any()):
+            CONSOLE.print(
+                f"[yellow]{checkpoint} was trained with camera optimization; features are lifted at the original "
+                "poses.[/yellow]"
+            )
+
+    def _frozen_outputs(self, camera: Cameras) -> Dict[str, Any]:
+        """Colour without gradients, for the logs of a run whose geometry is frozen."""
+        self.training = False
+        try:
+            with torch.no_grad():
+                return super().get_outputs(camera)
+        finally:
+            self.training = True
+
+    def _check_feature_shapes(self, state: Dict[str, Tensor]) -> None:
+        features, weight = state.get(f"gauss_params.{FEATURES}"), state.get(f"{DECODER}.weight")
+        if features is None or weight is None:
+            raise UserError(
+                "The checkpoint holds no lifted features (a plain splatfacto run?): to add features to it, train with "
+                "--pipeline.model.init-from instead of --load-dir."
+            )
+        if features.shape[1] != self.config.feature_dim:
+            raise UserError(
+                f"The checkpoint's features have {features.shape[1]} dimensions, but --pipeline.model.feature-dim is "
+                f"{self.config.feature_dim}: use the same value."
+            )
+        if weight.shape[0] != self.fit3d_decoder.width:
+            raise UserError(
+                f"The checkpoint was trained with a teacher of {weight.shape[0]} channels, but "
+                f"--pipeline.datamanager.backbone has {self.fit3d_decoder.width}: use the same teacher."
+            )

@@ -1,0 +1,181 @@
+"""nerfstudio's pipeline with a checkpoint that resumes exactly, and consistency between views as a metric."""
+
+import json
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Type
+
+import numpy as np
+import torch
+from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttributes, TrainingCallbackLocation
+from nerfstudio.pipelines.base_pipeline import VanillaPipeline, VanillaPipelineConfig
+from nerfstudio.utils.rich_utils import CONSOLE
+
+from fit3d_ns.backbones import check_timm
+from fit3d_ns.compat import check_gsplat
+from fit3d_ns.datamanager import Fit3DDataManager
+from fit3d_ns.errors import UserError
+from fit3d_ns.metrics import choose_pairs, view_match
+from fit3d_ns.model import Fit3DSplatModel
+from fit3d_ns.runs import find_checkpoint, run_folder
+
+
+@dataclass
+class Fit3DPipelineConfig(VanillaPipelineConfig):
+    """Configuration of data and model together."""
+
+    _target: Type = field(default_factory=lambda: Fit3DPipeline)
+    """target class to instantiate"""
+
+
+class Fit3DPipeline(VanillaPipeline):
+    """Photos, teacher and feature splat of one scene.
+
+    Raises:
+        UserError: If the installation, the device or the scene cannot be used.
+    """
+
+    datamanager: Fit3DDataManager
+
+    def __init__(self, config: Fit3DPipelineConfig, device: str, world_size: int = 1, **kwargs: Any):
+        check_timm()
+        check_gsplat()
+        if world_size > 1:
+            raise UserError(
+                "One scene trains on one GPU: drop --machine.num-devices and run one ns-train per scene and GPU "
+                "(CUDA_VISIBLE_DEVICES=0 ns-train fit3d-splat ..., CUDA_VISIBLE_DEVICES=1 ...)."
+            )
+        super().__init__(config, device=device, world_size=world_size, **kwargs)
+        model = self.fit3d_model
+        if model.frozen:
+            self._check_same_coordinates(model.config.init_from)
+        elif model.seed_points is None or model.config.random_init:
+            CONSOLE.print(
+                f"[yellow]No seed points: {model.num_points} Gaussians start at random positions. A point cloud "
+                "(COLMAP, or ply_file_path in transforms.json) trains better.[/yellow]"
+            )
+        self._resumed_state: Optional[Dict[str, Any]] = None
+
+    @property
+    def fit3d_model(self) -> Fit3DSplatModel:
+        """The model, with its type."""
+        assert isinstance(self._model, Fit3DSplatModel)
+        return self._model
+
+    def get_extra_state(self) -> Dict[str, Any]:
+        """Returns what nerfstudio's checkpoints lack for an exact resume, and what the features were lifted with.
+
+        Tensors and plain values only, so that torch's restricted loader reads it.
+        """
+        numpy_kind, numpy_keys, *numpy_rest = np.random.get_state()
+        python_kind, python_values, python_gauss = random.getstate()
+        return {
+            "teacher": self._teacher_flags(),
+            "teacher_identity": self.datamanager.teacher_identity(),
+            "feature_grid": self.fit3d_model.feature_grid.to_dict(),
+            "strategy": dict(self.fit3d_model.strategy_state),
+            "sampler": self.datamanager.sampler_state(),
+            "random": {
+                "torch": torch.get_rng_state(),
+                "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+                "numpy": [numpy_kind, np.asarray(numpy_keys).tolist(), *numpy_rest],
+                "python": [python_kind, list(python_values), python_gauss],
+            },
+        }
+
+    def set_extra_state(self, state: Dict[str, Any]) -> None:
+        """Keeps the state until training starts, since building viewer and loaders draws random numbers.
+
+        Raises:
+            UserError: If the checkpoint was trained with another teacher or feature grid.
+        """
+        asked = {**self._teacher_flags(), "feature_grid": self.fit3d_model.feature_grid.to_dict()["name"]}
+        trained = {**state["teacher"], "feature_grid": state["feature_grid"]["name"]}
+        differing = [name for name in asked if asked[name] != trained.get(name)]
+        if differing:
+            changes = ", ".join(f"{name} {trained.get(name)} (now {asked[name]})" for name in differing)
+            raise UserError(f"The checkpoint was trained with {changes}: use the same flags, or start a new run.")
+        self._resumed_state = state
+
+    def get_training_callbacks(
+        self, training_callback_attributes: TrainingCallbackAttributes
+    ) -> List[TrainingCallback]:
+        """Returns nerfstudio's callbacks, preceded by the one that restores a resumed run's state."""
+        restore = TrainingCallback([TrainingCallbackLocation.BEFORE_TRAIN_ITERATION], lambda step: self._restore())
+        return [restore, *super().get_training_callbacks(training_callback_attributes)]
+
+    @torch.no_grad()
+    def get_average_eval_image_metrics(
+        self, step: Optional[int] = None, output_path: Optional[Path] = None, get_std: bool = False
+    ) -> Dict[str, float]:
+        """Averages the per-view metrics and adds ``view_match_teacher`` and ``view_match_lifted``.
+
+        The latter two are shares in [0, 1] over all held-out views together, see ``fit3d_ns.metrics.view_match``; they
+        are left out where no two held-out views share enough surface.
+        """
+        metrics = super().get_average_eval_image_metrics(step, output_path, get_std)
+        self.eval()
+        views, teacher_maps, lifted_maps = [], [], []
+        for camera, batch in self.datamanager.fixed_indices_eval_dataloader:
+            lifted_maps.append(self.fit3d_model.decode_view(camera))
+            teacher_maps.append(batch["teacher"].float())
+            views.append(self.fit3d_model.surface_view(camera))
+        self.train()
+        pairs = choose_pairs(views, [(teacher.shape[1], teacher.shape[2]) for teacher in teacher_maps])
+        for name, maps in (("teacher", teacher_maps), ("lifted", lifted_maps)):
+            match = view_match(maps, views, pairs)
+            if match.num_points > 0:
+                metrics[f"view_match_{name}"] = match.rate
+                metrics["view_match_points"] = match.num_points
+        return metrics
+
+    def _restore(self) -> None:
+        """Puts a resumed run's random, sampler and strategy states in place, once."""
+        state, self._resumed_state = self._resumed_state, None
+        if state is None:
+            return
+        model = self.fit3d_model
+        model.strategy_state.update(
+            {
+                name: value.to(model.device) if isinstance(value, torch.Tensor) else value
+                for name, value in state["strategy"].items()
+            }
+        )
+        self.datamanager.load_sampler_state(state["sampler"])
+        generators = state["random"]
+        torch.set_rng_state(generators["torch"])
+        if len(generators["cuda"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(generators["cuda"])
+        numpy_kind, numpy_keys, *numpy_rest = generators["numpy"]
+        np.random.set_state((numpy_kind, np.asarray(numpy_keys, dtype=np.uint32), *numpy_rest))
+        python_kind, python_values, python_gauss = generators["python"]
+        random.setstate((python_kind, tuple(python_values), python_gauss))
+
+    def _teacher_flags(self) -> Dict[str, Any]:
+        """The flags that decide what the teacher's maps contain."""
+        config = self.datamanager.config
+        return {
+            "backbone": config.backbone,
+            "backbone_layer": config.backbone_layer,
+            "backbone_norm": config.backbone_norm,
+            "backbone_normalization": config.backbone_normalization,
+            "backbone_max_size": config.backbone_max_size,
+        }
+
+    def _check_same_coordinates(self, run: Optional[Path]) -> None:
+        """Refuses frozen geometry whose world differs from this scene's, since views would not fit it."""
+        assert run is not None
+        path = run_folder(find_checkpoint(run)) / "dataparser_transforms.json"
+        if not path.is_file():
+            CONSOLE.print(f"[yellow]{path} is missing: whether the run's poses agree cannot be checked.[/yellow]")
+            return
+        stored = json.loads(path.read_text())
+        outputs = self.datamanager.train_dataparser_outputs
+        same = abs(stored["scale"] - outputs.dataparser_scale) < 1e-4 * abs(outputs.dataparser_scale)
+        transform = torch.tensor(stored["transform"])
+        if not (same and torch.allclose(transform, outputs.dataparser_transform.float(), atol=1e-4)):
+            raise UserError(
+                f"The run {run} was trained in other coordinates than this scene gives (its dataparser_transforms.json "
+                "differs): use the same --data and the same dataparser flags as that run."
+            )

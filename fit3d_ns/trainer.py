@@ -1,0 +1,82 @@
+"""nerfstudio's trainer, made to survive being killed and to go on where it stopped."""
+
+import os
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Type
+
+from nerfstudio.engine.trainer import Trainer, TrainerConfig
+
+from fit3d_ns.compat import resume_adds_steps
+from fit3d_ns.errors import UserError
+from fit3d_ns.runs import find_checkpoint, read_checkpoint
+
+
+@dataclass
+class Fit3DTrainerConfig(TrainerConfig):
+    """Configuration of ``ns-train fit3d-splat``."""
+
+    _target: Type = field(default_factory=lambda: Fit3DTrainer)
+    """target class to instantiate"""
+
+    def save_config(self) -> None:
+        """Writes ``config.yml`` with absolute paths, so that the run can be opened from any working directory.
+
+        nerfstudio stores them as typed (https://github.com/nerfstudio-project/nerfstudio/issues/1829).
+        """
+        self.output_dir = self.output_dir.absolute()
+        datamanager = self.pipeline.datamanager
+        for holder in (self, datamanager, datamanager.dataparser):  # type: ignore[attr-defined]
+            if holder.data is not None and holder.data != Path():
+                holder.data = holder.data.expanduser().absolute()
+        super().save_config()
+
+
+class Fit3DTrainer(Trainer):
+    """Trainer with atomic checkpoints and a resume that ends at ``max_num_iterations``."""
+
+    config: Fit3DTrainerConfig
+
+    def _load_checkpoint(self) -> None:
+        """Loads the checkpoint asked for by ``--load-dir`` or ``--load-checkpoint``.
+
+        Raises:
+            UserError: If there is none, it is damaged, or it already holds ``max_num_iterations`` steps.
+        """
+        wanted = self.config.load_dir or self.config.load_checkpoint
+        if wanted is not None:
+            checkpoint = find_checkpoint(wanted, self.config.load_step)
+            read_checkpoint(checkpoint)  # a damaged file is said in one sentence
+            self.config.load_dir, self.config.load_checkpoint = None, checkpoint
+        super()._load_checkpoint()
+        if self._start_step == 0:
+            return
+        if self._start_step >= self.config.max_num_iterations:
+            raise UserError(
+                f"{self.config.load_checkpoint} already holds {self._start_step} steps: "
+                "raise --max-num-iterations above that to train on."
+            )
+        if resume_adds_steps(Trainer):
+            self.config.max_num_iterations -= self._start_step
+
+    def save_checkpoint(self, step: int) -> None:
+        """Writes a checkpoint under a temporary name first, so that a kill never leaves a torn one.
+
+        Args:
+            step: Number of the last finished step.
+        """
+        folder = self.checkpoint_dir
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".checkpoint-") as temporary:
+            self.checkpoint_dir = Path(temporary)
+            try:
+                super().save_checkpoint(step)
+            finally:
+                self.checkpoint_dir = folder
+            for written in Path(temporary).glob("*.ckpt"):
+                os.replace(written, folder / written.name)
+        if self.config.save_only_latest_checkpoint:
+            for old in folder.glob("*.ckpt"):
+                if old.name != f"step-{step:09d}.ckpt":
+                    old.unlink()

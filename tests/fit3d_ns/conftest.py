@@ -1,0 +1,80 @@
+"""One tiny real-format scene, one tiny teacher, and a trainer on them, shared by the tests of stage one."""
+
+import random
+import shutil
+from copy import deepcopy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+TINY_ROOM = Path(__file__).parents[1] / "data" / "tiny_room"
+TINY_TEACHER = "test_vit"
+"""A timm ViT of 64 channels with patches of 16 pixels, made for tests."""
+
+
+@pytest.fixture(scope="session")
+def teacher_weights(tmp_path_factory) -> Path:
+    """Random weights of the tiny teacher, the same in every run."""
+    import timm
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = timm.create_model(TINY_TEACHER, num_classes=0)
+    path = tmp_path_factory.mktemp("teacher") / "tiny.safetensors"
+    save_file(model.state_dict(), path)
+    return path
+
+
+@pytest.fixture
+def scene(tmp_path) -> Path:
+    """A copy of the tiny room: twelve views of 96 x 72 pixels with seed points."""
+    return Path(shutil.copytree(TINY_ROOM, tmp_path / "scene"))
+
+
+@pytest.fixture
+def make_config(tmp_path, teacher_weights):
+    """Builds the configuration of a short CPU run; keyword arguments set fields of the model's configuration."""
+
+    def make(scene: Path, method: str = "fit3d-splat", steps: int = 20, **model_fields):
+        from nerfstudio.configs.method_configs import all_methods
+
+        config = deepcopy(all_methods[method])
+        config.vis = "tensorboard"
+        config.viewer.quit_on_train_completion = True
+        config.logging.local_writer.enable = False
+        config.machine.device_type = "cpu"
+        config.max_num_iterations = steps
+        config.steps_per_eval_image = config.steps_per_eval_all_images = 10**6
+        config.output_dir = tmp_path / "outputs"
+        config.timestamp = f"run-{random.SystemRandom().randrange(10**9)}"
+        config.pipeline.datamanager.data = scene
+        config.pipeline.datamanager.cache_images = "gpu"
+        if method == "fit3d-splat":
+            config.pipeline.datamanager.backbone = TINY_TEACHER
+            config.pipeline.datamanager.backbone_weights = teacher_weights
+        fields = {"num_downscales": 0, "warmup_length": 5, "refine_every": 5, "reset_alpha_every": 4, "feature_dim": 8}
+        if method != "fit3d-splat":
+            del fields["feature_dim"]
+        for name, value in {**fields, **model_fields}.items():
+            setattr(config.pipeline.model, name, value)
+        return config
+
+    return make
+
+
+@pytest.fixture
+def make_trainer():
+    """Sets up a trainer as ns-train would, with fixed seeds."""
+
+    def make(config, seed: int = 1):
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+        trainer = config.setup()
+        trainer.setup()
+        return trainer
+
+    return make

@@ -1,0 +1,188 @@
+"""Every mistake a user can make ends in one sentence that names the file or flag."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fit3d_ns.errors import UserError
+from fit3d_ns.runs import find_checkpoint, read_checkpoint
+
+
+def edit(scene, change):
+    path = scene / "transforms.json"
+    transforms = json.loads(path.read_text())
+    change(transforms)
+    path.write_text(json.dumps(transforms))
+
+
+def photos(scene):
+    return sorted((scene / "images").iterdir())
+
+
+def fails(make_trainer, config, pattern, train=False):
+    with pytest.raises(UserError, match=pattern) as caught:
+        trainer = make_trainer(config)
+        if train:
+            trainer.pipeline.datamanager.next_train(0)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_scene(tmp_path, make_config, make_trainer):
+    fails(make_trainer, make_config(tmp_path / "nowhere"), "nowhere does not exist: check --data")
+
+
+def test_folder_that_is_no_scene(tmp_path, make_config, make_trainer):
+    (tmp_path / "empty").mkdir()
+    fails(make_trainer, make_config(tmp_path / "empty"), "empty could not be read.*check --data")
+
+
+def test_missing_photo(scene, make_config, make_trainer):
+    photos(scene)[3].unlink()
+    fails(make_trainer, make_config(scene), f"{photos(scene)[0].parent}.*missing", train=True)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "text"])
+def test_damaged_photo(scene, make_config, make_trainer, damage):
+    for path in photos(scene)[2:]:  # the dataparser opens the first
+        path.write_bytes(path.read_bytes()[:300] if damage == "truncated" else b"not an image at all")
+    fails(make_trainer, make_config(scene), r"photo \S+/images/\S+ is truncated or not an image", train=True)
+
+
+def test_photo_smaller_than_a_patch(scene, make_config, make_trainer):
+    from PIL import Image
+
+    for path in photos(scene):
+        with Image.open(path) as image:
+            small = image.resize((16, 12))
+        small.save(path)
+    edit(scene, lambda transforms: transforms.update(w=16, h=12, fl_x=10, fl_y=10, cx=8, cy=6))
+    fails(make_trainer, make_config(scene), "smaller than one patch", train=True)
+
+
+def test_no_poses(scene, make_config, make_trainer):
+    edit(scene, lambda transforms: transforms.update(frames=[]))
+    fails(make_trainer, make_config(scene), "holds no poses.*ns-process-data")
+
+
+def test_view_without_pose(scene, make_config, make_trainer):
+    edit(scene, lambda transforms: transforms["frames"][4].pop("transform_matrix"))
+    fails(make_trainer, make_config(scene), "has no pose")
+
+
+def test_one_view(scene, make_config, make_trainer):
+    edit(scene, lambda transforms: transforms.update(frames=transforms["frames"][:1]))
+    fails(make_trainer, make_config(scene), "only one view.*at least two")
+
+
+def test_all_views_held_out(scene, make_config, make_trainer):
+    names = [frame["file_path"] for frame in json.loads((scene / "transforms.json").read_text())["frames"]]
+    edit(scene, lambda transforms: transforms.update(train_filenames=[], val_filenames=names, test_filenames=names))
+    fails(make_trainer, make_config(scene), "held out")
+
+
+def test_pose_that_is_not_finite(scene, make_config, make_trainer):
+    def change(transforms):
+        transforms["frames"][5]["transform_matrix"][0][3] = float("nan")
+
+    edit(scene, change)
+    name = json.loads((scene / "transforms.json").read_text())["frames"][5]["file_path"]
+    fails(make_trainer, make_config(scene), f"{name}.*not finite")
+
+
+def test_broken_json(scene, make_config, make_trainer):
+    (scene / "transforms.json").write_text('{"frames": [')
+    fails(make_trainer, make_config(scene), "transforms.json is not valid JSON")
+
+
+def test_scene_without_seed_points_says_that_it_starts_at_random(scene, make_config, make_trainer, capsys):
+    edit(scene, lambda transforms: transforms.pop("ply_file_path"))
+    make_trainer(make_config(scene, num_random=200))
+    assert "random positions" in " ".join(capsys.readouterr().out.split())
+
+
+def test_unknown_backbone(scene, make_config, make_trainer):
+    config = make_config(scene)
+    config.pipeline.datamanager.backbone = "dinov2_smal"
+    fails(make_trainer, config, "dinov2_small.*|--pipeline.datamanager.backbone")
+
+
+def test_weights_of_another_architecture(scene, tmp_path, make_config, make_trainer):
+    from safetensors.torch import save_file
+
+    save_file({"conv1.weight": torch.zeros(3, 3)}, tmp_path / "resnet.safetensors")
+    config = make_config(scene)
+    config.pipeline.datamanager.backbone_weights = tmp_path / "resnet.safetensors"
+    fails(make_trainer, config, "resnet.safetensors", train=True)
+
+
+def test_full_disk_while_caching(scene, make_config, make_trainer, monkeypatch):
+    import errno
+
+    from fit3d_ns import feature_cache, files
+
+    def full(path, data):
+        raise UserError("full") from OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(feature_cache, "atomic_write_bytes", full)
+    fails(make_trainer, make_config(scene), "feature-cache-dir", train=True)
+    assert files.atomic_write_bytes is not full
+    assert not list((scene / ".fit3d_cache").rglob("*.safetensors"))
+
+
+def test_several_gpus_for_one_scene(scene, make_config):
+    config = make_config(scene)
+    with pytest.raises(UserError, match="One scene trains on one GPU"):
+        config.pipeline.setup(device="cpu", world_size=2)
+
+
+def test_old_timm_and_broken_gsplat(monkeypatch):
+    from fit3d_ns import compat
+    from fit3d_ns.backbones import architecture
+
+    monkeypatch.setattr(compat, "version", lambda name: "1.5.3")
+    with pytest.raises(UserError, match="gsplat==1.4.0"):
+        compat.check_gsplat()
+    monkeypatch.setattr(architecture, "version", lambda name: "0.6.7")
+    with pytest.raises(UserError, match="timm"):
+        architecture.check_timm()
+
+
+def test_checkpoint_that_is_missing_or_torn(tmp_path):
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        find_checkpoint(tmp_path)
+    torn = tmp_path / "step-000000007.ckpt"
+    torn.write_bytes(b"PK\x03\x04 torn")
+    assert find_checkpoint(tmp_path) == torn
+    with pytest.raises(UserError, match="of step 3, only of 7"):
+        find_checkpoint(tmp_path, 3)
+    with pytest.raises(UserError, match="could not be read") as caught:
+        read_checkpoint(torn)
+    assert "\n" not in str(caught.value)
+
+
+def test_checkpoint_that_would_run_code_is_not_run(tmp_path):
+    import os
+    import pickle
+
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    path = tmp_path / "step-000000001.ckpt"
+    path.write_bytes(pickle.dumps({"pipeline": Evil()}))
+    with pytest.raises(UserError, match="could not be read"):
+        read_checkpoint(path)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_command_prints_the_sentence_and_no_traceback(tmp_path):
+    ns_train = shutil.which("ns-train", path=str(__import__("pathlib").Path(sys.executable).parent))
+    command = [ns_train, "fit3d-splat", "--data", str(tmp_path / "nowhere"), "--output-dir", str(tmp_path / "out")]
+    result = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stderr.strip().splitlines()[-1].startswith("Error: The scene")
+    assert "Traceback" not in result.stderr + result.stdout

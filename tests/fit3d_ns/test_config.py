@@ -1,0 +1,75 @@
+"""The registered method: what importing it costs, and that it has not drifted from splatfacto."""
+
+import subprocess
+import sys
+
+import pytest
+
+
+def test_importing_the_config_loads_neither_timm_nor_open3d_nor_the_cpu_kernels():
+    program = (
+        "import sys, nerfstudio.configs.method_configs as methods;"
+        "assert 'fit3d-splat' in methods.all_methods;"
+        "import fit3d_ns.config;"
+        "print([name for name in ('timm', 'open3d', 'numba', 'onnx') if name in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout.strip().splitlines()[-1] == "[]"
+
+
+@pytest.fixture(scope="module")
+def methods():
+    from nerfstudio.configs.method_configs import all_methods
+
+    return all_methods
+
+
+def _values(group):
+    scheduler = group["scheduler"]
+    optimizer = {name: value for name, value in vars(group["optimizer"]).items() if name != "_target"}
+    if scheduler is None:
+        return optimizer, None
+    return optimizer, {name: value for name, value in vars(scheduler).items() if name != "_target"}
+
+
+def test_optimizers_do_not_drift_from_the_installed_splatfacto(methods):
+    splatfacto = methods["splatfacto"].optimizers
+    ours = methods["fit3d-splat"].optimizers
+    assert set(ours) == set(splatfacto) | {"fit3d_features", "fit3d_decoder"}
+    for name, group in splatfacto.items():
+        assert _values(ours[name]) == _values(group), name
+
+
+def test_trainer_settings_do_not_drift_from_the_installed_splatfacto(methods):
+    splatfacto, ours = methods["splatfacto"], methods["fit3d-splat"]
+    for name in ("steps_per_save", "steps_per_eval_batch", "steps_per_eval_image", "steps_per_eval_all_images"):
+        assert getattr(ours, name) == getattr(splatfacto, name), name
+    assert ours.max_num_iterations == splatfacto.max_num_iterations
+    assert ours.mixed_precision == splatfacto.mixed_precision
+    theirs = vars(splatfacto.pipeline.model)
+    mine = vars(ours.pipeline.model)
+    assert {name: mine[name] for name in theirs if name != "_target"} == {
+        name: value for name, value in theirs.items() if name != "_target"
+    }
+
+
+def test_learning_rates_are_plain_floats(methods):
+    """numpy scalars in checkpoints break torch's restricted loader."""
+    import torch
+
+    for name, group in methods["fit3d-splat"].optimizers.items():
+        if group["scheduler"] is None:
+            continue
+        parameter = torch.nn.Parameter(torch.zeros(1))
+        optimizer = group["optimizer"].setup(params=[parameter])
+        reference = methods["splatfacto"].optimizers[name]
+        reference_optimizer = reference["optimizer"].setup(params=[torch.nn.Parameter(torch.zeros(1))])
+        scheduler = group["scheduler"].setup().get_scheduler(optimizer, group["optimizer"].lr)
+        expected = reference["scheduler"].setup().get_scheduler(reference_optimizer, group["optimizer"].lr)
+        for _ in range(3):
+            assert type(optimizer.param_groups[0]["lr"]) is float, name
+            assert all(type(rate) is float for rate in scheduler.state_dict()["_last_lr"]), name
+            assert optimizer.param_groups[0]["lr"] == reference_optimizer.param_groups[0]["lr"]
+            for each, schedule in ((optimizer, scheduler), (reference_optimizer, expected)):
+                each.step()
+                schedule.step()

@@ -1,0 +1,412 @@
+"""Stage one on the tiny room, in this process: separation, densification, resume, geometry of patches."""
+
+import json
+from contextlib import contextmanager
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from nerfstudio.data.datamanagers.full_images_datamanager import FullImageDatamanagerConfig
+from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
+from nerfstudio.models.splatfacto import SplatfactoModel
+from nerfstudio.pipelines.base_pipeline import VanillaPipelineConfig
+from PIL import Image
+
+from fit3d_ns import compat
+from fit3d_ns.errors import UserError
+
+GEOMETRY = ("means", "scales", "quats", "opacities", "features_dc", "features_rest")
+
+
+def parameters(trainer):
+    """All trained tensors of a run, by name."""
+    return {name: tensor.detach().clone() for name, tensor in trainer.pipeline.model.named_parameters()}
+
+
+def assert_equal(left, right):
+    assert left.keys() == right.keys()
+    for name in left:
+        assert torch.equal(left[name], right[name]), name
+
+
+@pytest.mark.parametrize("grid", ["fast", "paper"])
+def test_losses_share_no_parameter(scene, make_config, make_trainer, grid):
+    trainer = make_trainer(make_config(scene, feature_grid=grid, feature_init="random"))
+    pipeline = trainer.pipeline
+    pipeline.train()
+    model = pipeline.model
+    for loss_name, reached in (("feature_loss", False), ("main_loss", True)):
+        model.step = 3000  # higher spherical harmonics are active
+        camera, batch = pipeline.datamanager.next_train(0)
+        model.optimizers = trainer.optimizers.optimizers
+        outputs = model(camera)
+        losses = model.get_loss_dict(outputs, batch)
+        model.zero_grad(set_to_none=True)
+        losses[loss_name].backward()
+        for name in GEOMETRY:
+            gradient = model.gauss_params[name].grad
+            assert (gradient is not None and bool(gradient.any())) == reached, (loss_name, name)
+        for parameter in (model.gauss_params["fit3d_features"], model.fit3d_decoder.weight):
+            assert (parameter.grad is not None and bool(parameter.grad.any())) != reached, loss_name
+
+
+class PlainSplatfacto(SplatfactoModel):
+    """Upstream's model, on a CPU."""
+
+    def populate_modules(self):
+        with compat.lazy_lpips(), compat.splatfacto_on(torch.device("cpu")):
+            super().populate_modules()
+
+    def get_outputs(self, camera):
+        with compat.splatfacto_on(torch.device("cpu")):
+            return super().get_outputs(camera)
+
+
+def test_geometry_is_splatfactos_bit_for_bit(scene, make_config, make_trainer):
+    """Same seed, with and without features, through clone, split, prune and opacity reset."""
+    steps = 42
+    ours = make_trainer(make_config(scene, steps=steps, densify_grad_thresh=1e-5))
+    start = ours.pipeline.model.num_points
+    counts = []
+    ours.pipeline.model.strategy.verbose = False
+    ours.train()
+    counts.append(ours.pipeline.model.num_points)
+
+    config = make_config(scene, method="splatfacto", steps=steps, densify_grad_thresh=1e-5)
+    config.pipeline = VanillaPipelineConfig(
+        datamanager=FullImageDatamanagerConfig(
+            data=scene,
+            cache_images="gpu",
+            cache_images_type="uint8",
+            dataparser=NerfstudioDataParserConfig(load_3D_points=True),
+        ),
+        model=config.pipeline.model,
+    )
+    config.pipeline.model._target = PlainSplatfacto
+    plain = make_trainer(config)
+    plain.pipeline.model.strategy.verbose = False
+    plain.train()
+    assert counts[0] != start  # the run did densify
+    left, right = parameters(ours), parameters(plain)
+    for name in right:
+        assert torch.equal(left[name], right[name]), name
+
+
+def test_feature_rows_stay_with_their_gaussians(scene, make_config, make_trainer):
+    """Rows are tagged with a number, in the features and in the colour; both are kept from training."""
+    config = make_config(scene, steps=42, densify_grad_thresh=1e-5)
+    for name in ("fit3d_features", "features_dc"):
+        config.optimizers[name]["optimizer"].lr = 0.0
+    trainer = make_trainer(config)
+    model = trainer.pipeline.model
+    start = model.num_points
+    tags = torch.arange(start, dtype=torch.float32)
+    model.gauss_params["fit3d_features"].data[:, 3] = tags
+    model.gauss_params["features_dc"].data[:, 1] = tags
+    trainer.train()
+    after = model.gauss_params["fit3d_features"][:, 3]
+    assert torch.equal(after, model.gauss_params["features_dc"][:, 1])
+    counts = torch.bincount(after.long(), minlength=start)
+    assert (counts > 1).any() and (counts == 0).any()  # some were cloned or split, some pruned
+
+
+def test_resume_equals_uninterrupted(scene, make_config, make_trainer):
+    steps, half = 34, 17
+    uninterrupted = make_trainer(make_config(scene, steps=steps, densify_grad_thresh=1e-5))
+    uninterrupted.train()
+
+    first = make_trainer(make_config(scene, steps=half, densify_grad_thresh=1e-5))
+    first.train()
+    config = make_config(scene, steps=steps, densify_grad_thresh=1e-5)
+    config.load_dir = first.checkpoint_dir
+    second = make_trainer(config, seed=99)  # its own randomness must not matter
+    model = second.pipeline.model
+    assert second.optimizers.optimizers["means"].param_groups[0]["params"][0] is model.gauss_params["means"]
+    second.train()
+    assert second.step == steps - 1
+    assert_equal(parameters(uninterrupted), parameters(second))
+    state = uninterrupted.pipeline.model.strategy_state
+    assert torch.equal(state["grad2d"], second.pipeline.model.strategy_state["grad2d"])
+
+
+def test_finished_run_is_not_trained_again(scene, make_config, make_trainer):
+    first = make_trainer(make_config(scene, steps=2))
+    first.train()
+    config = make_config(scene, steps=2)
+    config.load_dir = first.checkpoint_dir
+    with pytest.raises(UserError, match="--max-num-iterations"):
+        make_trainer(config)
+
+
+def test_checkpoint_loads_with_torchs_restricted_loader_and_no_whitelist(scene, make_config, make_trainer):
+    trainer = make_trainer(make_config(scene, steps=2))
+    trainer.train()
+    (checkpoint,) = trainer.checkpoint_dir.glob("*.ckpt")
+    allowed = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    try:
+        state = torch.load(checkpoint, weights_only=True)
+    finally:
+        torch.serialization.add_safe_globals(allowed)
+    assert not any("lpips" in name for name in state["pipeline"])
+    assert state["pipeline"]["_extra_state"]["teacher_identity"]["name"] == "test_vit"
+
+
+def test_kill_while_saving_leaves_the_previous_checkpoint(scene, make_config, make_trainer, monkeypatch):
+    trainer = make_trainer(make_config(scene, steps=2))
+    trainer.train()
+    before = sorted(path.name for path in trainer.checkpoint_dir.glob("*"))
+
+    def torn(state, path):
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", torn)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.save_checkpoint(7)
+    assert sorted(path.name for path in trainer.checkpoint_dir.glob("*")) == before
+
+
+@pytest.mark.parametrize("change, flag", [({"feature_dim": 5}, "feature-dim"), ({"feature_grid": "paper"}, "grid")])
+def test_checkpoint_of_another_kind_is_refused(scene, make_config, make_trainer, change, flag):
+    first = make_trainer(make_config(scene, steps=1))
+    first.train()
+    config = make_config(scene, steps=5, **change)
+    config.load_dir = first.checkpoint_dir
+    with pytest.raises(UserError, match=flag):
+        make_trainer(config)
+
+
+def test_checkpoint_of_another_teacher_is_refused(scene, make_config, make_trainer):
+    first = make_trainer(make_config(scene, steps=1))
+    first.train()
+    config = make_config(scene, steps=5)
+    config.load_dir = first.checkpoint_dir
+    config.pipeline.datamanager.backbone_layer = 1
+    with pytest.raises(UserError, match="backbone_layer"):
+        make_trainer(config)
+
+
+def test_plain_splatfacto_checkpoint_is_refused_with_advice(scene, make_config, make_trainer):
+    first = make_trainer(make_config(scene, steps=1))
+    first.train()
+    (checkpoint,) = first.checkpoint_dir.glob("*.ckpt")
+    state = torch.load(checkpoint, weights_only=True)
+    state["pipeline"] = {name: value for name, value in state["pipeline"].items() if "fit3d" not in name}
+    torch.save(state, checkpoint)
+    config = make_config(scene, steps=5)
+    config.load_dir = first.checkpoint_dir
+    with pytest.raises(UserError, match="init-from"):
+        make_trainer(config)
+
+
+def test_init_from_freezes_geometry_and_trains_features(scene, make_config, make_trainer):
+    first = make_trainer(make_config(scene, steps=12))
+    first.train()
+    geometry = parameters(first)
+    second = make_trainer(make_config(scene, steps=10, init_from=first.checkpoint_dir.parent))
+    before = parameters(second)
+    second.train()
+    after = parameters(second)
+    for name in GEOMETRY:
+        assert torch.equal(after[f"gauss_params.{name}"], geometry[f"gauss_params.{name}"]), name
+    assert not torch.equal(after["fit3d_decoder.weight"], before["fit3d_decoder.weight"])
+    assert after["gauss_params.fit3d_features"].any()
+
+
+def test_init_from_refuses_other_coordinates(scene, make_config, make_trainer):
+    first = make_trainer(make_config(scene, steps=1))
+    first.train()
+    config = make_config(scene, steps=1, init_from=first.checkpoint_dir.parent)
+    config.pipeline.datamanager.dataparser.scale_factor = 0.5
+    with pytest.raises(UserError, match="coordinates"):
+        make_trainer(config)
+
+
+def test_scene_of_thousands_of_images_still_densifies(scene, make_config, make_trainer):
+    trainer = make_trainer(make_config(scene, refine_every=100, reset_alpha_every=30))
+    strategy = trainer.pipeline.model.strategy
+    assert not compat.clamp_refinement_pause(strategy)  # a small scene is left as splatfacto has it
+    strategy.pause_refine_after_reset = 3100  # 3,000 images
+    assert compat.clamp_refinement_pause(strategy)
+    refinements = [step for step in range(3000, 6000, 100) if step % 3000 >= strategy.pause_refine_after_reset]
+    assert len(refinements) == 10
+
+
+def test_evaluation_reports_features_and_consistency(scene, make_config, make_trainer):
+    trainer = make_trainer(make_config(scene, steps=3))
+    trainer.train()
+    metrics = trainer.pipeline.get_average_eval_image_metrics(get_std=True)
+    assert {"psnr", "ssim", "feature_l1", "feature_cosine", "feature_cosine_std"} <= metrics.keys()
+    assert -1 <= metrics["feature_cosine"] <= 1 and metrics["feature_l1"] > 0
+    assert not any("lpips" in name for name in metrics) or np.isfinite(metrics["lpips"])
+    for name in ("view_match_teacher", "view_match_lifted"):
+        assert name not in metrics or 0 <= metrics[name] <= 1
+
+
+def test_masks_reach_both_losses(scene, make_config, make_trainer):
+    """What a mask hides may change at will."""
+
+    def losses(damage):
+        transforms = json.loads((scene / "transforms.json").read_text())
+        (scene / "masks").mkdir(exist_ok=True)
+        for frame in transforms["frames"]:
+            name = frame["file_path"].split("/")[-1].split(".")[0]
+            mask = np.zeros((72, 96), np.uint8)
+            mask[:, 32:] = 255
+            Image.fromarray(mask).save(scene / "masks" / f"{name}.png")
+            frame["mask_path"] = f"masks/{name}.png"
+        (scene / "transforms.json").write_text(json.dumps(transforms))
+        trainer = make_trainer(make_config(scene))
+        trainer.pipeline.train()
+        camera, batch = trainer.pipeline.datamanager.next_train(0)
+        model = trainer.pipeline.model
+        model.optimizers = trainer.optimizers.optimizers
+        assert batch["patch_weights"][:, :2].sum() == 0 and batch["patch_weights"][:, 2:].min() == 1
+        if damage:
+            batch["teacher"] = batch["teacher"].clone()
+            batch["teacher"][:, :, :2] = 50.0
+            batch["image"] = batch["image"].clone()
+            batch["image"][:, :32] = 255
+        return {name: float(value) for name, value in model.get_loss_dict(model(camera), batch).items()}
+
+    assert losses(damage=False) == losses(damage=True)
+
+
+def test_fully_masked_view_gives_a_finite_loss(scene, make_config, make_trainer):
+    trainer = make_trainer(make_config(scene))
+    trainer.pipeline.train()
+    camera, batch = trainer.pipeline.datamanager.next_train(0)
+    model = trainer.pipeline.model
+    model.optimizers = trainer.optimizers.optimizers
+    batch["patch_weights"] = torch.zeros(batch["teacher"].shape[1:])
+    loss = model.get_loss_dict(model(camera), batch)["feature_loss"]
+    loss.backward()
+    assert loss == 0 and torch.isfinite(model.fit3d_decoder.weight.grad).all()
+
+
+@pytest.mark.parametrize("grid", ["fast", "paper"])
+def test_patch_centres_of_render_and_teacher_agree(scene, make_config, make_trainer, grid):
+    """A small Gaussian at a patch's centre must light up that patch most, in every corner of the image."""
+    trainer = make_trainer(make_config(scene, feature_grid=grid))
+    model, datamanager = trainer.pipeline.model, trainer.pipeline.datamanager
+    camera, batch = datamanager.evaluation_view(0)
+    rows, columns = batch["teacher"].shape[1:]
+    model.eval()
+    height, width = int(camera.height), int(camera.width)
+    i, j = torch.meshgrid(torch.arange(rows) + 0.5, torch.arange(columns) + 0.5, indexing="ij")
+    x = (j.flatten() * width / columns - camera.cx.item()) / camera.fx.item()
+    y = (i.flatten() * height / rows - camera.cy.item()) / camera.fy.item()
+    directions = torch.stack([x, -y, -torch.ones_like(x)], dim=-1) * 0.7
+    pose = camera.camera_to_worlds[0]
+    means = directions @ pose[:, :3].T + pose[:, 3]
+    count = len(means)
+    weight = torch.zeros_like(model.fit3d_decoder.weight)
+    weight[:, :, 1, 1] = torch.eye(weight.shape[0], weight.shape[1])
+    model.fit3d_decoder.weight.data = weight
+    for index in range(count):
+        model.gauss_params["means"].data = means[index : index + 1]
+        model.gauss_params["scales"].data = torch.full((1, 3), -6.0)
+        model.gauss_params["quats"].data = torch.tensor([[1.0, 0, 0, 0]])
+        model.gauss_params["opacities"].data = torch.full((1, 1), 10.0)
+        model.gauss_params["fit3d_features"].data = torch.ones(1, 8)
+        decoded = model.decode_view(camera)[0].detach()
+        assert int(decoded.argmax()) == index
+        assert decoded.flatten()[index] > 4 * (decoded.sum() - decoded.flatten()[index])
+
+
+@contextmanager
+def _distorted(scene, k1):
+    """Bends the photos of a scene as a lens with radial distortion would, and says so in transforms.json."""
+    transforms = json.loads((scene / "transforms.json").read_text())
+    intrinsics = np.array(
+        [[transforms["fl_x"], 0, transforms["cx"] - 0.5], [0, transforms["fl_y"], transforms["cy"] - 0.5], [0, 0, 1.0]]
+    )
+    height, width = transforms["h"], transforms["w"]
+    grid = np.stack(np.meshgrid(np.arange(width, dtype=np.float64), np.arange(height, dtype=np.float64)), -1)
+    straight = cv2.undistortPoints(grid.reshape(-1, 1, 2), intrinsics, np.array([k1, 0, 0, 0.0]), P=intrinsics)
+    lookup = straight.reshape(height, width, 2).astype(np.float32)
+    for frame in transforms["frames"]:
+        path = scene / frame["file_path"]
+        bent = cv2.remap(np.asarray(Image.open(path).convert("RGB")), lookup[..., 0], lookup[..., 1], cv2.INTER_LINEAR)
+        Image.fromarray(bent).save(path)
+    transforms["camera_model"], transforms["k1"] = "OPENCV", k1
+    (scene / "transforms.json").write_text(json.dumps(transforms))
+    yield
+
+
+def test_teacher_sees_what_the_camera_renders_with_a_distorted_lens(scene, make_config, make_trainer):
+    """Seed points, projected by the camera that is rendered, must have the colours of the photo the teacher saw."""
+    from fit3d_ns.datamanager import composite_on_black
+
+    def colour_error(image, camera, points, colours):
+        pose = camera.camera_to_worlds[0]
+        local = (points - pose[:, 3]) @ pose[:, :3]
+        x = local[:, 0] / -local[:, 2] * camera.fx.item() + camera.cx.item()
+        y = -local[:, 1] / -local[:, 2] * camera.fy.item() + camera.cy.item()
+        height, width = image.shape[:2]
+        seen = (local[:, 2] < 0) & (x >= 0) & (x < width) & (y >= 0) & (y < height)
+        return (image[y[seen].long(), x[seen].long()].float() - colours[seen].float()).abs().median().item()
+
+    with _distorted(scene, k1=-0.25):
+        trainer = make_trainer(make_config(scene))
+    datamanager = trainer.pipeline.datamanager
+    metadata = datamanager.train_dataparser_outputs.metadata
+    points, colours = metadata["points3D_xyz"], metadata["points3D_rgb"]
+    errors, wrong = [], []
+    for index in range(len(datamanager.eval_dataset)):
+        camera, batch = datamanager.evaluation_view(index)
+        image = composite_on_black(batch["image"])
+        assert image.shape[:2] == (int(camera.height), int(camera.width))
+        errors.append(colour_error(image, camera, points, colours))
+        bent = torch.from_numpy(np.asarray(Image.open(datamanager.eval_dataset.image_filenames[index])).copy())
+        wrong.append(colour_error(bent, camera, points, colours))
+    assert np.mean(errors) < 0.8 * np.mean(wrong)
+
+
+def test_transparent_photos_weigh_patches(scene, make_config, make_trainer):
+    for path in (scene / "images").glob("*"):
+        image = np.asarray(Image.open(path).convert("RGBA")).copy()
+        image[:36, :, 3] = 0
+        Image.fromarray(image).save(path.with_suffix(".png"))
+    trainer = make_trainer(make_config(scene, steps=2))
+    trainer.train()
+    _, batch = trainer.pipeline.datamanager.next_train(2)
+    assert batch["image"].shape[-1] == 4
+    assert batch["patch_weights"][0].max() == 0 and batch["patch_weights"][-1].min() == 1
+
+
+def test_views_of_different_sizes_and_orientations_train(scene, make_config, make_trainer):
+    transforms = json.loads((scene / "transforms.json").read_text())
+    common = {name: transforms.pop(name) for name in ("fl_x", "fl_y", "cx", "cy", "w", "h")}
+    for number, frame in enumerate(transforms["frames"]):
+        frame.update(common)
+        if number % 2:  # a portrait crop of the photo's middle
+            left = (common["w"] - 50) // 2
+            path = scene / frame["file_path"]
+            with Image.open(path) as image:
+                cropped = image.crop((left, 0, left + 50, common["h"]))
+            cropped.save(path)
+            frame.update(w=50, cx=common["cx"] - left)
+    (scene / "transforms.json").write_text(json.dumps(transforms))
+    trainer = make_trainer(make_config(scene, steps=14))
+    trainer.train()
+    grids = {tuple(trainer.pipeline.datamanager.next_train(0)[1]["teacher"].shape[1:]) for _ in range(12)}
+    assert len(grids) == 2
+    assert np.isfinite(trainer.pipeline.get_average_eval_image_metrics()["feature_cosine"])
+
+
+def test_camera_optimization_leaves_the_separation_intact(scene, make_config, make_trainer):
+    config = make_config(scene, steps=6)
+    config.pipeline.model.camera_optimizer.mode = "SO3xR3"
+    trainer = make_trainer(config)
+    pipeline = trainer.pipeline
+    pipeline.train()
+    pipeline.model.optimizers = trainer.optimizers.optimizers
+    camera, batch = pipeline.datamanager.next_train(0)
+    losses = pipeline.model.get_loss_dict(pipeline.model(camera), batch)
+    losses["feature_loss"].backward()
+    assert pipeline.model.camera_optimizer.pose_adjustment.grad is None
+    trainer.train()
+    assert pipeline.model.camera_optimizer.pose_adjustment.any()
