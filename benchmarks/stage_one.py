@@ -22,6 +22,9 @@ import tyro
 
 from fit3d_ns.files import atomic_write_json
 
+WARM_UP = 50
+"""Steps that compile and load: trained, but not timed."""
+
 
 @dataclass
 class Benchmark:
@@ -78,11 +81,16 @@ def _start(variant: str) -> subprocess.Popen:
 
 
 def _finish(variant: str, process: subprocess.Popen) -> Dict[str, Any]:
-    output, _ = process.communicate()
-    for line in output.splitlines():
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith("CURVE "):
+            print(line, end="", flush=True)
         if line.startswith("ROW "):
+            process.wait()
             return json.loads(line[4:])
-    return {"variant": variant, "failed": output[-2000:]}
+    return {"variant": variant, "failed": "".join(lines)[-2000:]}
 
 
 def train_variant(benchmark: Benchmark, variant: str) -> Dict[str, Any]:
@@ -114,6 +122,7 @@ def train_variant(benchmark: Benchmark, variant: str) -> Dict[str, Any]:
         trainer.pipeline.datamanager.teacher_map("train", 0)
         fill_seconds = time.perf_counter() - start
     curve: List[Dict[str, float]] = []
+    marks: Dict[int, float] = {}
     paused, last_peak = 0.0, 0
 
     def measure(step: int) -> None:
@@ -121,7 +130,9 @@ def train_variant(benchmark: Benchmark, variant: str) -> Dict[str, Any]:
         start = _now(cuda)
         last_peak = max(last_peak, torch.cuda.max_memory_allocated() if cuda else 0)
         metrics = trainer.pipeline.get_average_eval_image_metrics(step)
-        curve.append({"step": step + 1, "gaussians": trainer.pipeline.model.num_points, **metrics})
+        seconds = start - paused - marks.get(WARM_UP, start)
+        curve.append({"step": step + 1, "seconds": seconds, "gaussians": trainer.pipeline.model.num_points, **metrics})
+        print("CURVE " + json.dumps({"variant": variant, **curve[-1]}), flush=True)
         if cuda:
             torch.cuda.reset_peak_memory_stats()
         paused += _now(cuda) - start
@@ -132,23 +143,21 @@ def train_variant(benchmark: Benchmark, variant: str) -> Dict[str, Any]:
             lambda step: measure(step) if (step + 1) % benchmark.curve_every == 0 else None,
         )
     )
-    # The first steps compile and load; they are trained but not timed.
-    marks: Dict[int, float] = {}
     trainer.callbacks.append(
         TrainingCallback(
             [TrainingCallbackLocation.AFTER_TRAIN_ITERATION],
-            lambda step: marks.update({step: _now(cuda) - paused}) if step in (50, benchmark.steps - 1) else None,
+            lambda step: marks.update({step: _now(cuda)}) if step == WARM_UP else None,
         )
     )
     trainer.train()
-    seconds = marks[benchmark.steps - 1] - marks[50]
+    seconds = curve[-1]["seconds"]
     final = {key: value for key, value in curve[-1].items() if key not in ("num_rays_per_sec", "fps", "step")}
     return {
         "variant": variant,
         "steps": benchmark.steps,
         **final,
         "seconds": seconds,
-        "ms_per_step": 1000 * seconds / (benchmark.steps - 51),
+        "ms_per_step": 1000 * seconds / (curve[-1]["step"] - 1 - WARM_UP),
         "teacher_seconds": fill_seconds,
         "peak_memory_mb": last_peak / 2**20,
         "curve": curve,
@@ -183,6 +192,8 @@ def _configuration(benchmark: Benchmark, name: str, options: Dict[str, str]) -> 
     config.pipeline.model.feature_grid = name
     if "init" in options:
         config.pipeline.model.feature_init = options["init"]
+    if "interval" in options:
+        config.pipeline.model.feature_interval = int(options["interval"])
     if "lr" in options:
         config.optimizers["fit3d_features"]["optimizer"].lr = float(options["lr"])
     if "decoder_lr" in options:

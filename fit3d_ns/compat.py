@@ -52,8 +52,6 @@ def register_safe_globals() -> None:
     The three names are plain number containers; unpickling stays restricted (``weights_only``). Upstream:
     https://github.com/nerfstudio-project/nerfstudio/issues/3683
     """
-    if not hasattr(torch.serialization, "add_safe_globals"):
-        return  # torch < 2.4 has no restricted default either
     core = getattr(np, "_core", None) or getattr(np, "core")
     torch.serialization.add_safe_globals([core.multiarray.scalar, np.dtype, type(np.dtype(np.float64))])
 

@@ -210,6 +210,7 @@ class Fit3DDataManager(FullImageDatamanager):
 
     def _with_teacher(self, split: Split, camera: Cameras, batch: Dict[str, Any]) -> Dict[str, Any]:
         teacher = self.teacher_map(split, batch["image_idx"])
+        camera.metadata = {**(camera.metadata or {}), "image_size": tuple(batch["image"].shape[:2])}
         batch["camera"] = camera
         batch["teacher"] = teacher
         weights = patch_weights(batch, (teacher.shape[1], teacher.shape[2]))

@@ -175,8 +175,8 @@ def _write_report(path: Path, trainer: Any, summary: Dict[str, Any], curves: Dic
             [
                 ("photo", model.composite_with_background(model.get_gt_img(batch["image"]), outputs["background"])),
                 ("render", outputs["rgb"]),
-                ("teacher", basis.to_rgb(teacher)),
-                ("lifted", basis.to_rgb(model.decode_view(camera))),
+                ("teacher", basis.to_rgb(teacher.permute(1, 2, 0))),
+                ("lifted", basis.to_rgb(model.decode_view(camera).permute(1, 2, 0))),
                 ("depth", 1 - ((depth - near) / (far - near)).clamp(0, 1)),
             ]
         )

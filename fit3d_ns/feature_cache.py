@@ -142,9 +142,7 @@ class FeatureCache:
         paths = {key: path for key in views if (path := self._find(key)) is not None}
         places = sorted({str(path.parent) for path in paths.values()})
         megabytes = sum(path.stat().st_size for path in paths.values()) / 1e6
-        self._console.print(
-            f"Teacher features of {len(keys)} views: {megabytes:.1f} MB in {', '.join(places)}", highlight=False
-        )
+        self._say(f"Teacher features of {len(keys)} views: {megabytes:.1f} MB in {', '.join(places)}")
         return keys
 
     def has(self, key: str) -> bool:
@@ -172,6 +170,10 @@ class FeatureCache:
         raise UserError(
             f"The teacher features {key} are missing from {self._folders[0]} or damaged: start again to make them anew."
         )
+
+    def _say(self, sentence: str) -> None:
+        # A path is neither markup nor to be broken across lines.
+        self._console.print(sentence, markup=False, highlight=False, soft_wrap=True)
 
     def _find(self, key: str) -> Optional[Path]:
         paths = (self._path(folder, key) for folder in self._folders)
@@ -204,10 +206,9 @@ class FeatureCache:
         different = sorted(set(grids))
         shown = ", ".join(f"{rows}x{columns}" for rows, columns in different[:3])
         shown += f" and {len(different) - 3} more" if len(different) > 3 else ""
-        self._console.print(
+        self._say(
             f"Making teacher features ({self.identity['name']}) of {len(missing)} of {num_images} views: patch grid "
-            f"{shown}, {width} channels, {needed / 1e6:.1f} MB in {folder}",
-            highlight=False,
+            f"{shown}, {width} channels, {needed / 1e6:.1f} MB in {folder}"
         )
         free = shutil.disk_usage(folder).free
         if needed > free:

@@ -10,6 +10,7 @@ convolution would have read, and the full-size map of the backbone's width (0.8 
 exists.
 """
 
+import functools
 from dataclasses import asdict, dataclass
 from typing import Any, Dict, Literal, Optional, Tuple
 
@@ -72,10 +73,8 @@ class FeatureGrid:
         if self.pooling == "area":
             if self.supersample is None:
                 raise ValueError("area pooling needs a supersample factor")
-            padded = F.pad(low, (1, 1, 1, 1))
-            height, width = low.shape[1:]
-            shifted = [padded[:, y : y + height, x : x + width] for y in range(3) for x in range(3)]
-            return torch.stack([F.avg_pool2d(window, self.supersample) for window in shifted], dim=1)
+            boxes = _shifted_boxes(self.supersample, low.dtype, low.device)
+            return F.conv2d(low[:, None], boxes, stride=self.supersample, padding=1)
         return _bilinear_windows(low, grid, offset)
 
     def to_dict(self) -> Dict[str, Any]:
@@ -146,6 +145,16 @@ def _patch_points(
     y = y.clamp(0.5, height - 0.5) / height * 2 - 1
     x = x.clamp(0.5, width - 0.5) / width * 2 - 1
     return torch.stack([x[None, :].expand(rows, columns), y[:, None].expand(rows, columns)], dim=-1)
+
+
+@functools.lru_cache(maxsize=8)
+def _shifted_boxes(size: int, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "9 1 S S"]:
+    """The nine one-pixel shifts of a ``size`` x ``size`` average, as kernels of side ``size`` + 2."""
+    boxes = torch.zeros(3, 3, 1, size + 2, size + 2, dtype=dtype, device=device)
+    for y in range(3):
+        for x in range(3):
+            boxes[y, x, :, y : y + size, x : x + size] = 1.0 / size**2
+    return boxes.flatten(0, 1)
 
 
 def _bilinear_windows(

@@ -43,9 +43,20 @@ class Fit3DSplatModelConfig(SplatfactoModelConfig):
     pixels a patch and side, antialiased, averaged over the patch. Recorded with the scene."""
     feature_init: Literal["zeros", "random"] = "zeros"
     """Initial features: zeros (as FiT3D's code) or small random numbers (as its text)."""
+    feature_interval: int = 1
+    """Train features at every n-th step only. Geometry and colour are trained at every step."""
     init_from: Optional[Path] = None
     """A trained splatfacto or fit3d-splat run (its folder, config.yml or checkpoint). Its geometry and colour are taken
     over and frozen; only features and decoder are trained."""
+
+
+def image_size(camera: Cameras) -> Tuple[int, int]:
+    """Returns a camera's height and width in pixels.
+
+    The data manager notes them in the metadata; asking a camera on a GPU would wait for all work queued there.
+    """
+    noted = (camera.metadata or {}).get("image_size")
+    return noted or (int(camera.height.item()), int(camera.width.item()))
 
 
 class Fit3DSplatModel(SplatfactoModel):
@@ -143,7 +154,8 @@ class Fit3DSplatModel(SplatfactoModel):
             points.
         """
         decoded = None
-        if self.training:  # before the colour pass, which rescales the camera and may round its size
+        if self.training and self._trains_features():
+            # Before the colour pass, which rescales the camera and may round its size.
             decoded = self.decode_view(camera, self._sampling_offset())
         with compat.splatfacto_on(self.device):
             outputs = self._frozen_outputs(camera) if self.frozen and self.training else super().get_outputs(camera)
@@ -152,20 +164,20 @@ class Fit3DSplatModel(SplatfactoModel):
         return outputs
 
     def render_low(
-        self, camera: Cameras, render_size: Optional[Tuple[int, int]] = None
+        self, camera: Cameras, values: Optional[Float[Tensor, "N D"]] = None
     ) -> Tuple[Float[Tensor, "D H W"], Float[Tensor, "1 H W"]]:
-        """Renders the low-dimensional features over detached geometry.
+        """Renders the low-dimensional features, by the feature grid's rule and over detached geometry.
 
         Args:
             camera: One camera, at the photo's size.
-            render_size: Height and width of the result in pixels; the feature grid's own if ``None``.
+            values: Other values to render instead of the features.
 
         Returns:
             Blended features on a zero background (not divided by accumulation, as FiT3D), and accumulation in [0, 1].
         """
-        height, width = int(camera.height.item()), int(camera.width.item())
-        if render_size is None:
-            render_size = self.feature_grid.render_size((height, width), self.patch_grid(height, width))
+        size = image_size(camera)
+        render_size = self.feature_grid.render_size(size, self.patch_grid(*size))
+        values = self.gauss_params[FEATURES] if values is None else values
         viewmats, intrinsics = self._view_matrices(camera, render_size)
         rows = slice(None)
         if self.crop_box is not None and not self.training:
@@ -175,7 +187,7 @@ class Fit3DSplatModel(SplatfactoModel):
             quats=self.quats.detach()[rows],
             scales=torch.exp(self.scales.detach()[rows]),
             opacities=torch.sigmoid(self.opacities.detach()[rows]).squeeze(-1),
-            colors=self.gauss_params[FEATURES][rows],
+            colors=values[rows],
             viewmats=viewmats,
             Ks=intrinsics,
             width=render_size[1],
@@ -193,7 +205,7 @@ class Fit3DSplatModel(SplatfactoModel):
             camera: One camera, at the photo's size.
             offset: Shift of the sampling points in patches (y, x).
         """
-        grid = self.patch_grid(int(camera.height.item()), int(camera.width.item()))
+        grid = self.patch_grid(*image_size(camera))
         low, _ = self.render_low(camera)
         return self.fit3d_decoder.decode_patches(low, self.feature_grid, grid, offset)
 
@@ -227,7 +239,7 @@ class Fit3DSplatModel(SplatfactoModel):
             metrics_dict: Unused by the losses.
         """
         losses = {} if self.frozen and self.training else super().get_loss_dict(outputs, batch, metrics_dict)
-        if "fit3d_decoded" in outputs and "teacher" in batch:
+        if "fit3d_decoded" in outputs:
             teacher = sample_teacher(batch["teacher"].float(), self._sampling_offset())
             decoded, weights = outputs["fit3d_decoded"], batch.get("patch_weights")
             masked_out = weights is not None and not bool(weights.any())
@@ -237,7 +249,7 @@ class Fit3DSplatModel(SplatfactoModel):
     def get_metrics_dict(self, outputs: Dict[str, Any], batch: Dict[str, Any]) -> Dict[str, Tensor]:
         """Returns splatfacto's training metrics and the cosine between decoded and teacher features."""
         metrics = super().get_metrics_dict(outputs, batch)
-        if "fit3d_decoded" in outputs and "teacher" in batch:
+        if "fit3d_decoded" in outputs and self.step % 10 == 0:  # nerfstudio logs every tenth step
             with torch.no_grad():
                 teacher = sample_teacher(batch["teacher"].float(), self._sampling_offset())
                 metrics["feature_cosine"] = feature_cosine(
@@ -270,7 +282,8 @@ class Fit3DSplatModel(SplatfactoModel):
             metrics["feature_l1"] = float(feature_l1(decoded, teacher, weights))
             metrics["feature_cosine"] = float(feature_cosine(decoded, teacher, weights))
             basis = ColorBasis.fit(teacher.flatten(1).T)
-            images["features"] = torch.cat([basis.to_rgb(teacher), basis.to_rgb(decoded)], dim=1)
+            pair = torch.cat([teacher, decoded], dim=2)
+            images["features"] = basis.to_rgb(pair.permute(1, 2, 0))
         return metrics, images
 
     def _view_matrices(
@@ -279,11 +292,15 @@ class Fit3DSplatModel(SplatfactoModel):
         """World-to-camera (OpenCV axes) and intrinsics of a camera rendered at another size, without gradients."""
         pose = self.camera_optimizer.apply_to_camera(camera) if self.training else camera.camera_to_worlds
         intrinsics = camera.get_intrinsics_matrices().to(self.device).reshape(1, 3, 3).clone()
-        intrinsics[:, 0] *= render_size[1] / int(camera.width.item())
-        intrinsics[:, 1] *= render_size[0] / int(camera.height.item())
+        height, width = image_size(camera)
+        intrinsics[:, 0] *= render_size[1] / width
+        intrinsics[:, 1] *= render_size[0] / height
         with compat.splatfacto_on(self.device):
             viewmats = splatfacto.get_viewmat(pose.detach().to(self.device).reshape(1, 3, 4))
         return viewmats, intrinsics
+
+    def _trains_features(self) -> bool:
+        return self.frozen or self.step % self.config.feature_interval == 0
 
     def _sampling_offset(self) -> Tuple[float, float]:
         """This step's sampling points: moving for bilinear rules, fixed where whole patches are averaged."""

@@ -80,14 +80,13 @@ def _hub_files(architecture: NamedBackbone) -> tuple[Optional[str], Optional[str
 
 
 def _cached(repository: str, revision: Optional[str], filenames: list[str]) -> Optional[Path]:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    # hf_hub_download(local_files_only=True) would do, but newer releases reach for the network even then.
+    from huggingface_hub import try_to_load_from_cache
 
     for filename in filenames:
-        try:
-            return Path(hf_hub_download(repository, filename, revision=revision, local_files_only=True))
-        except LocalEntryNotFoundError:
-            continue
+        found = try_to_load_from_cache(repository, filename, revision=revision)
+        if isinstance(found, str):
+            return Path(found)
     return None
 
 

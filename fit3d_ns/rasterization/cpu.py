@@ -115,5 +115,8 @@ def _tile_information(tiles: list[TileLists], number_of_gaussians: int) -> dict[
 @functools.lru_cache(maxsize=None)
 def _radii_have_two_axes() -> bool:
     """Whether the installed gsplat's strategies read radii as [V, N, 2], which they do from 1.5 on."""
-    major, minor = importlib.metadata.version("gsplat").split(".")[:2]
+    try:
+        major, minor = importlib.metadata.version("gsplat").split(".")[:2]
+    except importlib.metadata.PackageNotFoundError:
+        return False
     return (int(major), int(minor)) >= (1, 5)

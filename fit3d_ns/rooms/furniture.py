@@ -40,7 +40,9 @@ class Piece:
     tops: list[Top] = field(default_factory=list)
 
 
-def legs(width: float, depth: float, height: float, thickness: float, surface: Surface, inset: float = 0.0) -> list[Patch]:
+def legs(
+    width: float, depth: float, height: float, thickness: float, surface: Surface, inset: float = 0.0
+) -> list[Patch]:
     """Four tapering legs at the corners of [-width / 2, width / 2] x [0, depth]."""
     patches = []
     margin = inset + thickness
@@ -74,7 +76,9 @@ def table(materials: Materials, width: float, depth: float, height: float = 0.74
     patches += box((-x, y, height - top - apron), (x, y + 0.02, height - top - 0.001), frame)
     patches += box((-x, depth - y - 0.02, height - top - apron), (x, depth - y, height - top - 0.001), frame)
     for side in (-x, x - 0.02):
-        patches += box((side, y + 0.02, height - top - apron), (side + 0.02, depth - y - 0.02, height - top - 0.001), frame)
+        patches += box(
+            (side, y + 0.02, height - top - apron), (side + 0.02, depth - y - 0.02, height - top - 0.001), frame
+        )
     margin = 0.08
     spot = Top((-width / 2 + margin, width / 2 - margin), (margin, depth - margin), height)
     return Piece(labelled(patches, "table"), width, depth, height, [spot])
@@ -100,8 +104,12 @@ def desk(materials: Materials, width: float) -> Piece:
     patches += box((low, 0.03, 0.03), (width / 2 - 0.02, depth - 0.04, height - 0.031), inner)
     for i in range(3):
         z = 0.06 + i * 0.215
-        patches += rounded_box((low + 0.012, depth - 0.042, z), (width / 2 - 0.032, depth - 0.022, z + 0.2), 0.005, inner)
-        patches += rod((low + 0.13, depth - 0.008, z + 0.13), (width / 2 - 0.15, depth - 0.008, z + 0.13), 0.007, materials.metal)
+        patches += rounded_box(
+            (low + 0.012, depth - 0.042, z), (width / 2 - 0.032, depth - 0.022, z + 0.2), 0.005, inner
+        )
+        patches += rod(
+            (low + 0.13, depth - 0.008, z + 0.13), (width / 2 - 0.15, depth - 0.008, z + 0.13), 0.007, materials.metal
+        )
     for y in (0.03, depth - 0.08):
         patches += box((-width / 2 + 0.03, y, 0), (-width / 2 + 0.08, y + 0.05, height - 0.031), inner)
     spot = Top((-width / 2 + 0.08, width / 2 - 0.08), (0.05, depth - 0.25), height)
@@ -134,7 +142,9 @@ def chair(materials: Materials, style: int) -> Piece:
         patches += tilted(back, (0, 0.05, seat), 0.15)
         for x in (-1, 1):
             for y, foot in ((0.12, 0.03), (depth - 0.1, depth - 0.02)):
-                patches += rod((x * 0.13, y, seat - 0.02), (x * (width / 2 - 0.02), foot, 0), 0.014, materials.pale_wood, 0.01)
+                patches += rod(
+                    (x * 0.13, y, seat - 0.02), (x * (width / 2 - 0.02), foot, 0), 0.014, materials.pale_wood, 0.01
+                )
     return Piece(labelled(patches, "chair"), width, depth, 0.92)
 
 
@@ -150,7 +160,9 @@ def office_chair(materials: Materials) -> Piece:
         angle = 2 * np.pi * i / 5 + 0.3
         tip = (0.27 * np.cos(angle), 0.3 + 0.27 * np.sin(angle), 0.05)
         patches += rod((0, 0.3, 0.1), tip, 0.02, materials.black, 0.014)
-        patches += moved(tilted(cylinder(0.028, -0.012, 0.012, materials.black, 12), (0, 0, 0), np.pi / 2, "y"), (*tip[:2], 0.028))
+        patches += moved(
+            tilted(cylinder(0.028, -0.012, 0.012, materials.black, 12), (0, 0, 0), np.pi / 2, "y"), (*tip[:2], 0.028)
+        )
     return Piece(labelled(patches, "chair"), 0.6, 0.6, 1.02)
 
 
@@ -180,7 +192,9 @@ def sofa(materials: Materials, seats: int) -> Piece:
     spots = [-1, 1] if seats > 1 else [0]
     for index, side in enumerate(spots):
         size = rng.uniform(0.38, 0.45)
-        cushion = moved(_throw_cushion(materials, size, index + int(rng.integers(2))), (0, 0, 0), rng.uniform(-0.15, 0.15))
+        cushion = moved(
+            _throw_cushion(materials, size, index + int(rng.integers(2))), (0, 0, 0), rng.uniform(-0.15, 0.15)
+        )
         cushion = tilted(cushion, (0, 0, 0), np.pi / 2 + 0.3)
         x = side * (width / 2 - arm - size / 2 - rng.uniform(0.02, 0.1))
         parts += moved(cushion, (x, 0.5, seat + size / 2 - 0.01))
@@ -202,12 +216,20 @@ def bed(materials: Materials, width: float) -> Piece:
     else:
         patches += rounded_box((-width / 2, 0, 0.05), (width / 2, 0.05, 0.98), 0.02, wood)
         patches += rounded_box((-width / 2 + 0.08, 0.045, 0.5), (width / 2 - 0.08, 0.062, 0.9), 0.008, wood)
-    patches += rounded_box((-width / 2 + 0.03, 0.1, frame - 0.02), (width / 2 - 0.03, length - 0.03, top), 0.06, materials.linen)
+    patches += rounded_box(
+        (-width / 2 + 0.03, 0.1, frame - 0.02), (width / 2 - 0.03, length - 0.03, top), 0.06, materials.linen
+    )
     duvet = materials.cushions[int(rng.integers(3))]
-    patches += rounded_box((-width / 2 - 0.01, 0.72, 0.3), (width / 2 + 0.01, length + 0.005, top + 0.055), 0.06, duvet, 0.03, 8)
-    patches += rounded_box((-width / 2 - 0.02, 0.7, 0.36), (width / 2 + 0.02, 0.98, top + 0.085), 0.05, materials.linen, 0.01, 6)
+    patches += rounded_box(
+        (-width / 2 - 0.01, 0.72, 0.3), (width / 2 + 0.01, length + 0.005, top + 0.055), 0.06, duvet, 0.03, 8
+    )
+    patches += rounded_box(
+        (-width / 2 - 0.02, 0.7, 0.36), (width / 2 + 0.02, 0.98, top + 0.085), 0.05, materials.linen, 0.01, 6
+    )
     throw = materials.sofa
-    patches += rounded_box((-width / 2 - 0.025, 1.5, 0.28), (width / 2 + 0.025, 1.86, top + 0.095), 0.05, throw, 0.012, 6)
+    patches += rounded_box(
+        (-width / 2 - 0.025, 1.5, 0.28), (width / 2 + 0.025, 1.86, top + 0.095), 0.05, throw, 0.012, 6
+    )
     parts = labelled(patches, "bed")
     pillows = 2 if width > 1.3 else 1
     for i in range(pillows):

@@ -7,7 +7,7 @@ import numpy as np
 from fit3d_ns.rooms.materials import TextureBank
 from fit3d_ns.rooms.primitives import Patch
 
-TEXEL = 0.03
+TEXEL = 0.04
 """Distance of light map nodes on large surfaces, metres."""
 
 
@@ -193,7 +193,7 @@ class RayScene:
 
     def first_hit(self, origins: np.ndarray, directions: np.ndarray):
         """Casts rays; returns triangle [N] (-1: nothing hit), barycentric uv [N, 2], distance in ray lengths [N]."""
-        hits = self._scene.cast_rays(self._rays(origins, directions), nthreads=1)
+        hits = self._scene.cast_rays(self._rays(origins, directions), nthreads=0)
         faces = hits["primitive_ids"].numpy().astype(np.int64)
         missed = faces >= len(self._faces)
         faces = np.where(missed, -1, self._faces[np.where(missed, 0, faces)])
@@ -201,4 +201,4 @@ class RayScene:
 
     def blocked(self, origins: np.ndarray, directions: np.ndarray, reach: float) -> np.ndarray:
         """Whether something lies between each origin and ``reach`` ray lengths, bool [N]."""
-        return self._scene.test_occlusions(self._rays(origins, directions), 0.0, reach, nthreads=1).numpy()
+        return self._scene.test_occlusions(self._rays(origins, directions), 0.0, reach, nthreads=0).numpy()

@@ -77,14 +77,18 @@ class Layout:
             and not any(overlap(rectangle, other) for other in self.kept_free)
         )
 
-    def footprint(self, position: Sequence[float], angle: float, low: Sequence[float], high: Sequence[float]) -> Rectangle:
+    def footprint(
+        self, position: Sequence[float], angle: float, low: Sequence[float], high: Sequence[float]
+    ) -> Rectangle:
         """Bounding rectangle of [low, high] (x and y in a piece's frame) after placement."""
         c, s = np.cos(angle), np.sin(angle)
         corners = [(c * x - s * y, s * x + c * y) for x in (low[0], high[0]) for y in (low[1], high[1])]
         xs, ys = [position[0] + p[0] for p in corners], [position[1] + p[1] for p in corners]
         return min(xs), min(ys), max(xs), max(ys)
 
-    def _put(self, name: str, piece: Piece, position: tuple[float, float, float], angle: float, solid: Rectangle) -> Placement:
+    def _put(
+        self, name: str, piece: Piece, position: tuple[float, float, float], angle: float, solid: Rectangle
+    ) -> Placement:
         placement = Placement(piece, position, angle, solid)
         self.patches += moved(piece.patches, position, angle)
         self.solids.append(solid)
@@ -98,16 +102,18 @@ class Layout:
         front: float = 0.5,
         walls: Sequence[Wall] | None = None,
         near: float | None = None,
-        tries: int = 80,
+        stray: float = 10.0,
+        tries: int = 240,
     ) -> Placement | None:
         """Puts a piece with its back to a wall.
 
         Args:
             name: key in ``placements``.
             piece: what to place.
-            front: depth to keep free before it, metres.
+            front: depth to keep free before it, metres; half of it where there is no room for more.
             walls: candidates; all of the room's by default.
-            near: preferred position along the wall, metres; anywhere by default.
+            near: wanted position along the wall, metres; anywhere by default.
+            stray: how far from ``near`` it may end up, metres.
             tries: random positions to try.
 
         Returns:
@@ -124,13 +130,17 @@ class Layout:
                 continue
             along = draw
             if near is not None:
-                along = float(np.clip(near + (draw - near) * attempt / tries, low, high))
+                step = float(np.clip(draw - near, -stray, stray)) * attempt / tries
+                along = float(np.clip(near + step, low, high))
+                if abs(along - near) > stray:
+                    continue
             elif corner < 0.35:
                 along = low if corner < 0.175 else high
             spot = Opening(along - half, along + half, 0.0, piece.height)
             position, angle = wall.point(along, gap), wall.angle
             solid = self.footprint(position, angle, (-half, -gap), (half, piece.depth))
-            ahead = self.footprint(position, angle, (-half, piece.depth), (half, piece.depth + front))
+            reach = piece.depth + (front if attempt < tries / 2 else front / 2)
+            ahead = self.footprint(position, angle, (-half, piece.depth), (half, reach))
             blocked = any(overlap(ahead, other) for other in self.solids)
             if not wall.free(spot) or not self.vacant(solid, 0.04) or blocked or not self.inside(ahead):
                 continue
@@ -151,7 +161,9 @@ class Layout:
                 return self._put(name, piece, position, angle, solid)
         return None
 
-    def before(self, name: str, anchor: Placement, piece: Piece, distance: float, facing: bool = False) -> Placement | None:
+    def before(
+        self, name: str, anchor: Placement, piece: Piece, distance: float, facing: bool = False
+    ) -> Placement | None:
         """Puts a piece ``distance`` before another one, turned like it or, if ``facing``, towards it; None if blocked."""
         y = anchor.piece.depth + distance
         angle = anchor.angle + (np.pi if facing else 0.0)
@@ -171,15 +183,15 @@ class Layout:
             along = ends[self.rng.integers(2)] if self.rng.random() < 0.6 else draw
             x, y, _ = wall.point(along, radius + 0.05)
             solid = (x - radius, y - radius, x + radius, y + radius)
-            if self.vacant(solid, 0.02) and not any(
-                o.start - radius < along < o.end + radius for o in wall.doors
-            ):
+            if self.vacant(solid, 0.02) and not any(o.start - radius < along < o.end + radius for o in wall.doors):
                 self.patches += moved(patches, (x, y, 0.0), self.rng.uniform(0, 2 * np.pi))
                 self.solids.append(solid)
                 return x, y
         return None
 
-    def on_top(self, placement: Placement, things: Sequence[tuple[list[Patch], float]], bulb: Bulb | None = None) -> None:
+    def on_top(
+        self, placement: Placement, things: Sequence[tuple[list[Patch], float]], bulb: Bulb | None = None
+    ) -> None:
         """Stands things on a piece, apart from each other.
 
         Args:
@@ -191,7 +203,9 @@ class Layout:
             self._fill(placement, top, things, bulb)
             return
 
-    def _fill(self, placement: Placement, top: Top, things: Sequence[tuple[list[Patch], float]], bulb: Bulb | None) -> None:
+    def _fill(
+        self, placement: Placement, top: Top, things: Sequence[tuple[list[Patch], float]], bulb: Bulb | None
+    ) -> None:
         placed: list[tuple[float, float, float]] = []
         for index, (patches, radius) in enumerate(things):
             low, high = (top.x[0] + radius, top.y[0] + radius), (top.x[1] - radius, top.y[1] - radius)

@@ -6,7 +6,7 @@ Values are irradiance divided by pi: times a surface's albedo they give its radi
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Sequence
+from typing import Callable, Sequence
 
 import numpy as np
 
@@ -14,13 +14,17 @@ from fit3d_ns.rooms.geometry import PackedScene, RayScene
 from fit3d_ns.rooms.objects import Bulb
 from fit3d_ns.rooms.shell import REVEAL, Room
 
-SKY = np.array([2.6, 2.95, 3.3])
-GROUND = np.array([0.85, 0.85, 0.7])
-WARM = np.array([1.0, 0.8, 0.58])
-SUN = np.array([5.6, 4.7, 3.6])
+SKY = np.array([2.6, 2.95, 3.3], np.float32)
+GROUND = np.array([0.85, 0.85, 0.7], np.float32)
+WARM = np.array([1.0, 0.84, 0.65], np.float32)
+SUN = np.array([3.4, 2.9, 2.3], np.float32)
+# The additive sequence of the plastic number (Roberts 2018): evenly spread for any count.
+_STEP = np.array([0.7548776662466927, 0.5698402909980532])
+_WINDOW_POINTS = 20
 _CHUNK = 16384
-_GATHER_RAYS = 96
-_BOUNCES = 4
+_GATHER_RAYS = 72
+_BOUNCES = 3
+_ALBEDO_FOOTPRINT = 0.06
 
 
 @dataclass
@@ -63,8 +67,32 @@ def make_lights(room: Room, bulbs: Sequence[Bulb], rng: np.random.Generator) -> 
 
 def _lattice(count: int) -> np.ndarray:
     """A low-discrepancy point set [count, 2] in the unit square."""
-    index = np.arange(count)
-    return np.mod(0.5 + index[:, None] * np.array([0.7548776662466927, 0.5698402909980532]), 1.0)
+    return np.mod(0.5 + np.arange(count)[:, None] * _STEP, 1.0).astype(np.float32)
+
+
+def _jitter(scene: PackedScene, rng: np.random.Generator, stride: int, period: int, points: int) -> np.ndarray:
+    """Shift of the sample pattern of every node, float32 [M, 2].
+
+    ``period`` x ``period`` neighbours share one long sequence, each taking its own ``points`` samples of it. The error
+    then repeats with that period, and a filter of the same width removes it.
+
+    Args:
+        scene: the room.
+        rng: shifts whole patches against each other.
+        stride: 1 where all nodes are used, 2 where every second one is.
+        period: in used nodes, 2 or 4.
+        points: samples per node.
+    """
+    jitter = np.empty((scene.node_total, 2))
+    order = np.array([[0, 2], [3, 1]])
+    if period == 4:
+        order = np.block([[4 * order + k for k in row] for row in order])
+    shifts = rng.random((len(scene.nodes), 2))
+    for (ns, nt), start, shift in zip(scene.nodes, scene.node_start, shifts):
+        i, j = (np.arange(n) // (stride if n > 8 else 1) % period for n in (ns, nt))
+        turn = order[i[:, None], j[None]].reshape(-1, 1) * points
+        jitter[start : start + ns * nt] = np.mod(shift + turn * _STEP, 1.0)
+    return jitter.astype(np.float32)
 
 
 def _dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -74,64 +102,70 @@ def _dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def _tangents(normals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Two unit vectors perpendicular to each normal and to each other (Duff et al. 2017)."""
     x, y, z = normals.T
-    sign = np.where(z >= 0, 1.0, -1.0)
+    sign = np.where(z >= 0, 1.0, -1.0).astype(normals.dtype)
     a = -1.0 / (sign + z)
     b = x * y * a
     return np.stack([1 + sign * x * x * a, sign * b, -sign * x], 1), np.stack([b, sign + y * y * a, -y], 1)
 
 
-def _arrives(opaque: RayScene, origins: np.ndarray, towards: np.ndarray, facing: np.ndarray, reach: float) -> np.ndarray:
-    """1.0 where light from ``towards`` [N, 3] reaches a node that faces it, else 0.0."""
-    visible = np.zeros(len(origins))
-    lit = np.flatnonzero(facing > 0)
-    if len(lit):
-        visible[lit] = ~opaque.blocked(origins[lit], towards[lit], reach)
-    return visible
+def _lit(opaque: RayScene, origins: np.ndarray, towards: np.ndarray, facing: np.ndarray, reach: float) -> np.ndarray:
+    """Indices of the nodes that face the light in direction ``towards`` [N, 3] and are reached by it."""
+    turned = np.flatnonzero(facing > 0)
+    if not len(turned):
+        return turned
+    return turned[~opaque.blocked(origins[turned], towards[turned], reach)]
 
 
-def _direct(opaque: RayScene, lights: Lights, positions: np.ndarray, normals: np.ndarray, jitter: np.ndarray) -> np.ndarray:
-    """Light that reaches the nodes [N, 3] straight from its source, [N, 3]."""
-    total = np.zeros(positions.shape)
-    origins = positions + 0.002 * normals
+def _direct(
+    opaque: RayScene, lights: Lights, positions: np.ndarray, normals: np.ndarray, jitter: np.ndarray
+) -> np.ndarray:
+    """Light that reaches the nodes [N, 3] straight from its source, float32 [N, 3]."""
+    total = np.zeros(positions.shape, np.float32)
+    origins = positions + np.float32(0.002) * normals
     for window in lights.windows:
-        area = np.linalg.norm(window.edge_s) * np.linalg.norm(window.edge_t)
-        points = _lattice(20)
+        corner, edge_s, edge_t, normal = (
+            v.astype(np.float32) for v in (window.corner, window.edge_s, window.edge_t, window.normal)
+        )
+        points = _lattice(_WINDOW_POINTS)
+        share = float(np.linalg.norm(edge_s) * np.linalg.norm(edge_t) / np.pi / len(points) * lights.strength)
+        before = _dot(origins - corner, normal) > 0
         for point in points:
-            place = np.mod(point + jitter, 1.0)
-            towards = window.corner + place[:, :1] * window.edge_s + place[:, 1:] * window.edge_t - origins
-            square = np.maximum(_dot(towards, towards), 0.01)
-            leaving = np.maximum(-_dot(towards, window.normal), 0.0)
-            facing = np.where(leaving > 0, _dot(towards, normals), 0.0)
-            visible = _arrives(opaque, origins, towards, facing, 0.999)
-            weight = np.maximum(facing, 0) * leaving / square**2 * visible * (area / np.pi / len(points))
+            place = np.mod(point + jitter, np.float32(1))
+            towards = corner + place[:, :1] * edge_s + place[:, 1:] * edge_t - origins
+            facing = np.where(before, _dot(towards, normals), np.float32(0))
+            lit = _lit(opaque, origins, towards, facing, 0.999)
+            towards = towards[lit]
+            square = np.maximum(_dot(towards, towards), np.float32(0.01))
+            weight = facing[lit] * -_dot(towards, normal) / square**2 * share
             upward = np.clip(towards[:, 2] / np.sqrt(square) * 2.2 + 0.55, 0.0, 1.0)[:, None]
-            total += weight[:, None] * lights.strength * (GROUND + (SKY - GROUND) * upward)
+            total[lit] += weight[:, None] * (GROUND + (SKY - GROUND) * upward)
     for bulb in lights.bulbs:
-        points = _lattice(8)
+        points = _lattice(6)
+        centre = np.asarray(bulb.centre, np.float32) - origins
         for point in points:
-            place = np.mod(point + jitter, 1.0)
+            place = np.mod(point + jitter, np.float32(1))
             z = 1 - 2 * place[:, 0]
-            ring = np.sqrt(np.maximum(1 - z * z, 0))
-            around = 2 * np.pi * place[:, 1]
-            surface = np.stack([ring * np.cos(around), ring * np.sin(around), z], 1) * bulb.radius
-            towards = np.asarray(bulb.centre) + surface - origins
-            square = np.maximum(_dot(towards, towards), 0.02)
+            ring = np.sqrt(np.maximum(1 - z * z, 0)) * bulb.radius
+            around = np.float32(2 * np.pi) * place[:, 1]
+            towards = centre + np.stack([ring * np.cos(around), ring * np.sin(around), z * bulb.radius], 1)
             facing = _dot(towards, normals)
-            visible = _arrives(opaque, origins, towards, facing, 0.999)
+            lit = _lit(opaque, origins, towards, facing, 0.999)
+            towards = towards[lit]
+            square = np.maximum(_dot(towards, towards), np.float32(0.02))
             # A shade lets more light out at its two ends than through its side.
             beam = 0.45 + 0.55 * towards[:, 2] ** 2 / square
-            weight = np.maximum(facing, 0) / np.sqrt(square) / square * visible * beam * bulb.power / len(points)
-            total += weight[:, None] * WARM
+            weight = facing[lit] / np.sqrt(square) / square * beam * (bulb.power / len(points))
+            total[lit] += weight[:, None] * WARM
     if lights.sun is not None:
         points = _lattice(8)
         across, up = (v[0] for v in _tangents(lights.sun[None]))
         for point in points:
-            place = np.mod(point + jitter, 1.0)
-            radius, angle = 0.018 * np.sqrt(place[:, 0]), 2 * np.pi * place[:, 1]
-            towards = lights.sun + (radius * np.cos(angle))[:, None] * across + (radius * np.sin(angle))[:, None] * up
+            place = np.mod(point + jitter, np.float32(1))
+            radius, angle = 0.012 * np.sqrt(place[:, :1]), np.float32(2 * np.pi) * place[:, 1:]
+            towards = (lights.sun + radius * (np.cos(angle) * across + np.sin(angle) * up)).astype(np.float32)
             facing = _dot(towards, normals)
-            visible = _arrives(opaque, origins, towards, facing, 100.0)
-            total += (np.maximum(facing, 0) * visible / len(points))[:, None] * SUN
+            lit = _lit(opaque, origins, towards, facing, 100.0)
+            total[lit] += (facing[lit] / len(points))[:, None] * SUN
     return total
 
 
@@ -154,14 +188,16 @@ def _sees_inner_side(full: RayScene, scene: PackedScene, origins: np.ndarray, to
     return back & (faces >= 0) & ~scene.two_sided[scene.face_patch[struck]], faces, uv
 
 
-def _gather(full: RayScene, scene: PackedScene, positions: np.ndarray, normals: np.ndarray, jitter: np.ndarray) -> np.ndarray:
+def _gather(
+    full: RayScene, scene: PackedScene, positions: np.ndarray, normals: np.ndarray, jitter: np.ndarray
+) -> np.ndarray:
     """Nodes seen from each node over its hemisphere, cosine-weighted: int32 [N, _GATHER_RAYS], -1 for dark."""
     across, up = _tangents(normals)
-    origins = positions + 0.002 * normals
+    origins = positions + np.float32(0.002) * normals
     seen = np.empty((len(positions), _GATHER_RAYS), np.int32)
     for k, point in enumerate(_lattice(_GATHER_RAYS)):
-        place = np.mod(point + jitter, 1.0)
-        radius, angle = np.sqrt(place[:, 0]), 2 * np.pi * place[:, 1]
+        place = np.mod(point + jitter, np.float32(1))
+        radius, angle = np.sqrt(place[:, 0]), np.float32(2 * np.pi) * place[:, 1]
         towards = (radius * np.cos(angle))[:, None] * across + (radius * np.sin(angle))[:, None] * up
         towards += np.sqrt(1 - place[:, 0])[:, None] * normals
         inner, faces, uv = _sees_inner_side(full, scene, origins, towards)
@@ -173,34 +209,44 @@ def _gather(full: RayScene, scene: PackedScene, positions: np.ndarray, normals: 
     return seen
 
 
-def _mend(scene: PackedScene, values: np.ndarray, buried: np.ndarray, blur: Sequence[int]) -> None:
-    """Fills buried nodes from their neighbours and smooths each patch, in place."""
-    for (ns, nt), start, rounds in zip(scene.nodes, scene.node_start, blur):
+def _mend(scene: PackedScene, values: np.ndarray, buried: np.ndarray, width: Callable[[int], int]) -> None:
+    """Fills buried nodes from their neighbours and smooths each patch, in place.
+
+    Args:
+        scene: the room.
+        values: on the nodes, [M, 3].
+        buried: [M].
+        width: of the filter, in nodes, for a patch with that many nodes along one side.
+    """
+    for (ns, nt), start in zip(scene.nodes, scene.node_start):
         part = slice(start, start + ns * nt)
         bad = buried[part].reshape(ns, nt)
         grid = values[part].reshape(ns, nt, 3)
         if bad.any() and not bad.all():
-            weight = (~bad).astype(float)[..., None]
+            weight = (~bad).astype(grid.dtype)[..., None]
             grid = grid * weight
             for _ in range(12):
                 if weight.all():
                     break
-                spread, share = _smooth(grid), _smooth(weight)
+                spread, share = (_smooth(_smooth(v, 2, 0), 2, 1) for v in (grid, weight))
                 new = (weight == 0) & (share > 0)
                 grid = np.where(new, spread / np.maximum(share, 1e-12), grid)
                 weight = np.where(new, 1.0, weight)
-        for _ in range(rounds):
-            grid = _smooth(grid)
-        values[part] = grid.reshape(-1, 3)
+        values[part] = _smooth(_smooth(grid, width(ns), 0), width(nt), 1).reshape(-1, 3)
 
 
-def _smooth(grid: np.ndarray) -> np.ndarray:
-    """One pass of the filter (1 2 1) / 4 along both axes, [A, B, K]."""
-    for axis in (0, 1):
-        low = np.concatenate([grid[:1], grid[:-1]]) if axis == 0 else np.concatenate([grid[:, :1], grid[:, :-1]], 1)
-        high = np.concatenate([grid[1:], grid[-1:]]) if axis == 0 else np.concatenate([grid[:, 1:], grid[:, -1:]], 1)
-        grid = low * 0.25 + grid * 0.5 + high * 0.25
-    return grid
+def _smooth(grid: np.ndarray, width: int, axis: int) -> np.ndarray:
+    """Box filter of an even ``width`` along one axis of [A, B, K], with half weight at its two ends."""
+    half = width // 2
+    padding = [(0, 0)] * 3
+    padding[axis] = (half, half)
+    padded = np.pad(grid, padding, mode="reflect" if grid.shape[axis] > half else "edge")
+    count = grid.shape[axis]
+    total = np.zeros_like(grid)
+    for k in range(width + 1):
+        share = (0.5 if k in (0, width) else 1.0) / width
+        total += share * padded.take(range(k, k + count), axis=axis)
+    return total
 
 
 def _coarse_nodes(scene: PackedScene) -> np.ndarray:
@@ -238,11 +284,16 @@ def bake(scene: PackedScene, lights: Lights, rng: np.random.Generator, workers: 
     lamps = (scene.glow > 0) & ~(scene.gloss > 0)
     opaque = RayScene(scene, ~lamps)
     positions, normals, owner = scene.node_frames()
-    jitter = rng.random((len(positions), 2))
+    positions, normals = positions.astype(np.float32), normals.astype(np.float32)
+    jitter = _jitter(scene, rng, 1, 2, _WINDOW_POINTS)
+    wide_jitter = _jitter(scene, rng, 2, 4, _GATHER_RAYS)
     sheets = np.flatnonzero(scene.two_sided[owner])
     # Sheets are lit from both sides: their nodes come twice, the second time turned round.
-    all_positions, all_normals = np.concatenate([positions, positions[sheets]]), np.concatenate([normals, -normals[sheets]])
-    all_jitter = np.concatenate([jitter, jitter[sheets]])
+    all_positions, all_normals = (
+        np.concatenate([positions, positions[sheets]]),
+        np.concatenate([normals, -normals[sheets]]),
+    )
+    all_jitter, all_wide = (np.concatenate([j, j[sheets]]) for j in (jitter, wide_jitter))
     coarse = _coarse_nodes(scene)
     coarse = np.concatenate([coarse, np.flatnonzero(scene.two_sided[owner[sheets]]) + len(positions)])
 
@@ -252,21 +303,25 @@ def bake(scene: PackedScene, lights: Lights, rng: np.random.Generator, workers: 
             parts = [slice(i, min(i + _CHUNK, count)) for i in range(0, count, _CHUNK)]
             return np.concatenate(list(pool.map(function, parts)))
 
-        direct = chunked(lambda c: _direct(opaque, lights, all_positions[c], all_normals[c], all_jitter[c]), len(all_positions))
+        direct = chunked(
+            lambda c: _direct(opaque, lights, all_positions[c], all_normals[c], all_jitter[c]), len(all_positions)
+        )
         buried = chunked(lambda c: _buried(full, scene, positions[c], normals[c]), len(positions))
 
         def gather(c: slice) -> np.ndarray:
             nodes = coarse[c]
-            return _gather(full, scene, all_positions[nodes], all_normals[nodes], all_jitter[nodes])
+            return _gather(full, scene, all_positions[nodes], all_normals[nodes], all_wide[nodes])
 
         seen = chunked(gather, len(coarse))
         direct = _fold(direct, sheets, len(positions))
-        _mend(scene, direct, buried, [1] * len(scene.patches))
+        _mend(scene, direct, buried, lambda count: 2)
         albedo = np.empty((len(positions), 3))
         for (ns, nt), start, index in zip(scene.nodes, scene.node_start, range(len(scene.patches))):
             st = np.stack(np.meshgrid(np.linspace(0, 1, ns), np.linspace(0, 1, nt), indexing="ij"), -1).reshape(-1, 2)
             patch = np.full(len(st), index)
-            albedo[start : start + ns * nt] = scene.albedo(patch, st.astype(np.float32), np.full(len(st), TEXEL_FOOTPRINT))
+            albedo[start : start + ns * nt] = scene.albedo(
+                patch, st.astype(np.float32), np.full(len(st), _ALBEDO_FOOTPRINT)
+            )
         # Lamps and panes count as direct light only; the last row stands for darkness.
         albedo[lamps[owner]] = 0.0
         indirect = np.zeros_like(direct)
@@ -277,12 +332,8 @@ def bake(scene: PackedScene, lights: Lights, rng: np.random.Generator, workers: 
             doubled[coarse] = arriving
             indirect = _fold(doubled, sheets, len(positions))
             _spread(scene, indirect)
-            _mend(scene, indirect, buried, np.where(scene.nodes.min(axis=1) > 8, 3, 1).tolist())
+            _mend(scene, indirect, buried, lambda count: 8 if count > 8 else 2)
     return (direct + indirect).astype(np.float32)
-
-
-TEXEL_FOOTPRINT = 0.06
-"""Width over which albedo is averaged for bounced light, metres."""
 
 
 def _fold(values: np.ndarray, sheets: np.ndarray, count: int) -> np.ndarray:

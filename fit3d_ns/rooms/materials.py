@@ -110,13 +110,13 @@ class Materials:
     def __post_init__(self) -> None:
         rng, colors = self.rng, self.palette
         add = self.bank.add
-        self.wood = Surface(add(textures.wood(rng, colors.wood)), (1.1, 0.55), gloss=0.25, grain=True, scatter=True)
+        self.wood = Surface(add(textures.wood(rng, colors.wood)), (1.1, 0.55), gloss=0.12, grain=True, scatter=True)
         dark = str(rng.choice(["#5a3c28", "#4a3426", "#6b4630"]))
-        self.dark_wood = Surface(add(textures.wood(rng, dark)), (1.1, 0.55), gloss=0.25, grain=True, scatter=True)
+        self.dark_wood = Surface(add(textures.wood(rng, dark)), (1.1, 0.55), gloss=0.12, grain=True, scatter=True)
         pale = str(rng.choice(["#d9bd92", "#e3cfa8", "#cfae80"]))
-        self.pale_wood = Surface(add(textures.wood(rng, pale, 0.8)), (1.1, 0.55), gloss=0.2, grain=True, scatter=True)
+        self.pale_wood = Surface(add(textures.wood(rng, pale, 0.8)), (1.1, 0.55), gloss=0.12, grain=True, scatter=True)
         plain = add(textures.mottled(rng, "#ffffff", 0.03))
-        self.lacquer = Surface(plain, (0.8, 0.8), gloss=0.3, scatter=True)
+        self.lacquer = Surface(plain, (0.8, 0.8), gloss=0.15, scatter=True)
         self.white = self.lacquer.tinted("#e9e6df")
         self.black = self.lacquer.tinted("#262626")
         self.metal = Surface(plain, (0.5, 0.5), gloss=0.6).tinted("#8d8d8c")
@@ -124,7 +124,7 @@ class Materials:
         self.earth = Surface(add(textures.mottled(rng, "#4a3626", 0.3, 0.4)), (0.3, 0.3))
         self.ceramic = Surface(add(textures.mottled(rng, "#ffffff", 0.06, 0.9)), (0.4, 0.4), gloss=0.35)
         self.cardboard = Surface(add(textures.cardboard(rng)), (0.5, 0.5), scatter=True)
-        self.shade = Surface(add(pictures.shade()), None, glow=1.05).tinted("#fff1d8")
+        self.shade = Surface(add(pictures.shade()), None, glow=4.0).tinted("#fff1d8")
         weave = str(rng.choice(["plain", "melange", "herringbone"]))
         self.sofa = Surface(add(textures.fabric(rng, colors.sofa, "#e8e2d6", weave)), (0.45, 0.45), scatter=True)
         self.curtain = Surface(add(textures.fabric(rng, colors.curtain, "#f4efe6", self._kind())), (0.6, 0.6))

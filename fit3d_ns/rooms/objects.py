@@ -9,7 +9,19 @@ import numpy as np
 
 from fit3d_ns.rooms import pictures
 from fit3d_ns.rooms.materials import Materials, Surface
-from fit3d_ns.rooms.primitives import Patch, box, cylinder, labelled, lathe, moved, quad, rod, rounded_box, sheet, sphere
+from fit3d_ns.rooms.primitives import (
+    Patch,
+    box,
+    cylinder,
+    labelled,
+    lathe,
+    moved,
+    quad,
+    rod,
+    rounded_box,
+    sheet,
+    sphere,
+)
 
 
 @dataclass
@@ -31,7 +43,7 @@ def floor_lamp(materials: Materials) -> tuple[list[Patch], Bulb]:
     height = materials.rng.uniform(1.5, 1.65)
     patches = cylinder(0.14, 0, 0.025, metal, 28) + cylinder(0.012, 0.025, height - 0.15, metal, 12)
     patches += _shade(materials, height - 0.3, height, 0.22, 0.15)
-    return labelled(patches, "lamp"), Bulb((0, 0, height - 0.16), 0.09, 0.7)
+    return labelled(patches, "lamp"), Bulb((0, 0, height - 0.16), 0.09, 0.5)
 
 
 def table_lamp(materials: Materials) -> tuple[list[Patch], Bulb]:
@@ -39,14 +51,16 @@ def table_lamp(materials: Materials) -> tuple[list[Patch], Bulb]:
     foot = materials.ceramic.tinted(materials.accent())
     profile = [(0.06, 0.0), (0.075, 0.04), (0.085, 0.09), (0.06, 0.16), (0.025, 0.2), (0.015, 0.26)]
     patches = [lathe(profile, foot)] + _shade(materials, 0.24, 0.43, 0.14, 0.09)
-    return labelled(patches, "lamp"), Bulb((0, 0, 0.33), 0.06, 0.3)
+    return labelled(patches, "lamp"), Bulb((0, 0, 0.33), 0.06, 0.2)
 
 
 def ceiling_lamp(materials: Materials, ceiling: float) -> tuple[list[Patch], Bulb]:
     """A lamp hanging from z = ``ceiling``: a paper globe or a drum."""
     if materials.rng.random() < 0.5:
         centre = ceiling - 0.42
-        patches = sphere((0, 0, centre), 0.2, materials.shade, 24) + cylinder(0.006, centre + 0.2, ceiling, materials.black, 8)
+        patches = sphere((0, 0, centre), 0.2, materials.shade, 24) + cylinder(
+            0.006, centre + 0.2, ceiling, materials.black, 8
+        )
         bulb = Bulb((0, 0, centre), 0.21, 1.5)
     else:
         patches = _shade(materials, ceiling - 0.42, ceiling - 0.18, 0.27, 0.27)
@@ -60,7 +74,9 @@ def ceiling_lamp(materials: Materials, ceiling: float) -> tuple[list[Patch], Bul
 def vase(materials: Materials, height: float) -> list[Patch]:
     """A turned vase, open at the top."""
     rng = materials.rng
-    surface = materials.ceramic.tinted(str(rng.choice([materials.accent(), "#d8d2c6", "#7d8f96", "#9a5b45", "#3f5560"])))
+    surface = materials.ceramic.tinted(
+        str(rng.choice([materials.accent(), "#d8d2c6", "#7d8f96", "#9a5b45", "#3f5560"]))
+    )
     belly, neck = height * rng.uniform(0.22, 0.36), height * rng.uniform(0.08, 0.16)
     z = np.linspace(0, 1, 12)
     peak = rng.uniform(0.25, 0.55)
@@ -123,7 +139,9 @@ def plant(materials: Materials, height: float) -> list[Patch]:
         for _ in range(int(18 + 20 * height)):
             azimuth, length = rng.uniform(0, 2 * np.pi), top * rng.uniform(0.55, 1.05)
             root = ground + np.array([*(radius * 0.3 * rng.uniform(-1, 1, 2)), 0])
-            patches.append(_leaf(root, azimuth, length, length * rng.uniform(0.16, 0.26), rng.uniform(1.15, 1.5), green))
+            patches.append(
+                _leaf(root, azimuth, length, length * rng.uniform(0.16, 0.26), rng.uniform(1.15, 1.5), green)
+            )
     elif kind == 1:
         for _ in range(16):
             azimuth, tall = rng.uniform(0, 2 * np.pi), top * rng.uniform(0.6, 1.0)
@@ -131,7 +149,9 @@ def plant(materials: Materials, height: float) -> list[Patch]:
             z = np.linspace(0, 1, 6)
             half = 0.035 * np.sin(np.pi * (0.25 + 0.74 * z))
             side = np.array([-np.sin(azimuth), np.cos(azimuth), 0])
-            spine = root + np.stack([lean * tall * z**2 * np.cos(azimuth), lean * tall * z**2 * np.sin(azimuth), tall * z], 1)
+            spine = root + np.stack(
+                [lean * tall * z**2 * np.cos(azimuth), lean * tall * z**2 * np.sin(azimuth), tall * z], 1
+            )
             grid = spine[None] + (np.linspace(-1, 1, 3)[:, None] * half)[..., None] * side
             patches.append(sheet(grid, green, (0.07, tall)))
     else:
@@ -143,7 +163,9 @@ def plant(materials: Materials, height: float) -> list[Patch]:
             root = np.array([0.02, 0.01, crown]) + spread * np.array(
                 [np.cos(tilt) * np.cos(azimuth), np.cos(tilt) * np.sin(azimuth), np.sin(tilt)]
             )
-            patches.append(_leaf(root, azimuth + rng.normal(0, 0.5), rng.uniform(0.14, 0.22), 0.08, tilt * 0.6 + 0.5, green))
+            patches.append(
+                _leaf(root, azimuth + rng.normal(0, 0.5), rng.uniform(0.14, 0.22), 0.08, tilt * 0.6 + 0.5, green)
+            )
     return labelled(patches, "plant")
 
 
@@ -175,7 +197,7 @@ def television(materials: Materials, width: float, stand: bool) -> list[Patch]:
     height, z0 = width * 0.58, 0.07 if stand else -width * 0.29
     y = 0.06 if stand else 0.01
     patches = rounded_box((-width / 2, y, z0), (width / 2, y + 0.035, z0 + height), 0.008, materials.black)
-    face = materials.picture(pictures.screen(materials.rng), gloss=0.3, glow=0.55)
+    face = materials.picture(pictures.screen(materials.rng), gloss=0.3, glow=0.8)
     margin = 0.014
     size = (width - 2 * margin, height - 2 * margin)
     patches.append(quad((size[0] / 2, y + 0.036, z0 + margin), (-size[0], 0, 0), (0, 0, size[1]), face))

@@ -19,8 +19,11 @@ def landscape(rng: np.random.Generator, n: int = 256) -> np.ndarray:
     hills = ["#8aa07a", "#5d7f5f", "#3f5f4a", "#2f4538", "#6b5a45", "#94785a", "#4c6478"]
     start = rng.integers(len(hills))
     for layer in range(4):
-        profile = 0.55 - 0.13 * layer + (0.09 - 0.01 * layer) * np.interp(
-            (np.arange(n) + 0.5) / n, np.linspace(0, 1, 7 + layer), rng.uniform(-1, 1, 7 + layer)
+        profile = (
+            0.55
+            - 0.13 * layer
+            + (0.09 - 0.01 * layer)
+            * np.interp((np.arange(n) + 0.5) / n, np.linspace(0, 1, 7 + layer), rng.uniform(-1, 1, 7 + layer))
         )
         image = _mix(image, linear(hills[(start + layer) % len(hills)]), (profile[None, :] - t) * n / 2)
     return _shaded(image, 1 + 0.08 * spectral_noise(rng, n, 0.8))
@@ -70,12 +73,14 @@ def rug(rng: np.random.Generator, colors: list[str], kind: str, n: int = 512) ->
     border = np.maximum(x, y)
     image = np.broadcast_to(base, (n, n, 3)).copy()
     if kind == "medallion":
-        angle, radius = np.arctan2(y, x), np.hypot(x, y)
-        image = _mix(image, first, (0.62 + 0.07 * np.cos(8 * angle) - radius) * 60)
-        image = _mix(image, second, (0.42 + 0.06 * np.cos(12 * angle) - radius) * 60)
-        image = _mix(image, base, (0.2 + 0.05 * np.cos(6 * angle) - radius) * 60)
-        small = np.hypot(np.mod(x * 7, 1) - 0.5, np.mod(y * 7, 1) - 0.5)
-        image = _mix(image, second, (0.2 - small) * 30 * ((radius > 0.72) & (border < 0.76)))
+        angle, radius = np.arctan2(t - 0.5, s - 0.5), np.hypot(x, y)
+        motif = np.abs(np.mod(x * 9, 1) - 0.5) + np.abs(np.mod(y * 9, 1) - 0.5)
+        image = _mix(image, second, (0.16 - motif) * 40)
+        image = _mix(image, first, (np.abs(motif - 0.5) < 0.05) * 0.35)
+        for size, color in ((0.66, second), (0.62, first), (0.4, base), (0.36, second), (0.2, first), (0.1, base)):
+            image = _mix(image, color, (size * (1 + 0.06 * np.cos(16 * angle)) - radius) * 60)
+        star = np.abs(np.mod(angle * 8 / np.pi, 1) - 0.5) + np.abs(radius - 0.5) * 5
+        image = _mix(image, second, (0.35 - star) * 20 * ((radius > 0.42) & (radius < 0.58)))
     elif kind == "bands":
         stripe = np.floor(t * 22).astype(int)
         pick = rng.integers(0, 3, 22)[stripe]
@@ -102,7 +107,9 @@ def book_back(rng: np.random.Generator, n: int = 64) -> np.ndarray:
     for height in rng.uniform(0.08, 0.92, rng.integers(1, 4)):
         brightness = np.where(np.abs(t - height) < rng.uniform(0.008, 0.03), ink * 0.75, brightness)
     low, high = np.sort(rng.uniform(0.25, 0.8, 2))
-    letters = (np.mod(t * rng.integers(14, 24), 1) < 0.6) & (t > low) & (t < max(high, low + 0.2)) & (np.abs(s - 0.5) < 0.18)
+    letters = (
+        (np.mod(t * rng.integers(14, 24), 1) < 0.6) & (t > low) & (t < max(high, low + 0.2)) & (np.abs(s - 0.5) < 0.18)
+    )
     brightness = np.where(letters, ink * 0.75, brightness)
     return _shaded(np.ones(3), brightness * (1 + 0.05 * spectral_noise(rng, n, 1.0)))
 
@@ -133,10 +140,12 @@ def outdoors(rng: np.random.Generator, n: int = 512) -> np.ndarray:
     image = _mix(image, linear("#8fa5ab") * 0.9, skyline(horizon, 0.07, 9, 0.003) * n / 4)
     for _ in range(3):
         left, width, top = rng.uniform(-0.1, 0.9), rng.uniform(0.12, 0.25), horizon + rng.uniform(0.03, 0.14)
-        wall = (s > left) & (s < left + width) & (t < top)
-        roof = (np.abs(s - left - width / 2) < width * 0.6 - (t - top) * 1.2) & (t >= top) & (t < top + width * 0.4)
-        image = _mix(image, linear(str(rng.choice(["#cdb9a0", "#b59a86", "#d8cfc2"]))), wall * 1.0)
-        image = _mix(image, linear(str(rng.choice(["#8a5340", "#6f6a68"]))), roof * 1.0)
+        wall = np.minimum(width / 2 - np.abs(s - left - width / 2), top - t)
+        roof = np.minimum(
+            width * 0.6 - (t - top) * 1.2 - np.abs(s - left - width / 2), np.minimum(t - top, top + width * 0.4 - t)
+        )
+        image = _mix(image, linear(str(rng.choice(["#cdb9a0", "#b59a86", "#d8cfc2"]))), wall * n / 2)
+        image = _mix(image, linear(str(rng.choice(["#8a5340", "#6f6a68"]))), roof * n / 2)
     leaves = 0.75 + 0.3 * spectral_noise(rng, n, 0.8).clip(-2, 2)
     trees = linear("#55733f")[None, None] * leaves[..., None]
     weight = np.clip(skyline(horizon - 0.1, 0.2, 12, 0.012) * n / 4, 0, 1)[..., None]

@@ -106,7 +106,9 @@ def box(low: Sequence[float], high: Sequence[float], surface: Surface) -> list[P
     lo, hi = np.asarray(low, dtype=float), np.asarray(high, dtype=float)
     patches = []
     for axis, sign, s_axis, s_sign, t_axis, t_sign in _FACES:
-        origin = np.where(np.array([s_sign if i == s_axis else t_sign if i == t_axis else 1 for i in range(3)]) > 0, lo, hi)
+        origin = np.where(
+            np.array([s_sign if i == s_axis else t_sign if i == t_axis else 1 for i in range(3)]) > 0, lo, hi
+        )
         origin[axis] = hi[axis] if sign > 0 else lo[axis]
         edge_s, edge_t = np.zeros(3), np.zeros(3)
         edge_s[s_axis] = s_sign * (hi - lo)[s_axis]
@@ -163,7 +165,9 @@ def rounded_box(
     return patches
 
 
-def lathe(profile: Sequence[tuple[float, float]], surface: Surface, segments: int = 24, two_sided: bool = False) -> Patch:
+def lathe(
+    profile: Sequence[tuple[float, float]], surface: Surface, segments: int = 24, two_sided: bool = False
+) -> Patch:
     """A smooth surface of revolution about z.
 
     Args:
@@ -178,11 +182,15 @@ def lathe(profile: Sequence[tuple[float, float]], surface: Surface, segments: in
     normal /= np.maximum(np.linalg.norm(normal, axis=1, keepdims=True), 1e-12)
     angle = np.linspace(0.0, 2 * np.pi, segments + 1)[:, None]
     cos, sin = np.cos(angle), np.sin(angle)
-    vertices = np.stack([curve[:, 0] * cos, curve[:, 0] * sin, np.broadcast_to(curve[:, 1], (segments + 1, len(curve)))], -1)
+    vertices = np.stack(
+        [curve[:, 0] * cos, curve[:, 0] * sin, np.broadcast_to(curve[:, 1], (segments + 1, len(curve)))], -1
+    )
     normals = np.stack([normal[:, 0] * cos, normal[:, 0] * sin, np.broadcast_to(normal[:, 1], vertices.shape[:2])], -1)
     arc = np.concatenate([[0.0], np.cumsum(np.linalg.norm(np.diff(curve, axis=0), axis=1))])
     lengths = (float(2 * np.pi * curve[:, 0].max()), float(arc[-1]))
-    return Patch(vertices, normals, np.linspace(0, 1, segments + 1), arc / arc[-1], lengths, surface, two_sided=two_sided)
+    return Patch(
+        vertices, normals, np.linspace(0, 1, segments + 1), arc / arc[-1], lengths, surface, two_sided=two_sided
+    )
 
 
 def cylinder(

@@ -1,4 +1,4 @@
-"""Views of a lit room: colour with 2 x 2 samples a pixel, exact depth and labels at pixel centres."""
+"""Views of a lit room: smooth colour, exact depth and labels at pixel centres."""
 
 from dataclasses import dataclass
 
@@ -60,8 +60,8 @@ def rotate(vectors: np.ndarray, rotation: np.ndarray) -> np.ndarray:
 
 
 def tone_map(radiance: np.ndarray) -> np.ndarray:
-    """Filmic curve from scene to display light, [0, inf) -> [0, 1] (Narkowicz' fit of ACES)."""
-    return np.clip(radiance * (2.51 * radiance + 0.03) / (radiance * (2.43 * radiance + 0.59) + 0.14), 0.0, 1.0)
+    """From scene to display light, [0, inf) -> [0, 1]: Reinhard's curve with white at 4, and a little contrast."""
+    return np.minimum(radiance * (1 + radiance / 16) / (1 + radiance), 1.0) ** np.float32(1.2)
 
 
 def to_srgb(linear: np.ndarray) -> np.ndarray:
@@ -94,12 +94,19 @@ class Renderer:
         # Lamps and panes show their own light; what they reflect would wash it out.
         return albedo * np.where(glow > 0, glow, reflected), patch
 
-    def _shade(self, origin: np.ndarray, directions: np.ndarray) -> np.ndarray:
-        """Exposed radiance [N, 3] along rays from one point."""
+    def _shade(self, origin: np.ndarray, directions: np.ndarray, hits: tuple, spread: float) -> np.ndarray:
+        """Display light [N, 3] along rays from one point.
+
+        Args:
+            origin: [3].
+            directions: [N, 3].
+            hits: what they meet, from :meth:`RayScene.first_hit`.
+            spread: width of a sample at distance 1.
+        """
         scene = self.scene
-        faces, uv, distance = self.rays.first_hit(origin[None], directions)
+        faces, uv, distance = hits
         faces = faces.clip(0)
-        footprint = distance / np.float32(2 * self.camera.focal)
+        footprint = distance * np.float32(spread)
         color, patch = self._outgoing(faces, uv, footprint)
         glossy = np.flatnonzero(scene.gloss[patch] > 0)
         if len(glossy):
@@ -116,9 +123,9 @@ class Renderer:
             seen, _ = self._outgoing(again.clip(0), uv_again, blurred.astype(np.float32))
             fresnel = 0.04 + 0.96 * np.clip(1 + cosine, 0.0, 1.0) ** 5
             color[glossy] += seen * (fresnel * scene.gloss[patch[glossy]][:, None] * (again >= 0)[:, None])
-        return color
+        return tone_map(color)
 
-    def expose(self, poses: np.ndarray, target: float = 0.30) -> None:
+    def expose(self, poses: np.ndarray, target: float = 0.62) -> None:
         """Sets one exposure for the whole room, from a coarse look along all camera poses [V, 4, 4]."""
         self.exposure = 1.0
         coarse = Camera(24, 18, self.camera.focal * 24 / self.camera.width)
@@ -134,15 +141,37 @@ class Renderer:
         """Renders the view from a camera-to-world matrix [4, 4] (OpenGL axes)."""
         camera, scene = self.camera, self.scene
         origin = pose[:3, 3].astype(np.float32)
-        color = np.zeros((camera.height * camera.width, 3), np.float32)
-        for shift in _SAMPLES:
-            directions = rotate(camera.directions(shift), pose[:3, :3]).astype(np.float32)
-            for begin in range(0, len(directions), _CHUNK):
-                part = slice(begin, begin + _CHUNK)
-                color[part] += tone_map(self._shade(origin, directions[part])) / np.float32(len(_SAMPLES))
-        directions = rotate(camera.directions((0.5, 0.5)), pose[:3, :3]).astype(np.float32)
-        faces, _, distance = self.rays.first_hit(origin[None], directions)
+
+        def sample(shift: tuple[float, float], pixels: np.ndarray, spread: float):
+            rays = rotate(camera.directions(shift)[pixels], pose[:3, :3]).astype(np.float32)
+            hits = self.rays.first_hit(origin[None], rays)
+            return self._shade(origin, rays, hits, spread), hits
+
+        total = camera.height * camera.width
+        parts = [np.arange(i, min(i + _CHUNK, total)) for i in range(0, total, _CHUNK)]
+        sampled = [sample((0.5, 0.5), part, 1 / camera.focal) for part in parts]
+        color = np.concatenate([c for c, _ in sampled])
+        faces = np.concatenate([hits[0] for _, hits in sampled])
+        distance = np.concatenate([hits[2] for _, hits in sampled])
+        patch = np.where(faces >= 0, scene.face_patch[faces.clip(0)], -1).reshape(camera.height, camera.width)
+        # Textures are filtered by their mip levels; only the borders of surfaces need more samples.
+        rim = np.flatnonzero(_borders(patch))
+        for begin in range(0, len(rim), _CHUNK):
+            part = rim[begin : begin + _CHUNK]
+            samples = [sample(shift, part, 0.5 / camera.focal)[0] for shift in _SAMPLES]
+            color[part] = sum(samples) / np.float32(len(_SAMPLES))
         label = np.where(faces >= 0, scene.label[scene.face_patch[faces.clip(0)]], VOID).astype(np.uint8)
         shape = (camera.height, camera.width)
         depth = np.where(faces >= 0, distance, 0.0).astype(np.float32)
         return View(to_srgb(color).reshape(*shape, 3), depth.reshape(shape), label.reshape(shape))
+
+
+def _borders(patch: np.ndarray) -> np.ndarray:
+    """Pixels with another patch among their eight neighbours, bool [H, W]."""
+    padded = np.pad(patch, 1, mode="edge")
+    height, width = patch.shape
+    differs = np.zeros(patch.shape, bool)
+    for dy in range(3):
+        for dx in range(3):
+            differs |= padded[dy : dy + height, dx : dx + width] != patch
+    return differs

@@ -192,7 +192,7 @@ def _window(materials: Materials, opening: Opening, wall_surface: Surface) -> li
         quad((-a0, 0, low), (0, -REVEAL, 0), (0, 0, tall), wall_surface),
         quad((-a1, -REVEAL, low), (0, REVEAL, 0), (0, 0, tall), wall_surface),
     ]
-    view = materials.picture(pictures.outdoors(materials.rng), glow=1.0)
+    view = materials.picture(pictures.outdoors(materials.rng), glow=2.0)
     pane = [quad((-a0, -REVEAL + 0.03, low), (-wide, 0, 0), (0, 0, tall), view)]
     y0, y1, bar = -REVEAL + 0.05, -REVEAL + 0.1, 0.06
     frame = box((-a1, y0, low), (-a0, y1, low + bar), white) + box((-a1, y0, high - bar), (-a0, y1, high), white)

@@ -7,7 +7,18 @@ from fit3d_ns.rooms.materials import Materials
 from fit3d_ns.rooms.objects import vase
 from fit3d_ns.rooms.primitives import Patch, box, labelled, moved, rod, rounded_box, sphere, tilted
 
-BOOK_COLORS = ("#7c2f2a", "#2e4a62", "#c9a14a", "#3f5b43", "#d8cdb8", "#5b3f5e", "#a8563a", "#23313b", "#8b8f8a", "#b8a99a")
+BOOK_COLORS = (
+    "#7c2f2a",
+    "#2e4a62",
+    "#c9a14a",
+    "#3f5b43",
+    "#d8cdb8",
+    "#5b3f5e",
+    "#a8563a",
+    "#23313b",
+    "#8b8f8a",
+    "#b8a99a",
+)
 
 
 def wardrobe(materials: Materials, doors: int) -> Piece:
@@ -50,7 +61,11 @@ def cabinet(materials: Materials, width: float, height: float, depth: float = 0.
         for j in range(drawers):
             z0, z1 = foot + j * step + 0.004, foot + (j + 1) * step - 0.004
             patches += rounded_box((x0, depth - 0.024, z0), (x1, depth - 0.004, z1), 0.004, front)
-            x, z = ((x0 + x1) / 2, (z0 + z1) / 2) if drawers > 1 else (x1 - 0.05 if i % 2 == 0 else x0 + 0.05, (z0 + z1) / 2)
+            x, z = (
+                ((x0 + x1) / 2, (z0 + z1) / 2)
+                if drawers > 1
+                else (x1 - 0.05 if i % 2 == 0 else x0 + 0.05, (z0 + z1) / 2)
+            )
             patches += sphere((x, depth + 0.008, z), 0.014, knob, 10)
     top = Top((-width / 2 + 0.06, width / 2 - 0.06), (0.06, depth - 0.06), height)
     return Piece(labelled(patches, "cabinet"), width, depth + 0.02, height, [top])
@@ -85,7 +100,9 @@ def book_pile(materials: Materials, count: int) -> list[Patch]:
         w, d, h = rng.uniform(0.15, 0.2), rng.uniform(0.21, 0.27), rng.uniform(0.018, 0.04)
         cover = materials.lacquer.tinted(str(rng.choice(BOOK_COLORS)))
         volume = box((-w / 2, -d / 2, z), (w / 2, d / 2, z + h), cover)
-        volume += box((-w / 2 + 0.004, -d / 2 + 0.006, z + 0.003), (w / 2 + 0.002, d / 2 - 0.006, z + h - 0.003), materials.paper)
+        volume += box(
+            (-w / 2 + 0.004, -d / 2 + 0.006, z + 0.003), (w / 2 + 0.002, d / 2 - 0.006, z + h - 0.003), materials.paper
+        )
         patches += moved(volume, (0, 0, 0), rng.uniform(-0.3, 0.3))
         z += h
     return labelled(patches, "book")

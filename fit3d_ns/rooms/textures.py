@@ -14,7 +14,9 @@ def linear(color: str) -> np.ndarray:
     return np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
 
 
-def spectral_noise(rng: np.random.Generator, n: int, slope: float, stretch: tuple[float, float] = (1.0, 1.0)) -> np.ndarray:
+def spectral_noise(
+    rng: np.random.Generator, n: int, slope: float, stretch: tuple[float, float] = (1.0, 1.0)
+) -> np.ndarray:
     """Tileable Gaussian noise [n, n] with zero mean and unit deviation.
 
     Args:
@@ -49,7 +51,7 @@ def _mix(a: np.ndarray, b: np.ndarray, weight: np.ndarray) -> np.ndarray:
 
 def plaster(rng: np.random.Generator, color: str, contrast: float = 0.035, n: int = 512) -> np.ndarray:
     """Painted wall: faint roller grain and patches."""
-    brightness = 1 + contrast * (0.6 * spectral_noise(rng, n, 0.7) + 0.7 * spectral_noise(rng, n, 1.7))
+    brightness = 1 + contrast * (0.6 * spectral_noise(rng, n, 0.5) + 0.35 * spectral_noise(rng, n, 1.5))
     return _shaded(linear(color), brightness)
 
 
@@ -116,7 +118,7 @@ def planks(rng: np.random.Generator, color: str, rows: int = 10, n: int = 1024) 
     column = np.floor(np.mod(s + start, 1) * 2).astype(int)
     board = row * 2 + column
     tone = 1 + 0.13 * rng.standard_normal(rows * 2)[board]
-    hue = 1 + 0.05 * rng.standard_normal((rows * 2, 3))[board]
+    hue = 1 + 0.02 * rng.standard_normal((rows * 2, 3))[board]
     grain = spectral_noise(rng, n, 0.9, (1.0, 22.0)) * 0.075 + spectral_noise(rng, n, 1.8, (1.0, 8.0)) * 0.05
     # Each board shows another piece of the tree.
     shift = rng.integers(0, n, rows * 2)[board]
@@ -144,7 +146,9 @@ def parquet(rng: np.random.Generator, color: str, blocks: int = 6, n: int = 1024
     return _shaded(linear(color), (tone + fibre) * np.clip(edge * n / 2.0, 0.35, 1.0))
 
 
-def tiles(rng: np.random.Generator, color: str, accent: str, count: int = 4, checker: bool = False, n: int = 512) -> np.ndarray:
+def tiles(
+    rng: np.random.Generator, color: str, accent: str, count: int = 4, checker: bool = False, n: int = 512
+) -> np.ndarray:
     """Square tiles with grout; all of one colour or a chequerboard."""
     s, t = _grid(n)
     i, j = np.floor(s * count).astype(int), np.floor(t * count).astype(int)
@@ -152,7 +156,9 @@ def tiles(rng: np.random.Generator, color: str, accent: str, count: int = 4, che
     vein = np.abs(spectral_noise(rng, n, 1.6))
     face = _mix(linear(color), linear(accent), ((i + j) % 2) * 1.0 if checker else np.zeros((n, n)))
     face = face * (tone * (1 + 0.04 * spectral_noise(rng, n, 1.2) - 0.12 * (vein < 0.06)))[..., None]
-    edge = np.minimum.reduce([np.mod(s * count, 1), 1 - np.mod(s * count, 1), np.mod(t * count, 1), 1 - np.mod(t * count, 1)])
+    edge = np.minimum.reduce(
+        [np.mod(s * count, 1), 1 - np.mod(s * count, 1), np.mod(t * count, 1), 1 - np.mod(t * count, 1)]
+    )
     grout = linear("#8f8a82")
     return _mix(grout, face, (edge - 0.012) / 0.01).clip(0, 1).astype(np.float32)
 
@@ -186,7 +192,9 @@ def carpet(rng: np.random.Generator, color: str, n: int = 512) -> np.ndarray:
     return _shaded(linear(color), brightness)
 
 
-def mottled(rng: np.random.Generator, color: str, contrast: float = 0.05, slope: float = 1.4, n: int = 256) -> np.ndarray:
+def mottled(
+    rng: np.random.Generator, color: str, contrast: float = 0.05, slope: float = 1.4, n: int = 256
+) -> np.ndarray:
     """Anything nearly plain: lacquer, ceramic, leather, paper, earth."""
     return _shaded(linear(color), 1 + contrast * spectral_noise(rng, n, slope))
 

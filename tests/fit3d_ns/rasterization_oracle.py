@@ -133,6 +133,15 @@ def _blend(delta: Tensor, conics: Tensor, opacity: Tensor, color: Tensor) -> tup
     return weight.mT @ color, weight.sum(0)[:, None]
 
 
+def one_radius(info: dict[str, Any]) -> Tensor:
+    """The radii [V, N] of a renderer's info, which has them as [V, N, 2] with gsplat 1.5 and later."""
+    radii = info["radii"]
+    if radii.dim() == 2:
+        return radii
+    assert torch.equal(radii[..., 0], radii[..., 1])
+    return radii[..., 0]
+
+
 def random_scene(
     number: int,
     views: int,

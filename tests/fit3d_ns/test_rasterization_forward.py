@@ -1,11 +1,15 @@
 """The CPU backend's images against the plain-torch formulation."""
 
+import importlib.metadata
+from typing import Any
+
 import pytest
 import torch
-from rasterization_oracle import oracle_rasterize, random_scene
+from rasterization_oracle import one_radius, oracle_rasterize, random_scene
 
 from fit3d_ns.rasterization import rasterize
 
+GSPLAT_VERSION = tuple(map(int, importlib.metadata.version("gsplat").split(".")[:2]))
 WIDTH, HEIGHT = 53, 37  # no multiples of a tile
 
 
@@ -18,7 +22,7 @@ def check(scene, colors, **options):
     wanted_render, wanted_alpha, wanted_info = oracle_rasterize(**scene, colors=colors, **options)
     torch.testing.assert_close(render, wanted_render, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(alpha, wanted_alpha, rtol=1e-10, atol=1e-10)
-    assert torch.equal(info["radii"], wanted_info["radii"])
+    assert torch.equal(one_radius(info), wanted_info["radii"])
     return render, alpha, info
 
 
@@ -28,7 +32,7 @@ def test_matches_oracle(channels, rasterize_mode):
     scene = random_scene(400, 2, WIDTH, HEIGHT)
     _, alpha, info = check(scene, colors_of(400, channels), rasterize_mode=rasterize_mode)
     assert alpha.max() > 0.9995  # some pixels were closed
-    assert 0 < (info["radii"] > 0).sum() < 2 * 400  # some Gaussians were culled
+    assert 0 < (one_radius(info) > 0).sum() < 2 * 400  # some Gaussians were culled
 
 
 def test_antialiasing_changes_small_gaussians():
@@ -61,7 +65,7 @@ def test_options(options):
 def test_near_and_far_plane():
     scene = random_scene(200, 1, WIDTH, HEIGHT)
     _, _, info = check(scene, colors_of(200, 3), near_plane=4.0, far_plane=6.0)
-    seen = scene["means"][info["radii"][0] > 0, 2]
+    seen = scene["means"][one_radius(info)[0] > 0, 2]
     assert len(seen) > 10 and seen.min() >= 4.0 and seen.max() <= 6.0
 
 
@@ -81,16 +85,18 @@ def test_spherical_harmonics_match_gsplat(degree):
     assert torch.equal(per_view, render)
 
 
+@pytest.mark.skipif(GSPLAT_VERSION >= (1, 5), reason="gsplat 1.5 bounds Gaussians in another way")
 def test_projection_matches_gsplat():
     from gsplat.cuda._torch_impl import _fully_fused_projection, _quat_scale_to_covar_preci
 
     scene = random_scene(500, 2, WIDTH, HEIGHT)
     covariances, _ = _quat_scale_to_covar_preci(scene["quats"], scene["scales"], True, False)
+    assert covariances is not None
     radii, means2d, depths, conics, compensations = _fully_fused_projection(
         scene["means"], covariances, scene["viewmats"], scene["Ks"], WIDTH, HEIGHT, calc_compensations=True
     )
     _, _, info = rasterize(**scene, colors=colors_of(500, 1), rasterize_mode="antialiased")
-    assert torch.equal(info["radii"], radii)
+    assert torch.equal(one_radius(info), radii)
     seen = radii > 0
     opacities = scene["opacities"] * compensations
     for ours, theirs in [("means2d", means2d), ("depths", depths), ("conics", conics), ("opacities", opacities)]:
@@ -116,7 +122,7 @@ def test_nothing_visible():
     background = colors_of(2, 3)
     render, alpha, info = rasterize(**scene, colors=colors_of(30, 3).requires_grad_(), backgrounds=background)
     assert torch.equal(render, background[:, None, None].expand_as(render))
-    assert not alpha.any() and not info["radii"].any() and len(info["flatten_ids"]) == 0
+    assert not alpha.any() and not one_radius(info).any() and len(info["flatten_ids"]) == 0
     render.sum().backward()
 
 
@@ -136,19 +142,21 @@ def test_non_finite_gaussians_do_not_spread():
     colors = colors_of(100, 3)
     keep = torch.ones(100, dtype=torch.bool)
     keep[[3, 40, 77]] = False
-    good = {name: value[keep] if torch.is_tensor(value) and len(value) == 100 else value for name, value in scene.items()}
+    good: dict[str, Any] = dict(scene)
+    for name in ("means", "quats", "scales", "opacities"):
+        good[name] = scene[name][keep]
     wanted, _, _ = rasterize(**good, colors=colors[keep])
     scene["means"][3], scene["scales"][40], scene["quats"][77] = torch.nan, torch.nan, torch.nan
     render, _, info = rasterize(**scene, colors=colors)
     assert torch.equal(render, wanted)
-    assert not info["radii"][0, ~keep].any()
+    assert not one_radius(info)[0, ~keep].any()
 
 
 def test_float32_stays_close_to_float64():
     scene = random_scene(2000, 1, 96, 80, size=0.04)
     colors = colors_of(2000, 8)
     exact, exact_alpha, _ = rasterize(**scene, colors=colors)
-    single = {name: value.float() if torch.is_tensor(value) else value for name, value in scene.items()}
+    single: dict[str, Any] = {name: value.float() if torch.is_tensor(value) else value for name, value in scene.items()}
     render, alpha, _ = rasterize(**single, colors=colors.float())
     assert render.dtype == alpha.dtype == torch.float32
     # A Gaussian on the edge of the cut-off at 1/255 may fall to either side, so the median and the norm are judged.
