@@ -75,7 +75,7 @@ fit3d_splat = MethodSpecification(
                     lr_final=1e-4, max_steps=30000, warmup_steps=1000, lr_pre_warmup=0
                 ),
             },
-            "fit3d_features": {"optimizer": FusedAdamOptimizerConfig(lr=2.5e-3, eps=1e-15), "scheduler": None},
+            "fit3d_features": {"optimizer": FusedAdamOptimizerConfig(lr=1e-2, eps=1e-15), "scheduler": None},
             "fit3d_decoder": {"optimizer": FusedAdamOptimizerConfig(lr=1e-3, eps=1e-15), "scheduler": None},
         },
         viewer=ViewerConfig(num_rays_per_chunk=1 << 15),

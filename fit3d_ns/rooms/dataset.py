@@ -4,7 +4,7 @@
 OUT/rooms.json                       format, version, settings, classes, finished rooms
 OUT/room_000/transforms.json         cameras; metres, z up, OpenGL axes
              images/frame_00001.png      colour, 8-bit sRGB
-             depths/frame_00001.png      distance along the optical axis (z-depth, not along the ray), uint16 millimetres
+             depths/frame_00001.png      z-depth (along the optical axis, not the ray), uint16 millimetres
              semantics/frame_00001.png   class ids, uint8; 255 is void
              sparse_pc.ply               seed points with colour
              classes.json                id, name and colour of every class: the same in all rooms
@@ -136,7 +136,7 @@ def is_finished(out: Path, index: int, settings: RoomSettings) -> bool:
 
 
 def seed_points(room: RenderedRoom, rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Draws coloured points on visible surfaces, more of them where the picture changes, as structure from motion would.
+    """Draws coloured points on visible surfaces, more where the picture changes, as structure from motion would.
 
     Returns:
         Positions float32 [P, 3] in metres and colours uint8 [P, 3].

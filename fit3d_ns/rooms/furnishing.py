@@ -4,7 +4,7 @@ import numpy as np
 
 from fit3d_ns.rooms import objects
 from fit3d_ns.rooms.furniture import Piece, bed, chair, desk, office_chair, round_table, sofa, table
-from fit3d_ns.rooms.layout import Layout, Placement
+from fit3d_ns.rooms.layout import Layout, Placement, overlap
 from fit3d_ns.rooms.materials import Materials
 from fit3d_ns.rooms.objects import Bulb
 from fit3d_ns.rooms.primitives import moved
@@ -96,7 +96,7 @@ def _small_things(layout: Layout, count: int) -> list[tuple[list, float]]:
         elif kind == 1:
             things.append((objects.bowl(materials), 0.16))
         elif kind == 2:
-            things.append((objects.plant(materials, rng.uniform(0.3, 0.42)), 0.17))
+            things.append((objects.plant(materials, rng.uniform(0.3, 0.42), 0.19), 0.17))
         elif kind == 3:
             things.append((objects.basket_box(materials, 0.24, 0.18, 0.13), 0.16))
         else:
@@ -115,7 +115,8 @@ def _lay_rug(layout: Layout, anchor: Placement, width: float, depth: float, y: f
         w, d = width * scale, depth * scale
         x0, y0 = anchor.world(0.0, y)
         rectangle = layout.footprint((x0, y0), anchor.angle, (-w / 2, -d / 2), (w / 2, d / 2))
-        if layout.inside(rectangle, 0.1):
+        if layout.inside(rectangle, 0.1) and not any(overlap(rectangle, other) for other in layout.rugs):
+            layout.rugs.append(rectangle)
             layout.patches += moved(objects.rug(layout.materials, w, d), (x0, y0, 0.0), anchor.angle)
             return
 
@@ -165,8 +166,10 @@ def _working(layout: Layout) -> None:
     x, y = place.world(rng.uniform(-0.25, 0.0), place.piece.depth + 0.52)
     angle = place.angle + np.pi + rng.uniform(-0.5, 0.5)
     half = 0.34
-    layout.patches += moved(moved(seat.patches, (0, -0.3, 0)), (x, y, 0.0), angle)
-    layout.solids.append((x - half, y - half, x + half, y + half))
+    solid = (x - half, y - half, x + half, y + half)
+    if layout.inside(solid) and not any(overlap(solid, other) for other in layout.solids):
+        layout.patches += moved(moved(seat.patches, (0, -0.3, 0)), (x, y, 0.0), angle)
+        layout.solids.append(solid)
     screen = objects.television(materials, 0.55, stand=True)
     layout.patches += moved(screen, (*place.world(-0.15, 0.12), 0.74), place.angle)
     patches, bulb = objects.table_lamp(materials)
@@ -221,8 +224,8 @@ def _finishing(layout: Layout) -> None:
     where = layout.in_a_corner(patches, 0.24)
     if where is not None:
         layout.bulbs.append(Bulb((where[0], where[1], bulb.centre[2]), bulb.radius, bulb.power))
-    for height in (rng.uniform(1.2, 1.7), rng.uniform(0.6, 1.0)):
-        layout.in_a_corner(objects.plant(materials, height), 0.3 if height > 1.1 else 0.24)
+    for height, reach in ((rng.uniform(1.2, 1.7), 0.34), (rng.uniform(0.6, 1.0), 0.27)):
+        layout.in_a_corner(objects.plant(materials, height, reach), reach)
     stack = objects.cardboard_box(materials, 0.42, 0.34, 0.3)
     if rng.random() < 0.6:
         upper = objects.cardboard_box(materials, 0.32, 0.28, 0.22)

@@ -145,7 +145,8 @@ def chair(materials: Materials, style: int) -> Piece:
                 patches += rod(
                     (x * 0.13, y, seat - 0.02), (x * (width / 2 - 0.02), foot, 0), 0.014, materials.pale_wood, 0.01
                 )
-    return Piece(labelled(patches, "chair"), width, depth, 0.92)
+    # The back leans out behind; the frame starts where it ends.
+    return Piece(labelled(moved(patches, (0, 0.05, 0)), "chair"), width, depth + 0.05, 0.92)
 
 
 def office_chair(materials: Materials) -> Piece:

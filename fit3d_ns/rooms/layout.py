@@ -47,6 +47,7 @@ class Layout:
         solids: footprints that nothing else may enter, cameras included.
         kept_free: footprints that furniture leaves open: before doors, wardrobes, sofas.
         placements: larger pieces by name.
+        rugs: footprints of what lies on the floor; they may lie under furniture, but not under each other.
     """
 
     room: Room
@@ -56,6 +57,7 @@ class Layout:
     solids: list[Rectangle] = field(default_factory=list)
     kept_free: list[Rectangle] = field(default_factory=list)
     placements: dict[str, Placement] = field(default_factory=dict)
+    rugs: list[Rectangle] = field(default_factory=list)
 
     @property
     def rng(self) -> np.random.Generator:
@@ -164,7 +166,7 @@ class Layout:
     def before(
         self, name: str, anchor: Placement, piece: Piece, distance: float, facing: bool = False
     ) -> Placement | None:
-        """Puts a piece ``distance`` before another one, turned like it or, if ``facing``, towards it; None if blocked."""
+        """Puts a piece ``distance`` before another, turned like it or (``facing``) towards it; None if blocked."""
         y = anchor.piece.depth + distance
         angle = anchor.angle + (np.pi if facing else 0.0)
         x, y = anchor.world(0.0, y + (piece.depth if facing else 0.0))

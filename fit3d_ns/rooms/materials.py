@@ -1,4 +1,4 @@
-"""What surfaces are made of: textures with mip levels, and the wardrobe of materials that one room is furnished with."""
+"""What surfaces are made of: textures with mip levels, and the materials that one room is furnished with."""
 
 from dataclasses import dataclass, field, replace
 

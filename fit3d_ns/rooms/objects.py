@@ -3,7 +3,7 @@
 Things that stand have their foot on z = 0 around x = y = 0. Things that hang have their back at y = 0 and face +y.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -13,9 +13,9 @@ from fit3d_ns.rooms.primitives import (
     Patch,
     box,
     cylinder,
+    grid_normals,
     labelled,
     lathe,
-    moved,
     quad,
     rod,
     rounded_box,
@@ -119,8 +119,17 @@ def _leaf(root: np.ndarray, azimuth: float, length: float, width: float, rise: f
     return sheet(grid, surface, (width, length))
 
 
-def plant(materials: Materials, height: float) -> list[Patch]:
-    """A pot plant: arching leaves, upright blades, or a small tree."""
+def _within(leaf: Patch, reach: float) -> Patch:
+    """Draws a leaf towards the stem so far that it stays within ``reach`` of it."""
+    extent = float(np.hypot(leaf.vertices[..., 0], leaf.vertices[..., 1]).max())
+    if extent <= reach:
+        return leaf
+    vertices = leaf.vertices * np.array([reach / extent, reach / extent, 1.0])
+    return replace(leaf, vertices=vertices, normals=grid_normals(vertices))
+
+
+def plant(materials: Materials, height: float, reach: float) -> list[Patch]:
+    """A pot plant, ``reach`` wide around its stem: arching leaves, upright blades, or a small tree."""
     rng, patches = materials.rng, []
     pot_height = min(0.32, 0.3 * height + 0.03)
     radius = pot_height * 0.52
@@ -166,7 +175,7 @@ def plant(materials: Materials, height: float) -> list[Patch]:
             patches.append(
                 _leaf(root, azimuth + rng.normal(0, 0.5), rng.uniform(0.14, 0.22), 0.08, tilt * 0.6 + 0.5, green)
             )
-    return labelled(patches, "plant")
+    return labelled([_within(patch, reach) if patch.two_sided else patch for patch in patches], "plant")
 
 
 def picture(materials: Materials, width: float, height: float) -> list[Patch]:

@@ -1,4 +1,4 @@
-"""Pictures that are stretched over one surface instead of tiled: paintings, rugs, book backs, screens, the view outside.
+"""Pictures that are stretched over one surface: paintings, rugs, book backs, screens, the view outside.
 
 Linear RGB, float32 [n, n, 3], row 0 at the bottom.
 """

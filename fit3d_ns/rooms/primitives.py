@@ -12,6 +12,9 @@ import numpy as np
 from fit3d_ns.rooms.classes import CLASS_IDS
 from fit3d_ns.rooms.materials import Surface
 
+Vector = Sequence[float] | np.ndarray
+"""Three numbers."""
+
 
 @dataclass(frozen=True)
 class Patch:
@@ -45,13 +48,13 @@ def labelled(patches: Sequence[Patch], name: str) -> list[Patch]:
     return [replace(patch, label=CLASS_IDS[name]) for patch in patches]
 
 
-def moved(patches: Sequence[Patch], offset: Sequence[float], angle: float = 0.0) -> list[Patch]:
+def moved(patches: Sequence[Patch], offset: Vector, angle: float = 0.0) -> list[Patch]:
     """Returns the patches turned by ``angle`` (radians, about z, counter-clockwise) and then shifted by ``offset``."""
     c, s = np.cos(angle), np.sin(angle)
     return transformed(patches, np.array([[c, -s, 0.0], [s, c, 0.0], [0.0, 0.0, 1.0]]), offset)
 
 
-def transformed(patches: Sequence[Patch], rotation: np.ndarray, offset: Sequence[float]) -> list[Patch]:
+def transformed(patches: Sequence[Patch], rotation: np.ndarray, offset: Vector) -> list[Patch]:
     """Returns the patches rotated by ``rotation`` [3, 3] and then shifted by ``offset`` [3]."""
 
     def turn(vectors: np.ndarray) -> np.ndarray:
@@ -62,7 +65,7 @@ def transformed(patches: Sequence[Patch], rotation: np.ndarray, offset: Sequence
     return [replace(p, vertices=turn(p.vertices) + shift, normals=turn(p.normals)) for p in patches]
 
 
-def tilted(patches: Sequence[Patch], pivot: Sequence[float], angle: float, axis: str = "x") -> list[Patch]:
+def tilted(patches: Sequence[Patch], pivot: Vector, angle: float, axis: str = "x") -> list[Patch]:
     """Returns the patches turned by ``angle`` (radians) about the ``axis`` ("x" or "y") through ``pivot``."""
     c, s = np.cos(angle), np.sin(angle)
     rotation = {
@@ -74,9 +77,9 @@ def tilted(patches: Sequence[Patch], pivot: Sequence[float], angle: float, axis:
 
 
 def quad(
-    origin: Sequence[float],
-    edge_s: Sequence[float],
-    edge_t: Sequence[float],
+    origin: Vector,
+    edge_s: Vector,
+    edge_t: Vector,
     surface: Surface,
     texture_origin: tuple[float, float] = (0.0, 0.0),
 ) -> Patch:
@@ -101,7 +104,7 @@ _FACES = (
 )
 
 
-def box(low: Sequence[float], high: Sequence[float], surface: Surface) -> list[Patch]:
+def box(low: Vector, high: Vector, surface: Surface) -> list[Patch]:
     """A box with sharp edges between two corners."""
     lo, hi = np.asarray(low, dtype=float), np.asarray(high, dtype=float)
     patches = []
@@ -124,7 +127,7 @@ def grid_normals(vertices: np.ndarray) -> np.ndarray:
 
 
 def rounded_box(
-    low: Sequence[float], high: Sequence[float], radius: float, surface: Surface, bulge: float = 0.0, inner: int = 1
+    low: Vector, high: Vector, radius: float, surface: Surface, bulge: float = 0.0, inner: int = 1
 ) -> list[Patch]:
     """A box with round edges, and with ``bulge`` > 0 swollen like a cushion.
 
@@ -203,14 +206,14 @@ def cylinder(
     return patches
 
 
-def sphere(centre: Sequence[float], radius: float, surface: Surface, segments: int = 16) -> list[Patch]:
+def sphere(centre: Vector, radius: float, surface: Surface, segments: int = 16) -> list[Patch]:
     """A sphere."""
     angle = np.linspace(-np.pi / 2, np.pi / 2, segments // 2 + 1)
     profile = list(zip(radius * np.cos(angle), radius * np.sin(angle)))
     return moved([lathe(profile, surface, segments)], centre)
 
 
-def rod(start: Sequence[float], end: Sequence[float], radius: float, surface: Surface, end_radius: float | None = None):
+def rod(start: Vector, end: Vector, radius: float, surface: Surface, end_radius: float | None = None):
     """A closed round bar between two points, thinner or thicker at its end if asked."""
     a, b = np.asarray(start, dtype=float), np.asarray(end, dtype=float)
     length = float(np.linalg.norm(b - a))

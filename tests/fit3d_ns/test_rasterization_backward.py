@@ -55,6 +55,19 @@ def test_gradients_match_oracle(channels, options):
             torch.testing.assert_close(gradients[0][name], wanted, rtol=1e-7, atol=1e-8, msg=lambda m: f"{name}: {m}")
 
 
+def test_no_gradient_through_the_bound_on_alpha():
+    gradients = []
+    for function in (rasterize, oracle_rasterize):
+        scene, leaves = differentiable(random_scene(12, 1, WIDTH, HEIGHT), GEOMETRY)
+        with torch.no_grad():
+            leaves["scales"][:] = 20.0  # so wide that alpha is at its bound in most pixels
+            leaves["opacities"][::2] = 1.0
+        render, alpha, _ = function(**scene, colors=random(12, 3))
+        random_loss(render, alpha).backward()
+        gradients.append(leaves["opacities"].grad)
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-10)
+
+
 def test_colors_of_each_view_get_their_own_gradient():
     gradients = []
     for function in (rasterize, oracle_rasterize):
