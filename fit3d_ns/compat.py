@@ -157,8 +157,8 @@ def clamp_refinement_pause(strategy: Any) -> bool:
     """Keeps scenes of thousands of images densifying.
 
     Splatfacto pauses refinement after each opacity reset for as many steps as there are images, so from about 2,900
-    images on the pause never ends (https://github.com/nerfstudio-project/nerfstudio/issues/2927). At least ten
-    refinements per reset are kept.
+    images on the pause never ends (https://github.com/nerfstudio-project/nerfstudio/issues/2927). At least a third of
+    the steps between two resets is kept for refinement.
 
     Args:
         strategy: gsplat's strategy, changed in place.
@@ -166,12 +166,10 @@ def clamp_refinement_pause(strategy: Any) -> bool:
     Returns:
         Whether the pause had to be shortened.
     """
-    pause, reset, every = (
-        getattr(strategy, name, None) for name in ("pause_refine_after_reset", "reset_every", "refine_every")
-    )
-    if pause is None or reset is None or every is None:
+    pause, reset = getattr(strategy, "pause_refine_after_reset", None), getattr(strategy, "reset_every", None)
+    if pause is None or reset is None:
         return False  # MCMC neither resets nor pauses
-    longest = max(reset - 10 * every, 0)
+    longest = reset * 2 // 3
     if pause <= longest:
         return False
     strategy.pause_refine_after_reset = longest

@@ -16,7 +16,7 @@ from fit3d_ns.command_line import run_command
 from fit3d_ns.files import atomic_write_json
 from fit3d_ns.pca import ColorBasis
 from fit3d_ns.report import Report
-from fit3d_ns.rooms import make_rooms
+from fit3d_ns.rooms.cli import RoomsConfig, make_rooms
 
 CONSOLE = Console()
 
@@ -52,7 +52,7 @@ def run_demo(demo: Demo) -> None:
     steps = demo.steps or (7000 if cuda else 1000)
     backbone = demo.backbone or _choose_backbone()
     start = time.perf_counter()
-    room = make_rooms(demo.output_dir / "rooms", scenes=1, views=demo.views, seed=demo.seed)[0]
+    room = make_rooms(RoomsConfig(out=demo.output_dir / "rooms", scenes=1, views=demo.views, seed=demo.seed))[0]
     CONSOLE.print(f"Training {steps} steps on {'the GPU' if cuda else 'the CPU'}, teacher {backbone}.")
     trainer = _set_up(demo, room, backbone, steps, cuda)
     curves = _train(trainer, steps)

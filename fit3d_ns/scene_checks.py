@@ -29,6 +29,11 @@ def explain_unreadable_scene(data: Optional[Path]) -> Iterator[None]:
     except UserError:
         raise
     except (AssertionError, KeyError, IndexError, OSError, TypeError, ValueError, RuntimeError) as error:
+        if "No data found in dataset" in str(error):  # nerfstudio's assertion that the training split has views
+            raise UserError(
+                f"All views of the scene {data} are held out for evaluation: leave some for training (--eval-mode, or "
+                "the train_filenames of transforms.json)."
+            ) from error
         frames = _frames(Path(data))
         if frames is not None:
             _check_frames(Path(data), frames)
@@ -40,17 +45,15 @@ def explain_unreadable_scene(data: Optional[Path]) -> Iterator[None]:
 
 
 def check_split(train: InputDataset, evaluation: InputDataset) -> None:
-    """Checks that there is something to train on.
+    """Checks that there are views to compare.
 
     Args:
         train: Training views.
         evaluation: Held-out views.
 
     Raises:
-        UserError: If all views are held out, or there is only one.
+        UserError: If there is only one view.
     """
-    if len(train) == 0:
-        raise UserError("All views are held out for evaluation: leave some for training (see --eval-mode).")
     if len(train) + len(evaluation) < 2:
         raise UserError(f"The scene has only one view ({train.image_filenames[0]}): lifting needs at least two.")
 

@@ -99,7 +99,9 @@ def make_rooms(config: RoomsConfig) -> list[Path]:
                 write_room(config.out, index, settings, room)
                 bar.update(task, completed=float(done + 1))
     except OSError as error:
-        raise UserError(f"The rooms cannot be written to {error.filename or config.out}: {error.strerror}.") from error
+        raise UserError(
+            f"The rooms cannot be written to {error.filename or config.out}: {error.strerror or error}."
+        ) from error
     return [config.out / room_name(index) for index in indices]
 
 

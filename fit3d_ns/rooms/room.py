@@ -6,6 +6,7 @@ from typing import Callable
 
 import numpy as np
 
+from fit3d_ns.errors import UserError
 from fit3d_ns.rooms.camera_path import walk
 from fit3d_ns.rooms.furnishing import EXPECTED, ROOM_KINDS, furnish
 from fit3d_ns.rooms.geometry import PackedScene, RayScene
@@ -46,7 +47,7 @@ def plan_room(
         The layout, its surfaces, camera poses [V, 4, 4], and the generator that goes on with the light.
 
     Raises:
-        RuntimeError: if no attempt leaves a place to walk.
+        UserError: if no attempt leaves a place to walk.
     """
     rng = np.random.default_rng(np.random.SeedSequence([seed, index]))
     materials = Materials(rng, PALETTES[rng.integers(len(PALETTES))])
@@ -63,7 +64,7 @@ def plan_room(
         poses = walk(layout, RayScene(scene), camera, views, rng)
         if poses is not None:
             return layout, scene, poses, rng
-    raise RuntimeError(f"Room {index} of seed {seed} has no place to walk after {_ATTEMPTS} attempts.")
+    raise UserError(f"Room {index} of --seed {seed} leaves no place to walk: choose another seed.")
 
 
 def render_room(

@@ -30,7 +30,7 @@ def teacher_weights(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def scene(tmp_path) -> Path:
-    """A copy of the tiny room: twelve views of 96 x 72 pixels with seed points."""
+    """A copy of the tiny room: 16 views of 96 x 72 pixels with seed points."""
     return Path(shutil.copytree(TINY_ROOM, tmp_path / "scene"))
 
 
@@ -55,7 +55,7 @@ def make_config(tmp_path, teacher_weights):
         if method == "fit3d-splat":
             config.pipeline.datamanager.backbone = TINY_TEACHER
             config.pipeline.datamanager.backbone_weights = teacher_weights
-        fields = {"num_downscales": 0, "warmup_length": 5, "refine_every": 5, "reset_alpha_every": 4, "feature_dim": 8}
+        fields = {"num_downscales": 0, "warmup_length": 5, "refine_every": 5, "reset_alpha_every": 8, "feature_dim": 8}
         if method != "fit3d-splat":
             del fields["feature_dim"]
         for name, value in {**fields, **model_fields}.items():

@@ -139,16 +139,12 @@ def test_several_gpus_for_one_scene(scene, make_config):
         config.pipeline.setup(device="cpu", world_size=2)
 
 
-def test_old_timm_and_broken_gsplat(monkeypatch):
+def test_gsplat_with_the_opacity_bug(monkeypatch):
     from fit3d_ns import compat
-    from fit3d_ns.backbones import architecture
 
     monkeypatch.setattr(compat, "version", lambda name: "1.5.3")
     with pytest.raises(UserError, match="gsplat==1.4.0"):
         compat.check_gsplat()
-    monkeypatch.setattr(architecture, "version", lambda name: "0.6.7")
-    with pytest.raises(UserError, match="timm"):
-        architecture.check_timm()
 
 
 def test_checkpoint_that_is_missing_or_torn(tmp_path):

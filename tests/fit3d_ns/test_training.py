@@ -65,15 +65,15 @@ class PlainSplatfacto(SplatfactoModel):
 
 def test_geometry_is_splatfactos_bit_for_bit(scene, make_config, make_trainer):
     """Same seed, with and without features, through clone, split, prune and opacity reset."""
-    steps = 42
-    ours = make_trainer(make_config(scene, steps=steps, densify_grad_thresh=1e-5))
+    steps = 62
+    ours = make_trainer(make_config(scene, steps=steps, densify_grad_thresh=2e-4))
     start = ours.pipeline.model.num_points
     counts = []
     ours.pipeline.model.strategy.verbose = False
     ours.train()
     counts.append(ours.pipeline.model.num_points)
 
-    config = make_config(scene, method="splatfacto", steps=steps, densify_grad_thresh=1e-5)
+    config = make_config(scene, method="splatfacto", steps=steps, densify_grad_thresh=2e-4)
     config.pipeline = VanillaPipelineConfig(
         datamanager=FullImageDatamanagerConfig(
             data=scene,
@@ -95,7 +95,7 @@ def test_geometry_is_splatfactos_bit_for_bit(scene, make_config, make_trainer):
 
 def test_feature_rows_stay_with_their_gaussians(scene, make_config, make_trainer):
     """Rows are tagged with a number, in the features and in the colour; both are kept from training."""
-    config = make_config(scene, steps=42, densify_grad_thresh=1e-5)
+    config = make_config(scene, steps=62, densify_grad_thresh=2e-4)
     for name in ("fit3d_features", "features_dc"):
         config.optimizers[name]["optimizer"].lr = 0.0
     trainer = make_trainer(config)
@@ -112,13 +112,13 @@ def test_feature_rows_stay_with_their_gaussians(scene, make_config, make_trainer
 
 
 def test_resume_equals_uninterrupted(scene, make_config, make_trainer):
-    steps, half = 34, 17
-    uninterrupted = make_trainer(make_config(scene, steps=steps, densify_grad_thresh=1e-5))
+    steps, half = 64, 37
+    uninterrupted = make_trainer(make_config(scene, steps=steps, densify_grad_thresh=2e-4))
     uninterrupted.train()
 
-    first = make_trainer(make_config(scene, steps=half, densify_grad_thresh=1e-5))
+    first = make_trainer(make_config(scene, steps=half, densify_grad_thresh=2e-4))
     first.train()
-    config = make_config(scene, steps=steps, densify_grad_thresh=1e-5)
+    config = make_config(scene, steps=steps, densify_grad_thresh=2e-4)
     config.load_dir = first.checkpoint_dir
     second = make_trainer(config, seed=99)  # its own randomness must not matter
     model = second.pipeline.model
@@ -150,7 +150,7 @@ def test_checkpoint_loads_with_torchs_restricted_loader_and_no_whitelist(scene, 
     finally:
         torch.serialization.add_safe_globals(allowed)
     assert not any("lpips" in name for name in state["pipeline"])
-    assert state["pipeline"]["_extra_state"]["teacher_identity"]["name"] == "test_vit"
+    assert state["pipeline"]["_extra_state"]["teacher_identity"]["name"].startswith("test_vit")
 
 
 def test_kill_while_saving_leaves_the_previous_checkpoint(scene, make_config, make_trainer, monkeypatch):
