@@ -90,7 +90,9 @@ class ManyFieldsModel(Fit3DSplatModel):
                 continue
             low, _ = self.render_low(camera, self.gauss_params[f"field_{number}"])
             grid = self.patch_grid(*camera.metadata["image_size"])
-            maps.append(self.decoders[number].decode_patches(low, self.feature_grid, grid, offset))
+            decoder = self.decoders[number]
+            assert isinstance(decoder, FeatureDecoder)
+            maps.append(decoder.decode_patches(low, self.feature_grid, grid, offset))
         return maps
 
     def _trains_features(self) -> bool:

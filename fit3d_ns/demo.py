@@ -28,7 +28,7 @@ class Demo:
     output_dir: Path = Path("outputs/demo")
     """Where the room, the run and the report go."""
     steps: Optional[int] = None
-    """Training steps; by default 1000 without a GPU and 7000 with one."""
+    """Training steps; by default 600 without a GPU and 7000 with one."""
     views: int = 40
     """Views of the room."""
     backbone: Optional[str] = None
@@ -49,7 +49,7 @@ def run_demo(demo: Demo) -> None:
         UserError: If the output folder or the installation cannot be used.
     """
     cuda = torch.cuda.is_available()
-    steps = demo.steps or (7000 if cuda else 1000)
+    steps = demo.steps or (7000 if cuda else 600)
     backbone = demo.backbone or _choose_backbone()
     start = time.perf_counter()
     room = make_rooms(RoomsConfig(out=demo.output_dir / "rooms", scenes=1, views=demo.views, seed=demo.seed))[0]
@@ -91,7 +91,7 @@ def _set_up(demo: Demo, room: Path, backbone: str, steps: int, cuda: bool) -> An
 
     from fit3d_ns.config import fit3d_splat
 
-    config = deepcopy(fit3d_splat.config)
+    config: Any = deepcopy(fit3d_splat.config)
     config.output_dir = demo.output_dir / "runs"
     config.set_timestamp()
     config.vis = "tensorboard"
@@ -101,6 +101,8 @@ def _set_up(demo: Demo, room: Path, backbone: str, steps: int, cuda: bool) -> An
     config.steps_per_save = config.steps_per_eval_image = config.steps_per_eval_all_images = steps + 1
     config.machine.seed = demo.seed
     config.pipeline.datamanager.data = room
+    dataparser = config.pipeline.datamanager.dataparser
+    dataparser.eval_mode, dataparser.eval_interval = "interval", 5
     config.pipeline.datamanager.backbone = backbone
     config.optimizers["means"]["scheduler"].max_steps = steps
     model = config.pipeline.model
@@ -108,6 +110,7 @@ def _set_up(demo: Demo, room: Path, backbone: str, steps: int, cuda: bool) -> An
     model.num_downscales = 0
     if not cuda:  # small photos and few steps: densify early, and not beyond what a CPU renders quickly
         model.sh_degree = 1
+        model.feature_interval = 2
         model.warmup_length = 200
         model.stop_split_at = steps * 6 // 10
         model.reset_alpha_every = 10**6
@@ -115,6 +118,7 @@ def _set_up(demo: Demo, room: Path, backbone: str, steps: int, cuda: bool) -> An
     _set_random_seed(demo.seed)
     trainer = config.setup()
     trainer.setup()
+    trainer.pipeline.model.strategy.verbose = False
     return trainer
 
 

@@ -29,6 +29,10 @@ FEATURES = "fit3d_features"
 DECODER = "fit3d_decoder"
 """Name of the decoder in the model, in checkpoints and among the optimizers."""
 
+FEATURE_INTERVALS = {"paper": 1, "fast": 4}
+"""Steps between two trainings of the features. FiT3D trains them at every step; a feature needs far fewer steps than
+geometry, and more of them fit single views instead of their agreement (docs/benchmarks.md)."""
+
 
 @dataclass
 class Fit3DSplatModelConfig(SplatfactoModelConfig):
@@ -43,8 +47,9 @@ class Fit3DSplatModelConfig(SplatfactoModelConfig):
     pixels a patch and side, antialiased, averaged over the patch. Recorded with the scene."""
     feature_init: Literal["zeros", "random"] = "zeros"
     """Initial features: zeros (as FiT3D's code) or small random numbers (as its text)."""
-    feature_interval: int = 1
-    """Train features at every n-th step only. Geometry and colour are trained at every step."""
+    feature_interval: Optional[int] = None
+    """Train features at every n-th step only; geometry and colour at every step. Without it, 4 with the `fast` grid and
+    1 with `paper`."""
     init_from: Optional[Path] = None
     """A trained splatfacto or fit3d-splat run (its folder, config.yml or checkpoint). Its geometry and colour are taken
     over and frozen; only features and decoder are trained."""
@@ -177,7 +182,7 @@ class Fit3DSplatModel(SplatfactoModel):
         """
         size = image_size(camera)
         render_size = self.feature_grid.render_size(size, self.patch_grid(*size))
-        values = self.gauss_params[FEATURES] if values is None else values
+        colors = self.gauss_params[FEATURES] if values is None else values
         viewmats, intrinsics = self._view_matrices(camera, render_size)
         rows = slice(None)
         if self.crop_box is not None and not self.training:
@@ -187,7 +192,7 @@ class Fit3DSplatModel(SplatfactoModel):
             quats=self.quats.detach()[rows],
             scales=torch.exp(self.scales.detach()[rows]),
             opacities=torch.sigmoid(self.opacities.detach()[rows]).squeeze(-1),
-            colors=values[rows],
+            colors=colors[rows],
             viewmats=viewmats,
             Ks=intrinsics,
             width=render_size[1],
@@ -300,7 +305,8 @@ class Fit3DSplatModel(SplatfactoModel):
         return viewmats, intrinsics
 
     def _trains_features(self) -> bool:
-        return self.frozen or self.step % self.config.feature_interval == 0
+        interval = self.config.feature_interval or FEATURE_INTERVALS[self.config.feature_grid]
+        return self.frozen or self.step % interval == 0
 
     def _sampling_offset(self) -> Tuple[float, float]:
         """This step's sampling points: moving for bilinear rules, fixed where whole patches are averaged."""
@@ -312,7 +318,8 @@ class Fit3DSplatModel(SplatfactoModel):
         self.config.num_downscales = 0
         self.config.sh_degree_interval = 1
         if getattr(self.config, "strategy", "default") != "default":
-            self.config.strategy = "default"  # MCMC moves Gaussians at every step, refinement or not
+            # MCMC moves Gaussians at every step, refinement or not.
+            setattr(self.config, "strategy", "default")
 
     def _take_over_geometry(self) -> None:
         """Replaces the initial Gaussians by those of ``init_from``; optimizers do not exist yet."""

@@ -18,6 +18,7 @@ from fit3d_ns.datamanager import Fit3DDataManager
 from fit3d_ns.errors import UserError
 from fit3d_ns.metrics import choose_pairs, view_match
 from fit3d_ns.model import Fit3DSplatModel
+from fit3d_ns.rasterization import check_backend
 from fit3d_ns.runs import find_checkpoint, run_folder
 
 
@@ -41,6 +42,7 @@ class Fit3DPipeline(VanillaPipeline):
     def __init__(self, config: Fit3DPipelineConfig, device: str, world_size: int = 1, **kwargs: Any):
         check_timm()
         check_gsplat()
+        check_backend(torch.device(device))
         if world_size > 1:
             raise UserError(
                 "One scene trains on one GPU: drop --machine.num-devices and run one ns-train per scene and GPU "

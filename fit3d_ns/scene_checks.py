@@ -28,6 +28,11 @@ def explain_unreadable_scene(data: Optional[Path]) -> Iterator[None]:
         yield
     except UserError:
         raise
+    except ImportError as error:
+        raise UserError(
+            f"The scene {data} has seed points, which nerfstudio reads with Open3D, and that cannot be loaded "
+            f"({error}): run `pip install open3d-cpu`, or install libusb-1.0 for the full Open3D."
+        ) from error
     except (AssertionError, KeyError, IndexError, OSError, TypeError, ValueError, RuntimeError) as error:
         if "No data found in dataset" in str(error):  # nerfstudio's assertion that the training split has views
             raise UserError(

@@ -24,7 +24,7 @@ def rasterize_on_cuda(
     if channel_chunk is None:
         channels = 3 if sh_degree is not None else colors.shape[-1]
         channel_chunk = channels_per_launch(channels + (render_mode in ("RGB+D", "RGB+ED")))
-    return _load_gsplat()(
+    return load_gsplat()(
         colors=colors, sh_degree=sh_degree, render_mode=render_mode, channel_chunk=channel_chunk, **arguments
     )
 
@@ -37,7 +37,12 @@ def channels_per_launch(channels: int) -> int:
 
 
 @functools.lru_cache(maxsize=None)
-def _load_gsplat() -> Callable:
+def load_gsplat() -> Callable:
+    """Returns gsplat's rasterization, its kernels built or loaded.
+
+    Raises:
+        UserError: gsplat or its CUDA kernels cannot be loaded; the sentence says what to install.
+    """
     remedy = (
         "install a gsplat wheel built for this torch and CUDA (docs.gsplat.studio), or the CUDA toolkit (nvcc) and "
         "ninja so that gsplat can build them, or run on the CPU with `--machine.device-type cpu`"

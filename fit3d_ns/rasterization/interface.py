@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fit3d_ns.errors import UserError
+
 RENDER_MODES = ("RGB", "D", "ED", "RGB+D", "RGB+ED")
 RASTERIZE_MODES = ("classic", "antialiased")
 
@@ -114,6 +116,27 @@ def rasterize(
 
         return rasterize_on_cpu(**arguments)
     raise ValueError(f"rasterisation runs on cuda or cpu, not on {means.device.type}")
+
+
+def check_backend(device: torch.device) -> None:
+    """Checks, before any long work, that `rasterize` can run on a device.
+
+    Args:
+        device: Where training or rendering will run.
+
+    Raises:
+        UserError: The device is neither the CPU nor a CUDA device of this machine, or gsplat's kernels are missing.
+    """
+    if device.type == "cpu":
+        return
+    if device.type != "cuda" or not torch.cuda.is_available():
+        raise UserError(
+            f"Gaussians cannot be rendered on the device `{device.type}` of this machine: use --machine.device-type "
+            "cpu, or cuda with a CUDA build of torch and an NVIDIA GPU."
+        )
+    from fit3d_ns.rasterization.cuda import load_gsplat
+
+    load_gsplat()
 
 
 def _check_arguments(means, quats, scales, opacities, colors, viewmats, Ks, backgrounds, sh_degree) -> None:

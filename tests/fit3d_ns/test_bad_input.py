@@ -139,6 +139,18 @@ def test_several_gpus_for_one_scene(scene, make_config):
         config.pipeline.setup(device="cpu", world_size=2)
 
 
+def test_open3d_that_cannot_be_loaded(scene, make_config, make_trainer, monkeypatch):
+    monkeypatch.setitem(sys.modules, "open3d", None)  # importing it raises ImportError
+    fails(make_trainer, make_config(scene), "Open3D.*open3d-cpu")
+
+
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+def test_device_that_cannot_render(scene, make_config, monkeypatch, device):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=f"`{device}` of this machine.*--machine.device-type cpu"):
+        make_config(scene).pipeline.setup(device=device)
+
+
 def test_gsplat_with_the_opacity_bug(monkeypatch):
     from fit3d_ns import compat
 

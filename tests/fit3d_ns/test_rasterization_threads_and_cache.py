@@ -166,11 +166,11 @@ def test_missing_cuda_kernels_are_said_in_one_sentence(monkeypatch, backend):
     # gsplat leaves _C None without a compiler; a module that is None fails to import, as a broken build does
     monkeypatch.setitem(sys.modules, "gsplat.cuda._backend", backend)
     monkeypatch.delattr(gsplat.cuda, "_backend", raising=False)
-    cuda._load_gsplat.cache_clear()
+    cuda.load_gsplat.cache_clear()
     scene = random_scene(5, 1, 20, 20, dtype=torch.float32)
     with pytest.raises(UserError, match="^gsplat's CUDA kernels .*: install a gsplat wheel .*[.]$"):
         cuda.rasterize_on_cuda(**scene, colors=torch.zeros(5, 3), sh_degree=None, render_mode="RGB", channel_chunk=None)
-    cuda._load_gsplat.cache_clear()
+    cuda.load_gsplat.cache_clear()
 
 
 @pytest.mark.parametrize("channels, chunk", [(3, 32), (32, 32), (33, 33), (64, 64), (65, 65), (66, 64), (384, 64)])

@@ -410,3 +410,41 @@ def test_camera_optimization_leaves_the_separation_intact(scene, make_config, ma
     assert pipeline.model.camera_optimizer.pose_adjustment.grad is None
     trainer.train()
     assert pipeline.model.camera_optimizer.pose_adjustment.any()
+
+
+def test_training_touches_no_network_when_weights_are_local(scene, make_config, make_trainer, monkeypatch):
+    import socket
+
+    def refuse(*arguments):
+        raise AssertionError(f"the network was touched: {arguments}")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    make_trainer(make_config(scene, steps=3)).train()
+
+
+def test_mcmc_carries_feature_rows_along(scene, make_config, make_trainer, monkeypatch):
+    """nerfstudio 1.1.5 has no MCMC yet, so gsplat's own operations are applied; their one CUDA kernel is replaced."""
+    from gsplat.strategy import ops
+
+    def relocation(opacities, scales, **_):
+        return opacities * 0.5, scales
+
+    monkeypatch.setattr(ops, "compute_relocation", relocation)
+    trainer = make_trainer(make_config(scene, steps=8, stop_split_at=0))
+    trainer.train()
+    model, optimizers = trainer.pipeline.model, trainer.optimizers.optimizers
+    start = model.num_points
+    for name in ("fit3d_features", "features_dc"):
+        model.gauss_params[name].data[:, 1] = torch.arange(start, dtype=torch.float32)
+    gaussian_optimizers = {name: optimizers[name] for name in model.gauss_params}
+    dead = torch.zeros(start, dtype=torch.bool)
+    dead[: start // 4] = True
+    binoms = torch.ones(51, 51)
+    ops.relocate(model.gauss_params, gaussian_optimizers, state={}, mask=dead, binoms=binoms)
+    ops.sample_add(model.gauss_params, gaussian_optimizers, state={}, n=50, binoms=binoms)
+    assert model.num_points == start + 50
+    tags = model.gauss_params["fit3d_features"][:, 1]
+    assert torch.equal(tags, model.gauss_params["features_dc"][:, 1])
+    assert (tags[: start // 4] != torch.arange(start // 4)).all()  # dead ones took over living ones' rows
+    assert optimizers["fit3d_features"].param_groups[0]["params"][0] is model.gauss_params["fit3d_features"]
