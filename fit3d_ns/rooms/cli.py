@@ -1,7 +1,6 @@
 """The command ``fit3d-rooms``: makes labelled indoor scenes on any machine."""
 
 import os
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Sequence
@@ -10,6 +9,7 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from fit3d_ns.command_line import run_command
 from fit3d_ns.errors import UserError
 
 MINIMUM_SIZE = 48
@@ -107,12 +107,11 @@ def make_rooms(config: RoomsConfig) -> list[Path]:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point of ``fit3d-rooms``."""
-    config = tyro.cli(RoomsConfig, prog="fit3d-rooms", args=args)
-    try:
-        folders = make_rooms(config)
-    except UserError as error:
-        print(f"fit3d-rooms: {error}", file=sys.stderr)
-        sys.exit(1)
+    run_command(lambda: _make_and_report(tyro.cli(RoomsConfig, prog="fit3d-rooms", args=args)))
+
+
+def _make_and_report(config: RoomsConfig) -> None:
+    folders = make_rooms(config)
     print(f"{len(folders)} rooms of {config.views} views in {config.out}")
     print(f"Train on one: ns-train fit3d-splat --data {folders[0]}")
 
