@@ -171,7 +171,8 @@ def _write_report(path: Path, trainer: Any, summary: Dict[str, Any], curves: Dic
         "Teacher and lifted features are shown by their first three principal components, in one basis for all "
         "pictures: the same colour means the same feature. Lifted features follow surfaces instead of the picture."
     )
-    for (camera, batch), teacher in list(zip(views, teachers))[:4]:
+    shown = range(0, len(views), max(len(views) // 4, 1))  # spread over the walk through the room
+    for (camera, batch), teacher in ((views[index], teachers[index]) for index in shown):
         outputs = model.get_outputs_for_camera(camera)
         depth = outputs["depth"][..., 0]
         near, far = torch.quantile(depth, torch.tensor([0.02, 0.98], device=depth.device))

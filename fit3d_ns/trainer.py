@@ -4,7 +4,7 @@ import os
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Type
+from typing import Any, Type
 
 from nerfstudio.engine.trainer import Trainer, TrainerConfig
 
@@ -25,11 +25,20 @@ class Fit3DTrainerConfig(TrainerConfig):
 
         nerfstudio stores them as typed (https://github.com/nerfstudio-project/nerfstudio/issues/1829).
         """
-        self.output_dir = self.output_dir.absolute()
-        datamanager = self.pipeline.datamanager
-        for holder in (self, datamanager, datamanager.dataparser):  # type: ignore[attr-defined]
-            if holder.data is not None and holder.data != Path():
-                holder.data = holder.data.expanduser().absolute()
+        datamanager: Any = self.pipeline.datamanager
+        paths = [
+            (self, "output_dir"),
+            (self, "data"),
+            (datamanager, "data"),
+            (datamanager, "backbone_weights"),
+            (datamanager, "feature_cache_dir"),
+            (datamanager.dataparser, "data"),
+            (self.pipeline.model, "init_from"),
+        ]
+        for holder, name in paths:
+            path = getattr(holder, name)
+            if path is not None and path != Path():  # an empty path means that none was given
+                setattr(holder, name, path.expanduser().absolute())
         super().save_config()
 
 

@@ -215,6 +215,44 @@ def test_init_from_freezes_geometry_and_trains_features(scene, make_config, make
     assert after["gauss_params.fit3d_features"].any()
 
 
+def test_run_with_taken_over_geometry_opens_without_the_run_it_came_from(scene, make_config, make_trainer):
+    import shutil
+
+    from nerfstudio.utils.eval_utils import eval_setup
+
+    first = make_trainer(make_config(scene, steps=2))
+    first.train()
+    config = make_config(scene, steps=2, init_from=first.checkpoint_dir.parent)
+    config.save_config()
+    second = make_trainer(config)
+    second.train()
+    shutil.rmtree(first.checkpoint_dir)
+    _, pipeline, _, _ = eval_setup(second.base_dir / "config.yml")
+    expected = parameters(second)["gauss_params.means"]
+    assert torch.equal(pipeline.model.means.detach().cpu(), expected)
+
+
+def test_stored_paths_are_absolute(scene, make_config, monkeypatch):
+    import yaml
+
+    monkeypatch.chdir(scene.parent)
+    config = make_config(scene.relative_to(scene.parent))
+    for holder, name in (
+        (config, "output_dir"),
+        (config.pipeline.datamanager, "feature_cache_dir"),
+        (config.pipeline.model, "init_from"),
+    ):
+        setattr(holder, name, scene.relative_to(scene.parent) / name)
+    config.save_config()
+    stored = (config.get_base_dir() / "config.yml").read_text()
+    monkeypatch.chdir("/")
+    loaded = yaml.load(stored, Loader=yaml.Loader)
+    assert loaded.pipeline.datamanager.data == scene
+    assert loaded.output_dir == scene / "output_dir"
+    assert loaded.pipeline.datamanager.feature_cache_dir == scene / "feature_cache_dir"
+    assert loaded.pipeline.model.init_from == scene / "init_from"
+
+
 def test_init_from_refuses_other_coordinates(scene, make_config, make_trainer):
     first = make_trainer(make_config(scene, steps=1))
     first.train()
