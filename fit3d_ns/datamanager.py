@@ -226,23 +226,34 @@ class Fit3DDataManager(FullImageDatamanager):
             check_image_files(dataset)
             raise UserError(f"The photos of {self.get_datapath()} could not be prepared: {error}") from error
 
+    def open_feature_cache(self) -> FeatureCache:
+        """Returns the store of the teacher's maps, without filling it.
+
+        Raises:
+            UserError: If the teacher's weights cannot be used.
+        """
+        if self._feature_cache is None:
+            config = self.config
+            data = Path(self.get_datapath())
+            scene = data if data.is_dir() else data.parent
+            self._feature_cache = FeatureCache(
+                directory=config.feature_cache_dir or scene / ".fit3d_cache",
+                spec=config.backbone_spec(),
+                max_size=config.backbone_max_size,
+                fallback_directory=None if config.feature_cache_dir else user_cache_directory() / "features",
+            )
+        return self._feature_cache
+
     def _fill_feature_cache(self) -> None:
         """Makes the teacher's maps of all views, or finds them on disk. Draws no random number that training sees."""
         config = self.config
         spec = config.backbone_spec()
-        data = Path(self.get_datapath())
-        scene = data if data.is_dir() else data.parent
-        self._feature_cache = FeatureCache(
-            directory=config.feature_cache_dir or scene / ".fit3d_cache",
-            spec=spec,
-            max_size=config.backbone_max_size,
-            fallback_directory=None if config.feature_cache_dir else user_cache_directory() / "features",
-        )
+        cache = self.open_feature_cache()
         photos = {split: getattr(self, f"cached_{split}") for split in ("train", "eval") if self._has_views(split)}
         sources = [lambda view=view: composite_on_black(view["image"]) for views in photos.values() for view in views]
         python_state = random.getstate()
         with torch.random.fork_rng():
-            keys = self._feature_cache.fill(
+            keys = cache.fill(
                 sources,
                 load_teacher=lambda: load_backbone(spec, self.device),
                 device=self.device,

@@ -18,10 +18,11 @@ from fit3d_ns.backbones import BackboneInfo, patch_grid
 from fit3d_ns.decoder import FeatureDecoder
 from fit3d_ns.errors import UserError
 from fit3d_ns.feature_grid import FEATURE_GRIDS, FeatureGrid, sample_teacher, sampling_offset
+from fit3d_ns.frozen_geometry import freeze_configuration, take_over_run
+from fit3d_ns.lifting.settings import LiftSettings
 from fit3d_ns.metrics import feature_cosine, feature_l1
 from fit3d_ns.pca import ColorBasis
 from fit3d_ns.rasterization import rasterize
-from fit3d_ns.runs import find_checkpoint, read_checkpoint
 from fit3d_ns.view_geometry import View
 
 FEATURES = "fit3d_features"
@@ -50,6 +51,11 @@ class Fit3DSplatModelConfig(SplatfactoModelConfig):
     feature_interval: Optional[int] = None
     """Train features at every n-th step only; geometry and colour at every step. Without it, 4 with the `fast` grid and
     1 with `paper`."""
+    features: Literal["joint", "lift"] = "joint"
+    """`joint` trains features with the geometry, as FiT3D; `lift` trains plain splatfacto and solves for the features
+    when training ends, in seconds, or when the viewer's button asks for it."""
+    lift: LiftSettings = field(default_factory=LiftSettings)
+    """How features are solved for; only read with `features lift`."""
     init_from: Optional[Path] = None
     """A trained splatfacto or fit3d-splat run (its folder, config.yml or checkpoint). Its geometry and colour are taken
     over and frozen; only features and decoder are trained."""
@@ -79,10 +85,15 @@ class Fit3DSplatModel(SplatfactoModel):
         """Builds splatfacto, then features and decoder; random numbers of the former are not disturbed.
 
         Raises:
-            UserError: If ``init_from`` names a run that cannot be read.
+            UserError: If ``init_from`` names a run that cannot be read, or leaves nothing to train.
         """
+        if self.frozen and self.config.features == "lift":
+            raise UserError(
+                "--pipeline.model.init-from freezes geometry and --pipeline.model.features lift trains no features, so "
+                "there is nothing to train: use `fit3d-lift --load-config` on that run."
+            )
         if self.frozen:
-            self._freeze_configuration()
+            freeze_configuration(self.config)
         device = torch.device(self.kwargs.get("device", "cpu"))
         with compat.lazy_lpips(), compat.splatfacto_on(device):
             super().populate_modules()
@@ -91,8 +102,8 @@ class Fit3DSplatModel(SplatfactoModel):
                 f"[yellow]{self.num_train_data} training views would stop densification for good; the pause after each "
                 f"opacity reset is shortened to {self.strategy.pause_refine_after_reset} steps.[/yellow]"
             )
-        if self.frozen:
-            self._take_over_geometry()
+        if self.config.init_from is not None:
+            take_over_run(self.gauss_params, self.camera_optimizer, self.config.init_from)
         teacher: BackboneInfo = self.kwargs["metadata"]["teacher"]
         # A generator of its own, seeded like the run: the global sequence must be the same with and without features.
         generator = torch.Generator().manual_seed(torch.initial_seed())
@@ -106,6 +117,11 @@ class Fit3DSplatModel(SplatfactoModel):
     def frozen(self) -> bool:
         """Whether geometry and colour come from another run and stay as they are."""
         return self.config.init_from is not None
+
+    @property
+    def has_features(self) -> bool:
+        """Whether there are features to measure: always when they are trained, once lifted otherwise."""
+        return self.config.features == "joint" or bool(self.gauss_params[FEATURES].any())
 
     @property
     def feature_grid(self) -> FeatureGrid:
@@ -183,7 +199,7 @@ class Fit3DSplatModel(SplatfactoModel):
         size = image_size(camera)
         render_size = self.feature_grid.render_size(size, self.patch_grid(*size))
         colors = self.gauss_params[FEATURES] if values is None else values
-        viewmats, intrinsics = self._view_matrices(camera, render_size)
+        viewmats, intrinsics = self._view_matrices(camera, render_size, optimized=self.training)
         rows = slice(None)
         if self.crop_box is not None and not self.training:
             rows = self.crop_box.within(self.means).squeeze(-1)
@@ -215,6 +231,19 @@ class Fit3DSplatModel(SplatfactoModel):
         return self.fit3d_decoder.decode_patches(low, self.feature_grid, grid, offset)
 
     @torch.no_grad()
+    def view_matrices(
+        self, camera: Cameras, optimized: bool = False
+    ) -> Tuple[Float[Tensor, "4 4"], Float[Tensor, "3 3"]]:
+        """Returns world-to-camera (OpenCV axes) and the intrinsics in the photo's pixels.
+
+        Args:
+            camera: One camera, at the photo's size.
+            optimized: Whether what camera optimization learned about this training view is applied.
+        """
+        viewmats, intrinsics = self._view_matrices(camera, image_size(camera), optimized)
+        return viewmats[0], intrinsics[0]
+
+    @torch.no_grad()
     def surface_view(self, camera: Cameras) -> View:
         """Returns a camera with the depth and accumulation that the splat renders for it.
 
@@ -223,7 +252,7 @@ class Fit3DSplatModel(SplatfactoModel):
         """
         outputs = self.get_outputs_for_camera(camera)
         depth = outputs["depth"][..., 0]
-        viewmats, intrinsics = self._view_matrices(camera, (depth.shape[0], depth.shape[1]))
+        viewmats, intrinsics = self._view_matrices(camera, (depth.shape[0], depth.shape[1]), optimized=False)
         return View(
             viewmat=viewmats[0],
             K=intrinsics[0],
@@ -280,7 +309,7 @@ class Fit3DSplatModel(SplatfactoModel):
         metrics, images = super().get_image_metrics_and_images(outputs, batch)
         if not self.lpips.available:
             metrics = {name: value for name, value in metrics.items() if not name.endswith("lpips")}
-        if "teacher" in batch and "camera" in batch:
+        if "teacher" in batch and "camera" in batch and self.has_features:
             teacher = batch["teacher"].float()
             decoded = self.decode_view(batch["camera"])
             weights = batch.get("patch_weights")
@@ -292,10 +321,10 @@ class Fit3DSplatModel(SplatfactoModel):
         return metrics, images
 
     def _view_matrices(
-        self, camera: Cameras, render_size: Tuple[int, int]
+        self, camera: Cameras, render_size: Tuple[int, int], optimized: bool
     ) -> Tuple[Float[Tensor, "1 4 4"], Float[Tensor, "1 3 3"]]:
         """World-to-camera (OpenCV axes) and intrinsics of a camera rendered at another size, without gradients."""
-        pose = self.camera_optimizer.apply_to_camera(camera) if self.training else camera.camera_to_worlds
+        pose = self.camera_optimizer.apply_to_camera(camera) if optimized else camera.camera_to_worlds
         intrinsics = camera.get_intrinsics_matrices().to(self.device).reshape(1, 3, 3).clone()
         height, width = image_size(camera)
         intrinsics[:, 0] *= render_size[1] / width
@@ -305,41 +334,14 @@ class Fit3DSplatModel(SplatfactoModel):
         return viewmats, intrinsics
 
     def _trains_features(self) -> bool:
+        if self.config.features == "lift":
+            return False
         interval = self.config.feature_interval or FEATURE_INTERVALS[self.config.feature_grid]
         return self.frozen or self.step % interval == 0
 
     def _sampling_offset(self) -> Tuple[float, float]:
         """This step's sampling points: moving for bilinear rules, fixed where whole patches are averaged."""
         return sampling_offset(self.step) if self.feature_grid.pooling == "bilinear" else (0.0, 0.0)
-
-    def _freeze_configuration(self) -> None:
-        """Settings under which splatfacto neither refines nor renders at reduced size or colour degree."""
-        self.config.stop_split_at = 0
-        self.config.num_downscales = 0
-        self.config.sh_degree_interval = 1
-        if getattr(self.config, "strategy", "default") != "default":
-            # MCMC moves Gaussians at every step, refinement or not.
-            setattr(self.config, "strategy", "default")
-
-    def _take_over_geometry(self) -> None:
-        """Replaces the initial Gaussians by those of ``init_from``; optimizers do not exist yet."""
-        assert self.config.init_from is not None
-        checkpoint = find_checkpoint(self.config.init_from)
-        state = read_checkpoint(checkpoint)["pipeline"]
-        for name, parameter in list(self.gauss_params.items()):
-            stored = state.get(f"_model.gauss_params.{name}")
-            if stored is None or stored.shape[1:] != parameter.shape[1:]:
-                raise UserError(
-                    f"{checkpoint} holds no usable `{name}` (is it a splatfacto run, of the same --pipeline.model."
-                    "sh-degree?): check --pipeline.model.init-from."
-                )
-            self.gauss_params[name] = Parameter(stored.detach().clone())
-        pose = state.get("_model.camera_optimizer.pose_adjustment")
-        if pose is not None and bool(pose.any()):
-            CONSOLE.print(
-                f"[yellow]{checkpoint} was trained with camera optimization; features are lifted at the original "
-                "poses.[/yellow]"
-            )
 
     def _frozen_outputs(self, camera: Cameras) -> Dict[str, Any]:
         """Colour without gradients, for the logs of a run whose geometry is frozen."""

@@ -13,7 +13,7 @@ from nerfstudio.pipelines.base_pipeline import VanillaPipeline, VanillaPipelineC
 from nerfstudio.utils.rich_utils import CONSOLE
 
 from fit3d_ns.backbones import check_timm
-from fit3d_ns.compat import check_gsplat
+from fit3d_ns.compat import check_gsplat, resume_adds_steps
 from fit3d_ns.datamanager import Fit3DDataManager
 from fit3d_ns.errors import UserError
 from fit3d_ns.metrics import choose_pairs, view_match
@@ -48,16 +48,20 @@ class Fit3DPipeline(VanillaPipeline):
                 "One scene trains on one GPU: drop --machine.num-devices and run one ns-train per scene and GPU "
                 "(CUDA_VISIBLE_DEVICES=0 ns-train fit3d-splat ..., CUDA_VISIBLE_DEVICES=1 ...)."
             )
+        if kwargs.get("test_mode", "val") != "val":
+            # Not training: the checkpoint holds all geometry, and the run it once came from may be gone.
+            config.model.init_from = None  # type: ignore[attr-defined]
         super().__init__(config, device=device, world_size=world_size, **kwargs)
         model = self.fit3d_model
         if model.frozen:
             self._check_same_coordinates(model.config.init_from)
-        elif model.seed_points is None or model.config.random_init:
-            CONSOLE.print(
-                f"[yellow]No seed points: {model.num_points} Gaussians start at random positions. A point cloud "
-                "(COLMAP, or ply_file_path in transforms.json) trains better.[/yellow]"
-            )
         self._resumed_state: Optional[Dict[str, Any]] = None
+        self._trains = False
+        self._lift_asked_for = False
+        if model.config.features == "lift":
+            from nerfstudio.viewer.viewer_elements import ViewerButton
+
+            self.lift_button = ViewerButton(name="Lift features", cb_hook=lambda _: self.ask_for_lift())
 
     @property
     def fit3d_model(self) -> Fit3DSplatModel:
@@ -103,9 +107,34 @@ class Fit3DPipeline(VanillaPipeline):
     def get_training_callbacks(
         self, training_callback_attributes: TrainingCallbackAttributes
     ) -> List[TrainingCallback]:
-        """Returns nerfstudio's callbacks, preceded by the one that restores a resumed run's state."""
+        """Returns nerfstudio's callbacks, preceded by the one that restores a resumed run's state.
+
+        With ``features lift``, the last one solves for the features when the last step is done, or when asked for.
+        """
+        model = self.fit3d_model
+        if not model.frozen and (model.seed_points is None or model.config.random_init):
+            CONSOLE.print(
+                f"[yellow]No seed points: {model.num_points} Gaussians start at random positions. A point cloud "
+                "(COLMAP, or ply_file_path in transforms.json) trains better.[/yellow]"
+            )
         restore = TrainingCallback([TrainingCallbackLocation.BEFORE_TRAIN_ITERATION], lambda step: self._restore())
-        return [restore, *super().get_training_callbacks(training_callback_attributes)]
+        callbacks = [restore, *super().get_training_callbacks(training_callback_attributes)]
+        if model.config.features == "lift":
+            self._trains = True
+            trainer = training_callback_attributes.trainer
+            callbacks.append(
+                TrainingCallback(
+                    [TrainingCallbackLocation.AFTER_TRAIN_ITERATION], lambda step: self._lift_when_due(step, trainer)
+                )
+            )
+        return callbacks
+
+    def ask_for_lift(self) -> None:
+        """Solves for the features now, or after the current step where training is under way."""
+        if self._trains:
+            self._lift_asked_for = True
+        else:
+            self._lift()
 
     @torch.no_grad()
     def get_average_eval_image_metrics(
@@ -117,6 +146,8 @@ class Fit3DPipeline(VanillaPipeline):
         are left out where no two held-out views share enough surface.
         """
         metrics = super().get_average_eval_image_metrics(step, output_path, get_std)
+        if not self.fit3d_model.has_features:
+            return metrics
         self.eval()
         views, teacher_maps, lifted_maps = [], [], []
         for camera, batch in self.datamanager.fixed_indices_eval_dataloader:
@@ -131,6 +162,27 @@ class Fit3DPipeline(VanillaPipeline):
                 metrics[f"view_match_{name}"] = match.rate
                 metrics["view_match_points"] = match.num_points
         return metrics
+
+    def _lift_when_due(self, step: int, trainer: Any) -> None:
+        """Lifts after the last step and writes the record beside the checkpoint; earlier where the viewer asks."""
+        from nerfstudio.engine.trainer import Trainer
+
+        first = trainer._start_step if resume_adds_steps(Trainer) else 0
+        last = step + 1 >= first + trainer.config.max_num_iterations
+        if last or self._lift_asked_for:
+            self._lift_asked_for = False
+            self._lift(trainer.base_dir if last else None)
+
+    def _lift(self, folder: Optional[Path] = None) -> None:
+        from fit3d_ns.lifting.scene import lift_scene, write_record
+        from fit3d_ns.lifting.views import resident_scene
+
+        settings, was_training = self.fit3d_model.config.lift, self.training
+        self.eval()
+        lift = lift_scene(self.fit3d_model, resident_scene(self.datamanager, self.fit3d_model), settings)
+        self.train(was_training)
+        if folder is not None:
+            write_record(folder, lift, settings)
 
     def _restore(self) -> None:
         """Puts a resumed run's random, sampler and strategy states in place, once."""

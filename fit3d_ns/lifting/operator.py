@@ -1,0 +1,180 @@
+"""The renderer of a feature grid as a linear operator, and its adjoint.
+
+With geometry fixed, one number per Gaussian and channel goes in and one per patch and channel comes out:
+``(A x)_p = sum_i a_pi x_i``, where ``a_pi`` is how much Gaussian ``i`` contributes to patch ``p`` under the grid's rule
+(render size, antialiasing, pooling). Where the rule reads single points, 4 x 4 points a patch take the patch's place.
+``A x`` is a rasterisation. ``A^T y`` is the gradient of ``<A x, y>`` with respect to ``x``, which every differentiable
+rasteriser has; no kernel of our own is needed, and the same code runs on gsplat and on the CPU backend.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from fit3d_ns.feature_grid import FeatureGrid
+from fit3d_ns.rasterization import rasterize
+
+_SAMPLES = {"area": 1, "bilinear": 4}
+"""Points per patch and side at which a rule's render is compared with the teacher. Averages need one; where a rule
+reads single points, what lies between them counts too, as in FiT3D's loss at every pixel."""
+_MEMORY = 6 * 2**30
+"""Bytes that one call's copies of the values, one per view, and their gradients may take."""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Gaussians without their colours, in the units of the rasteriser.
+
+    Attributes:
+        means: [N, 3] centres in world coordinates.
+        quats: [N, 4] rotations as wxyz quaternions of any length but zero.
+        scales: [N, 3] standard deviations, world units.
+        opacities: [N] in [0, 1].
+    """
+
+    means: Float[Tensor, "N 3"]
+    quats: Float[Tensor, "N 4"]
+    scales: Float[Tensor, "N 3"]
+    opacities: Float[Tensor, "N"]
+
+    def __len__(self) -> int:
+        return self.means.shape[0]
+
+
+@dataclass(frozen=True)
+class PatchCamera:
+    """A pinhole camera and the patch grid of the teacher's map of its photo.
+
+    Attributes:
+        viewmat: [4, 4] world to camera, OpenCV axes.
+        K: [3, 3] intrinsics in pixels of the photo, pixel centres at +0.5.
+        image_size: (H, W) of the photo in pixels.
+        grid: (h, w) of the teacher's map in patches.
+    """
+
+    viewmat: Float[Tensor, "4 4"]
+    K: Float[Tensor, "3 3"]
+    image_size: tuple[int, int]
+    grid: tuple[int, int]
+
+
+class Linearization(NamedTuple):
+    """``A x`` for some views, and ``A^T`` of the same views."""
+
+    maps: Float[Tensor, "B X Sh Sw"]
+    adjoint: Callable[[Float[Tensor, "B X Sh Sw"]], Float[Tensor, "N X"]]
+
+
+class FeatureOperator:
+    """``A`` and ``A^T`` for any views of a scene.
+
+    Args:
+        geometry: Of the scene; no gradient reaches it.
+        feature_grid: The rule by which features are rendered for patches.
+    """
+
+    def __init__(self, geometry: Geometry, feature_grid: FeatureGrid) -> None:
+        self.geometry = Geometry(
+            geometry.means.detach(), geometry.quats.detach(), geometry.scales.detach(), geometry.opacities.detach()
+        )
+        self.feature_grid = feature_grid
+
+    def batch_size(self, channels: int, most: int) -> int:
+        """Returns how many views to render in one call: rasterisers hold one copy of the values per view."""
+        bytes_per_view = 2 * len(self.geometry) * channels * self.geometry.means.element_size()
+        return max(1, min(most, _MEMORY // max(1, bytes_per_view)))
+
+    @property
+    def samples(self) -> int:
+        """Points S per patch and side."""
+        return _SAMPLES[self.feature_grid.pooling]
+
+    @property
+    def offsets(self) -> list[tuple[float, float]]:
+        """The points of a patch, in patches (y, x) from its centre, row by row."""
+        steps = [(index + 0.5) / self.samples - 0.5 for index in range(self.samples)]
+        return [(y, x) for y in steps for x in steps]
+
+    def spread(self, teacher: Float[Tensor, "B X h w"]) -> Float[Tensor, "B X Sh Sw"]:
+        """Brings teacher maps to the operator's points, as bilinear resizing to the image would."""
+        if self.samples == 1:
+            return teacher
+        return F.interpolate(teacher, scale_factor=self.samples, mode="bilinear", align_corners=False)
+
+    def spread_weights(self, weights: Float[Tensor, "B 1 h w"]) -> Float[Tensor, "B 1 Sh Sw"]:
+        """Shares the weight of each patch among its points."""
+        if self.samples == 1:
+            return weights
+        return F.interpolate(weights, scale_factor=self.samples, mode="nearest") / self.samples**2
+
+    def linearize(self, cameras: Sequence[PatchCamera], values: Float[Tensor, "N X"]) -> Linearization:
+        """Renders values for some views, ready to bring maps back.
+
+        Args:
+            cameras: B views of equal image size and grid.
+            values: [N, X], one row per Gaussian.
+
+        Returns:
+            The rendered maps, detached, and the adjoint, which may be called once.
+        """
+        leaf = values.detach().requires_grad_()
+        with torch.enable_grad():
+            maps = self._sample(self.low_maps(cameras, leaf), cameras[0].grid)
+
+        def adjoint(residual: Float[Tensor, "B X Sh Sw"]) -> Float[Tensor, "N X"]:
+            return torch.autograd.grad(maps, leaf, residual)[0]
+
+        return Linearization(maps.detach(), adjoint)
+
+    @torch.no_grad()
+    def render(self, cameras: Sequence[PatchCamera], values: Float[Tensor, "N X"]) -> Float[Tensor, "B X Sh Sw"]:
+        """Returns ``A x``."""
+        return self._sample(self.low_maps(cameras, values), cameras[0].grid)
+
+    def adjoint(self, cameras: Sequence[PatchCamera], maps: Float[Tensor, "B X Sh Sw"]) -> Float[Tensor, "N X"]:
+        """Returns ``A^T y``, summed over the views."""
+        zeros = maps.new_zeros(len(self.geometry), maps.shape[1])
+        return self.linearize(cameras, zeros).adjoint(maps)
+
+    def low_maps(self, cameras: Sequence[PatchCamera], values: Float[Tensor, "N X"]) -> Float[Tensor, "B X H W"]:
+        """Renders values at the grid's render size, before they are brought onto patches.
+
+        Args:
+            cameras: B views of equal image size and grid.
+            values: [N, X], one row per Gaussian.
+        """
+        if len({(camera.image_size, camera.grid) for camera in cameras}) != 1:
+            raise ValueError("views rendered together must share image size and patch grid")
+        (height, width), grid = cameras[0].image_size, cameras[0].grid
+        render_height, render_width = self.feature_grid.render_size((height, width), grid)
+        intrinsics = torch.stack([camera.K for camera in cameras]).to(values).clone()
+        intrinsics[:, 0] *= render_width / width
+        intrinsics[:, 1] *= render_height / height
+        render, _, _ = rasterize(
+            means=self.geometry.means,
+            quats=self.geometry.quats,
+            scales=self.geometry.scales,
+            opacities=self.geometry.opacities,
+            colors=values,
+            viewmats=torch.stack([camera.viewmat for camera in cameras]).to(values),
+            Ks=intrinsics,
+            width=render_width,
+            height=render_height,
+            packed=False,
+            tile_size=self.feature_grid.tile_size,
+            rasterize_mode=self.feature_grid.rasterize_mode,
+        )
+        return render.permute(0, 3, 1, 2)
+
+    def _sample(self, low: Float[Tensor, "B X H W"], grid: tuple[int, int]) -> Float[Tensor, "B X Sh Sw"]:
+        """What a decoder with nothing but a centre tap sees: the middle ones of ``FeatureGrid.windows``."""
+        if self.feature_grid.pooling == "area":
+            assert self.feature_grid.supersample is not None
+            return F.avg_pool2d(low, self.feature_grid.supersample)
+        size = (grid[0] * self.samples, grid[1] * self.samples)
+        return F.interpolate(low, size=size, mode="bilinear", align_corners=False)

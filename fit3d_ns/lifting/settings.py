@@ -1,0 +1,54 @@
+"""What a user can choose about lifting."""
+
+from dataclasses import dataclass
+from typing import Literal, Optional
+
+from fit3d_ns.errors import UserError
+
+DEFAULT_REFINEMENTS = 1
+"""Refinement steps without selection; docs/lifting.md says why."""
+LARGEST_REFINEMENTS = 10
+"""Most steps that a selection tries by default."""
+
+
+@dataclass
+class LiftSettings:
+    """How teacher features are lifted onto fixed geometry."""
+
+    refinements: Optional[int] = None
+    """Refinement steps k after the weighted aggregation. More steps follow the single views more closely and agree
+    less between views. Without it 1; with --select fidelity or consistency, the most steps tried (10)."""
+    select: Literal["fixed", "fidelity", "consistency"] = "fixed"
+    """`fixed` takes `refinements` steps; `fidelity` stops where the held-out views' cosine to the teacher is highest,
+    `consistency` where the lifted features of held-out views match best between views."""
+    robust: int = 0
+    """Re-weighting passes that bring the solution from least squares towards least absolute residuals, so that a view
+    that disagrees with all others counts less; 2 or 3 are enough, 0 is plain least squares."""
+    decoder: Literal["pca", "fit"] = "pca"
+    """`pca`: the basis of the teacher's features as the centre tap of the decoder; `fit`: all nine taps, fitted to the
+    training views by least squares."""
+    decoder_ridge: float = 0.1
+    """With `decoder fit`, how strongly it is held to the basis: less follows the single views more closely and agrees
+    less between views."""
+    unseen: Literal["zero", "nearest"] = "zero"
+    """Features of Gaussians that no training view sees: zero, or those of their nearest seen neighbours."""
+    views_per_batch: int = 8
+    """Most views rendered in one call; less where that many do not fit in memory."""
+    evaluate: bool = True
+    """Whether the held-out views are measured and reported after lifting."""
+
+    def steps(self) -> int:
+        """Returns the most refinement steps taken.
+
+        Raises:
+            UserError: If a number is out of range.
+        """
+        for name, least in (("refinements", 0), ("robust", 0), ("views_per_batch", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"--{name.replace('_', '-')} {value} is too small: at least {least}.")
+        if not 0 <= self.decoder_ridge < float("inf"):
+            raise UserError(f"--decoder-ridge {self.decoder_ridge} is out of range: at least 0.")
+        if self.refinements is not None:
+            return self.refinements
+        return DEFAULT_REFINEMENTS if self.select == "fixed" else LARGEST_REFINEMENTS
