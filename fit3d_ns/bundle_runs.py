@@ -13,7 +13,7 @@ from fit3d_ns.backbones import backbone_identity
 from fit3d_ns.errors import UserError
 from fit3d_ns.feature_grid import FEATURE_GRIDS, FeatureGrid
 from fit3d_ns.photos import DATA_ROOT_FLAG, Photo, hash_file, lenses_of, locate
-from fit3d_ns.runs import find_checkpoint, read_checkpoint, read_config
+from fit3d_ns.runs import find_checkpoint, find_runs, read_checkpoint, read_config
 from fit3d_ns.scene_bundle import BundleCameras, BundleInfo, BundleView, SceneBundle, SceneTensors, write_bundle
 
 METHOD = "fit3d-splat"
@@ -39,8 +39,8 @@ class Run:
         return self.data.parent.name if self.data.suffix else self.data.name
 
 
-def find_runs(paths: List[Path], all_runs: bool = False) -> Tuple[List[Run], List[str]]:
-    """Finds finished ``fit3d-splat`` runs.
+def choose_runs(paths: List[Path], all_runs: bool = False) -> Tuple[List[Run], List[str]]:
+    """Finds finished ``fit3d-splat`` runs, trained or lifted.
 
     Args:
         paths: Run folders, ``config.yml`` files, or folders that hold runs at any depth.
@@ -52,6 +52,8 @@ def find_runs(paths: List[Path], all_runs: bool = False) -> Tuple[List[Run], Lis
     Raises:
         UserError: If a path does not exist, a configuration is refused, or no finished run is left.
     """
+    from fit3d_ns.lifting.scene import RECORD  # imports nerfstudio
+
     runs: Dict[Path, Run] = {}
     notes: List[str] = []
     for config_path in _config_paths(paths):
@@ -61,12 +63,10 @@ def find_runs(paths: List[Path], all_runs: bool = False) -> Tuple[List[Run], Lis
             notes.append(f"{config_path} is a run of {found}, not of {METHOD}: left out (fit3d-lift makes one of it).")
             continue
         config = read_config(config_path)
-        if not any((config_path.parent / "nerfstudio_models").glob("step-*.ckpt")):
-            notes.append(f"{config_path} has no checkpoint yet: left out.")
-            continue
         checkpoint = find_checkpoint(config_path)
         steps = int(checkpoint.stem.removeprefix("step-")) + 1
-        if steps < config.max_num_iterations:
+        lifted = (config_path.parent / RECORD).is_file()
+        if steps < config.max_num_iterations and not lifted:
             notes.append(f"{config_path} stopped after {steps} of {config.max_num_iterations} steps: left out.")
             continue
         runs[config_path] = Run(config_path, checkpoint, Path(config.pipeline.datamanager.data))  # type: ignore[attr-defined]
@@ -145,7 +145,7 @@ def _config_paths(paths: List[Path]) -> List[Path]:
         if path.is_file() and path.name == "config.yml":
             found[path.absolute()] = None
         elif path.is_dir():
-            found.update(dict.fromkeys(match.absolute() for match in sorted(path.rglob("config.yml"))))
+            found.update(dict.fromkeys(match.absolute() for match in find_runs(path)))
         else:
             raise UserError(f"{path} is neither a folder nor a run's config.yml: check --runs.")
     return list(found)
@@ -185,8 +185,9 @@ def _check_coordinates(run: Run, datamanager: Any) -> None:
     if not path.is_file():
         return
     stored, outputs = json.loads(path.read_text()), datamanager.train_dataparser_outputs
+    transform = torch.tensor(stored["transform"])
     same = abs(stored["scale"] - outputs.dataparser_scale) < 1e-4 * abs(outputs.dataparser_scale)
-    if not (same and torch.allclose(torch.tensor(stored["transform"]), outputs.dataparser_transform.float(), atol=1e-4)):
+    if not (same and torch.allclose(transform, outputs.dataparser_transform.float(), atol=1e-4)):
         raise UserError(
             f"The scene {datamanager.config.data} has other coordinates than when {run.config_path} was trained (its "
             f"dataparser_transforms.json differs): restore the scene, or check {DATA_ROOT_FLAG}."
@@ -212,7 +213,8 @@ def _read_views(
         if len(dataset) == 0:
             continue
         lenses = lenses_of(dataset.cameras)  # nerfstudio overwrites the cameras while it undistorts
-        alpha_color = dataset._dataparser_outputs.alpha_color
+        color = dataset._dataparser_outputs.alpha_color
+        red, green, blue = (0.0, 0.0, 0.0) if color is None else (float(value) for value in color)
         for index, batch in enumerate(getattr(datamanager, f"cached_{split}")):
             height, width = batch["image"].shape[:2]
             path = Path(dataset.image_filenames[index]).absolute()
@@ -223,7 +225,7 @@ def _read_views(
                 width=width,
                 lens=lenses[index],
                 scale_factor=datamanager.config.camera_res_scale_factor,
-                alpha_color=None if alpha_color is None else tuple(float(value) for value in alpha_color),
+                alpha_color=None if color is None else (red, green, blue),
             )
             valid = patch_weights(batch, patch_grid(height, width, patch_size, datamanager.config.backbone_max_size))
             if valid is not None and bool((valid < 1).any()):

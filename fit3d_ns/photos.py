@@ -88,8 +88,8 @@ def locate(path: Path, data_root: Optional[Path]) -> Path:
 
     Args:
         path: Where it was.
-        data_root: Folder below which to look for it: the longest end of ``path`` that exists there is taken, for a folder
-            at last ``data_root`` itself. None: it is where it was.
+        data_root: Folder below which to look for it: the longest end of ``path`` that exists there is taken, for a
+            folder at last ``data_root`` itself. None: it is where it was.
 
     Returns:
         Where it is.

@@ -1,7 +1,13 @@
-"""Shared test set-up: GPU marker, quiet threads."""
+"""Shared test set-up: the GPU marker and a tiny teacher."""
+
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
+
+TINY_TEACHER = "test_vit"
+"""A timm ViT of 64 channels with patches of 16 pixels, made for tests."""
 
 
 def pytest_collection_modifyitems(items):
@@ -12,3 +18,16 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def teacher_weights(tmp_path_factory) -> Path:
+    """Random weights of the tiny teacher, the same in every run."""
+    import timm
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = timm.create_model(TINY_TEACHER, num_classes=0)
+    path = tmp_path_factory.mktemp("teacher") / "tiny.safetensors"
+    save_file(model.state_dict(), path)
+    return path

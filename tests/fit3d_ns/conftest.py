@@ -8,24 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 
 TINY_ROOM = Path(__file__).parents[1] / "data" / "tiny_room"
 TINY_TEACHER = "test_vit"
 """A timm ViT of 64 channels with patches of 16 pixels, made for tests."""
-
-
-@pytest.fixture(scope="session")
-def teacher_weights(tmp_path_factory) -> Path:
-    """Random weights of the tiny teacher, the same in every run."""
-    import timm
-
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = timm.create_model(TINY_TEACHER, num_classes=0)
-    path = tmp_path_factory.mktemp("teacher") / "tiny.safetensors"
-    save_file(model.state_dict(), path)
-    return path
 
 
 @pytest.fixture

@@ -171,7 +171,7 @@ def test_optimised_poses_are_kept(scene, train):
     path = trainer.base_dir / "config.yml"
     checkpoint = next((trainer.base_dir / "nerfstudio_models").glob("*.ckpt"))
     path.write_text(path.read_text().replace("mode: 'off'", "mode: SO3xR3"))
-    state = torch.load(checkpoint, weights_only=False)
+    state = torch.load(checkpoint, weights_only=True)
     adjustment = torch.zeros(len(trainer.pipeline.datamanager.train_dataset), 6)
     adjustment[1] = torch.tensor([0.1, 0, 0, 0, 0.05, 0])
     state["pipeline"]["_model.camera_optimizer.pose_adjustment"] = adjustment
@@ -251,7 +251,7 @@ def test_torn_and_foreign_bundles_do_not_open(scene, train, tmp_path):
 def test_a_run_without_features_is_named(scene, train):
     trainer = train(scene)
     checkpoint = next((trainer.base_dir / "nerfstudio_models").glob("*.ckpt"))
-    state = torch.load(checkpoint, weights_only=False)
+    state = torch.load(checkpoint, weights_only=True)
     del state["pipeline"]["_model.gauss_params.fit3d_features"]
     torch.save(state, checkpoint)
     (run,), _ = choose_runs([outputs_of(trainer)])

@@ -1,0 +1,200 @@
+"""The command ``fit3d-distill``: scenes in, a fine-tuned backbone out."""
+
+import copy
+import os
+import sys
+from pathlib import Path
+
+import torch
+import tyro
+
+from distill.config import DistillConfig
+from distill.evaluation import SceneResult, measure_scene
+from distill.feed import Feed
+from distill.photo_store import PhotoStore
+from distill.report import write_metrics, write_report
+from distill.result import check_dinov2, make_card, push_to_hub, write_result
+from distill.sampler import Sampler
+from distill.scene_bank import SceneBank
+from distill.scenes import Scene, make_bundles, open_scenes
+from distill.student import load_student, load_teacher, plain_state_dict
+from distill.targets import ControlTargets, LiftedTargets, TargetSource
+from distill.trainer import Trainer, TrainingResult, advice_for_few_views, read_resumed
+from distill.world import World, join_world
+from fit3d_ns.backbones import Backbone
+from fit3d_ns.command_line import run_command
+from fit3d_ns.errors import UserError
+
+
+def main() -> None:
+    """Command line."""
+    run_command(lambda: distil(tyro.cli(DistillConfig)))
+
+
+def distil(config: DistillConfig) -> None:
+    """Runs distillation from beginning to end.
+
+    Args:
+        config: The user's choices.
+
+    Raises:
+        UserError: Whatever is wrong with the scenes, the choices or the machine, before any long work.
+        SystemExit: After SIGTERM; a checkpoint was saved.
+    """
+    with join_world(config.device) as world:
+        _check(config, world)
+        scenes = _scenes(config, world)
+        if not config.bundles_only:
+            _Session(config, scenes, world).run()
+
+
+class _Session:
+    """Everything that one training holds, and frees at its end."""
+
+    def __init__(self, config: DistillConfig, scenes: list[Scene], world: World):
+        self.config = config
+        self.scenes = scenes
+        self.world = world
+        device = world.device
+        self.original = load_student(config, scenes, device)
+        resumed = read_resumed(config, scenes, self.original)
+        if config.dinov2_layout:
+            check_dinov2(self.original.info.timm_id)
+        memory = _photo_memory(config, device)
+        self.photos = PhotoStore(
+            scenes,
+            self.original.info.patch_size,
+            device,
+            config.cache_dir,
+            config.workers,
+            config.data_root,
+            resident_bytes=memory,
+        )
+        self.bank = SceneBank(
+            scenes, device, config.scene_placement, config.scene_memory, num_processes=_processes_here(world)
+        )
+        world.say(self.bank.describe())
+        self.lifted = LiftedTargets(scenes, self.bank, device, config.accumulation, config.min_accumulation)
+        self.targets: TargetSource = self.lifted
+        if config.targets == "control":
+            teacher = load_teacher(scenes, device).requires_grad_(False)
+            if teacher.info.patch_size != self.original.info.patch_size:
+                raise UserError("--targets control needs a student with the teacher's patch size: leave --student out.")
+            self.targets = ControlTargets(scenes, self.bank, self.photos, teacher, device)
+        self.sampler = Sampler(
+            [scene.sampled_views() for scene in scenes],
+            config.batch_size,
+            config.seed,
+            config.flip,
+            self.bank.block_bytes,
+        )
+        photo_bytes = self.photos.num_bytes
+        left = memory - photo_bytes if photo_bytes <= memory else memory
+        self.feed = Feed(scenes, self.sampler, self.targets, self.bank, self.photos, config, world, kept_bytes=left)
+        self.student = copy.deepcopy(self.original)
+        self.trainer = Trainer(config, scenes, self.student, self.feed, self.sampler, world, resumed)
+
+    def run(self) -> None:
+        """Decodes photos, trains, and writes everything."""
+        config, world = self.config, self.world
+        try:
+            decoded = self.photos.fill(world.rank, world.size, show=world.is_main)
+            world.wait()
+            self.photos.fill(show=False)  # where another machine's share went to a disk of its own
+            if decoded:
+                world.say(f"Decoded {decoded} photos; the next start finds them.")
+            num_steps, views = self.trainer.num_steps, self.sampler.num_views
+            world.say(
+                f"{self.original.info.name}, layer {self.original.info.layer}: {self.trainer.num_parameters:,} weights "
+                f"to train, {views} views of {len(self.scenes)} scenes, {num_steps} steps of {config.batch_size} on "
+                f"{world.size} {world.device.type.upper()} process{'es' if world.size > 1 else ''}."
+            )
+            advice = advice_for_few_views(config, views, num_steps)
+            if advice:
+                world.say(advice)
+            result = self.trainer.train()
+            if world.is_main:
+                self._finish(result)
+        finally:
+            self.photos.close()
+            self.bank.close()
+
+    def _finish(self, result: TrainingResult) -> None:
+        config, world = self.config, self.world
+        weights = plain_state_dict(result.model)
+        card = make_card(config, self.scenes, self.original.identity, result, weights)
+        files = write_result(config.output_dir, weights, card, config.half, config.dinov2_layout)
+        world.say(f"Weights: {files[0]}")
+        tuned = copy.deepcopy(self.original)
+        tuned.model.load_state_dict(weights, strict=True)
+        results = self._measure(tuned)
+        write_metrics(config.output_dir, card, results, result.losses)
+        write_report(config.output_dir, card, results, result.losses)
+        files += [config.output_dir / "metrics.json", config.output_dir / "report.html"]
+        world.say(f"Report:  {files[-1]}")
+        if config.push_to_hub is not None:
+            world.say(f"Uploaded to {push_to_hub(config.push_to_hub, files)}")
+
+    def _measure(self, tuned: Backbone) -> list[SceneResult]:
+        shown = self.config.report_scenes
+        return [
+            measure_scene(
+                self.scenes,
+                index,
+                self.original,
+                tuned,
+                self.targets,
+                self.lifted,
+                self.photos,
+                self.config.report_views,
+                num_pictures=2 if index < shown else 0,
+            )
+            for index in range(len(self.scenes))
+        ]
+
+
+def _check(config: DistillConfig, world: World) -> None:
+    """Refuses choices that cannot be carried out."""
+    parts = world.size * config.accumulate
+    if config.batch_size < 1 or config.accumulate < 1 or config.batch_size % parts:
+        raise UserError(
+            f"--batch-size {config.batch_size} cannot be cut into {world.size} processes x {config.accumulate} parts: "
+            f"choose a multiple of {max(parts, 1)}."
+        )
+    for name in ("views_per_render", "render_ahead", "save_every", "keep_checkpoints", "log_every", "report_views"):
+        if getattr(config, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: give at least 1.")
+    if config.lr <= 0 or not 0 <= config.ema_decay < 1 or not 0 <= config.flip <= 1:
+        raise UserError("--lr must be above 0, --ema-decay from 0 to below 1, --flip from 0 to 1.")
+    if (config.steps is not None and config.steps < 1) or config.epochs <= 0:
+        raise UserError("--steps must be at least 1 and --epochs above 0.")
+    if config.data_root is not None and not config.data_root.is_dir():
+        raise UserError(f"--data-root {config.data_root} is no folder: name the one that holds the photos.")
+
+
+def _scenes(config: DistillConfig, world: World) -> list[Scene]:
+    """Makes bundles in the first process, opens them in all."""
+    folders: list[Path] = []
+    if world.is_main:
+        folders = make_bundles(config, world.say)
+    if world.size > 1:
+        shared = [folders]
+        torch.distributed.broadcast_object_list(shared, src=0)
+        folders = shared[0]
+    return open_scenes(folders, config.data_root)
+
+
+def _photo_memory(config: DistillConfig, device: torch.device) -> int:
+    if config.photo_memory is not None:
+        return int(config.photo_memory * 1e9)
+    if device.type == "cuda":
+        return int(0.15 * torch.cuda.mem_get_info(device)[0])
+    return 2_000_000_000
+
+
+def _processes_here(world: World) -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

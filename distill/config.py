@@ -1,0 +1,121 @@
+"""Everything a user can choose about distillation; the defaults are the paper's."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Optional, Tuple
+
+import tyro
+from typing_extensions import Annotated
+
+
+@dataclass
+class DistillConfig:
+    """Fine-tunes a 2D backbone on features that were lifted into 3D (FiT3D, stage two).
+
+    Give trained scenes with --runs, or their bundles with --bundles. The result is OUTPUT_DIR/backbone.safetensors, a
+    plain timm state dict, with card.json, metrics.json and report.html beside it.
+    """
+
+    runs: Tuple[Path, ...] = ()
+    """Folders below which finished fit3d-splat runs are looked for, or config.yml files of runs."""
+    bundles: Tuple[Path, ...] = ()
+    """Scene bundles, or folders that hold some, made on this or another machine."""
+    output_dir: Path = Path("outputs/distill")
+    """Where checkpoints and results go."""
+    resume: bool = False
+    """Go on from the newest checkpoint in --output-dir."""
+    all_runs: bool = False
+    """Take every run of a scene instead of the newest."""
+    data_root: Optional[Path] = None
+    """Folder that holds the scenes' photos, if they moved since the runs were trained."""
+    bundle_dir: Optional[Path] = None
+    """Where bundles of --runs are written; below each run if not given."""
+    bundles_only: bool = False
+    """Only make the bundles of --runs."""
+
+    targets: Literal["lifted", "control"] = "lifted"
+    """What the student learns: `lifted` features rendered from the scenes, or the teacher's own maps passed through
+    the same low-dimensional basis (`control`), which has no 3D in it and shows what fine-tuning alone does."""
+    accumulation: Literal["ignore", "weight", "drop"] = "weight"
+    """Patches where the scene is not opaque: `ignore` that (as FiT3D), `weight` them by opacity, or `drop` those below
+    --min-accumulation."""
+    min_accumulation: float = 0.5
+    """Opacity, in [0, 1], below which `drop` leaves a patch out."""
+
+    student: Optional[str] = None
+    """Backbone to fine-tune; the scenes' teacher if not given. Its feature width must be the teacher's."""
+    student_weights: Optional[Path] = None
+    """Local weights of the student; the teacher's if not given."""
+    student_layer: Optional[int] = None
+    """Block of the student whose output is trained; the teacher's if not given."""
+    lora_rank: int = 0
+    """Train only low-rank updates of this rank on every attention layer; 0 trains all weights."""
+    ema_decay: float = 0.0
+    """Save an exponential moving average of the student with this decay per step, such as 0.999; 0 saves the student
+    itself."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, a third slower. For ViT-L and larger."""
+
+    lr: float = 1e-5
+    """Learning rate of AdamW."""
+    weight_decay: float = 1e-4
+    """Weight decay of AdamW, on all trained weights."""
+    clip: float = 0.1
+    """Largest norm of the gradient; 0 for no limit."""
+    batch_size: int = 2
+    """Views per optimizer step, over all processes together."""
+    accumulate: int = 1
+    """Parts into which each process cuts its share of the batch, one after the other, to save memory."""
+    epochs: float = 1.0
+    """Passes over all training views."""
+    steps: Optional[int] = None
+    """Optimizer steps, instead of --epochs."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """Learning rate over steps, after the warm-up; `cosine` falls to zero."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises linearly."""
+    flip: float = 0.5
+    """Share of views that are mirrored, with their target."""
+    seed: int = 42
+    """Decides the order of the views and which are mirrored."""
+
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """Where to run."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Arithmetic of the student: bf16 autocast on CUDA and fp32 on a CPU by default. Weights, loss and optimizer are
+    always fp32."""
+    acceleration: Literal["auto", "none", "compile", "graph"] = "auto"
+    """`graph` replays the whole step as one CUDA graph, `compile` uses torch.compile. By default `graph` on one GPU
+    and `none` elsewhere."""
+    scene_placement: Literal["auto", "device", "host", "disk"] = "auto"
+    """Where scenes wait: all on the GPU, or in pinned host memory or on disk with uploads ahead of their use."""
+    scene_memory: Optional[float] = None
+    """GPU memory for scenes in GB; 55 % of what is free if not given."""
+    photo_memory: Optional[float] = None
+    """GPU memory in GB for decoded photos and for targets that are kept; 15 % of what is free if not given.
+    What does not fit is read from the cache, or rendered again, each time."""
+    views_per_render: int = 8
+    """Most views of a scene that are rendered at once."""
+    render_ahead: int = 64
+    """Views whose targets are rendered together, ahead of their use, so that views of one scene share a call."""
+    workers: int = 0
+    """Threads that decode and read photos; as many as the processor has, at most 16, if 0."""
+    cache_dir: Optional[Path] = None
+    """Where decoded photos are kept, at the student's resolution; the user's cache folder if not given."""
+
+    save_every: int = 500
+    """Steps between two checkpoints."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints that are kept."""
+    log_every: int = 10
+    """Steps between two points of the loss curve."""
+    report_views: int = 24
+    """Held-out views per scene that are measured before and after."""
+    report_scenes: int = 6
+    """Scenes that the report shows pictures of."""
+    half: bool = False
+    """Also write backbone_fp16.safetensors, in half precision."""
+    dinov2_layout: bool = False
+    """Also write backbone_dinov2.safetensors, with the keys of facebookresearch/dinov2 (DINOv2 backbones only)."""
+    push_to_hub: Annotated[Optional[str], tyro.conf.arg(metavar="USER/REPO")] = None
+    """Upload the result to this repository of the Hugging Face hub; needs a login."""

@@ -1,0 +1,174 @@
+"""Where the scenes wait: all on the device, or in host memory or on disk with uploads ahead of their use."""
+
+import os
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Literal, Optional
+
+import torch
+
+from distill.scenes import Scene
+from fit3d_ns.errors import UserError
+from fit3d_ns.scene_bundle import SceneTensors
+
+Placement = Literal["device", "host", "disk"]
+
+_DEVICE_SHARE = 0.55
+"""Of the free device memory; the rest is for the student, its activations, renders and photos."""
+_HOST_SHARE = 0.5
+"""Of the machine's memory, over all its processes."""
+
+
+class SceneBank:
+    """Hands out scenes on the device.
+
+    With ``device`` placement all scenes are uploaded once. Otherwise at most ``budget`` bytes of them are on the
+    device, the ones used last; `prefetch` starts an upload in the background, from page-locked memory on a stream of
+    its own, so that training goes on meanwhile.
+
+    Args:
+        scenes: The scenes.
+        device: Where they are needed.
+        placement: Where they wait; ``auto`` chooses the fastest that fits.
+        budget_gigabytes: Device memory for scenes; 55 % of what is free if None.
+        num_processes: Processes that share this machine's memory.
+
+    Raises:
+        UserError: If the placement asked for does not fit, or one scene alone exceeds the budget.
+    """
+
+    def __init__(
+        self,
+        scenes: Sequence[Scene],
+        device: torch.device,
+        placement: str = "auto",
+        budget_gigabytes: Optional[float] = None,
+        num_processes: int = 1,
+    ):
+        self._scenes = scenes
+        self._device = device
+        self._bytes = [scene.bundle.num_bytes() for scene in scenes]
+        self.total_bytes = sum(self._bytes)
+        self.budget = int(budget_gigabytes * 1e9) if budget_gigabytes is not None else _free_bytes(device)
+        host_bytes = int(_HOST_SHARE * _host_bytes() / num_processes)
+        self.placement: Placement = self._choose(placement, host_bytes)
+        self._resident: OrderedDict[int, SceneTensors] = OrderedDict()
+        self._uploads: dict[int, Future] = {}
+        self._host: dict[int, SceneTensors] = {}
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._uploader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="scene-upload")
+        if self.placement == "host":
+            self._host = {index: self._read(index) for index in range(len(scenes))}
+        if self.placement == "device":
+            for index in range(len(scenes)):
+                self.get(index)
+
+    @property
+    def block_bytes(self) -> Optional[int]:
+        """Memory of a block of scenes among which views are shuffled; None where all scenes are one block.
+
+        Half the budget, so that the next block can arrive while this one is in use.
+        """
+        return None if self.placement == "device" else self.budget // 2
+
+    def describe(self) -> str:
+        """Returns one line for the user."""
+        place = {
+            "device": f"all resident on the {'GPU' if self._device.type == 'cuda' else 'CPU'}",
+            "host": "in host memory, uploaded in blocks ahead of their use",
+            "disk": "memory-mapped from disk, uploaded in blocks ahead of their use",
+        }[self.placement]
+        return (
+            f"Scenes: {len(self._scenes)}, {self.total_bytes / 1e9:.2f} GB, {place} (device budget "
+            f"{self.budget / 1e9:.1f} GB; --scene-placement, --scene-memory)"
+        )
+
+    def get(self, index: int) -> SceneTensors:
+        """Returns a scene on the device, waiting for its upload if need be.
+
+        Args:
+            index: Position of the scene.
+        """
+        if index in self._uploads:
+            self._resident[index] = self._uploads.pop(index).result()
+        elif index not in self._resident:
+            self._make_room(self._bytes[index])
+            self._resident[index] = self._upload(index)
+        self._resident.move_to_end(index)
+        return self._resident[index]
+
+    def prefetch(self, indices: Iterable[int]) -> None:
+        """Starts the upload of scenes that are not on the device; returns at once.
+
+        Scenes used longest ago make room for them.
+
+        Args:
+            indices: Positions of the scenes; together with those in use they must fit the budget.
+        """
+        for index in indices:
+            if index not in self._resident and index not in self._uploads:
+                self._make_room(self._bytes[index])
+                self._uploads[index] = self._uploader.submit(self._upload, index)
+
+    def close(self) -> None:
+        """Frees all memory."""
+        self._uploader.shutdown(wait=True, cancel_futures=True)
+        self._uploads.clear()
+        self._resident.clear()
+        self._host.clear()
+
+    def _choose(self, placement: str, host_bytes: int) -> Placement:
+        largest = max(self._bytes)
+        if placement == "device" and self.total_bytes > self.budget:
+            raise UserError(
+                f"--scene-placement device: the scenes take {self.total_bytes / 1e9:.1f} GB, but only "
+                f"{self.budget / 1e9:.1f} GB are for them: raise --scene-memory, or use another placement."
+            )
+        if placement == "auto":
+            if self.total_bytes <= self.budget:
+                return "device"
+            placement = "host" if self.total_bytes <= host_bytes and self._device.type == "cuda" else "disk"
+        if placement != "device" and largest > self.budget // 2:
+            raise UserError(
+                f"One scene takes {largest / 1e9:.2f} GB, more than half of the {self.budget / 1e9:.2f} GB for scenes: "
+                "raise --scene-memory, or use a GPU with more memory."
+            )
+        return placement  # type: ignore[return-value]
+
+    def _read(self, index: int) -> SceneTensors:
+        scene = self._scenes[index].bundle.read_scene()
+        return scene.pin_memory() if self._device.type == "cuda" else scene.to(torch.device("cpu"))
+
+    def _upload(self, index: int) -> SceneTensors:
+        source = self._host.get(index) or self._read(index)
+        if self._stream is None:
+            # A copy, so that no page is read from disk while rendering.
+            return SceneTensors(**{name: tensor.clone() for name, tensor in vars(source).items()})
+        with torch.cuda.stream(self._stream):
+            scene = source.to(self._device, non_blocking=True)
+        # The page-locked source must outlive the copy, and whoever gets the scene need not wait again.
+        self._stream.synchronize()
+        return scene
+
+    def _make_room(self, needed: int) -> None:
+        if self.placement == "device":
+            return
+        used = needed + sum(self._bytes[index] for index in (*self._resident, *self._uploads))
+        while used > self.budget and len(self._resident) > 0:
+            oldest, scene = self._resident.popitem(last=False)
+            used -= self._bytes[oldest]
+            if self._stream is not None:
+                # Renders that read it may still be queued.
+                for tensor in vars(scene).values():
+                    tensor.record_stream(torch.cuda.current_stream(self._device))
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(_DEVICE_SHARE * torch.cuda.mem_get_info(device)[0])
+    return int(_HOST_SHARE * _host_bytes())
+
+
+def _host_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

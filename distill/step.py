@@ -1,0 +1,221 @@
+"""One optimizer step, plain or as one CUDA graph."""
+
+import contextlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+
+from distill.config import DistillConfig
+from fit3d_ns.backbones import Backbone
+from fit3d_ns.errors import UserError
+
+
+@dataclass(frozen=True)
+class StepInput:
+    """This process's share of a batch, on the device."""
+
+    images: UInt8[Tensor, "B 3 H W"]
+    """Photos at the student's size."""
+    targets: Float[Tensor, "B C h w"]
+    """What the student should say."""
+    weights: Float[Tensor, "B h w"]
+    """How much each patch counts; zero for rows that only fill up the share."""
+    total_weight: Float[Tensor, ""]
+    """Sum of the weights over the whole batch, of all processes."""
+
+
+class DistillLoss(nn.Module):
+    """The student's weighted L1 distance from its targets, at patch resolution (FiT3D, equation 5).
+
+    Divided by the weight of the whole batch, so that parts of a batch, and shares of processes, simply add up.
+
+    Args:
+        student: The student.
+        bf16: Whether the student computes in bf16 (weights and loss stay fp32).
+    """
+
+    def __init__(self, student: Backbone, bf16: bool):
+        super().__init__()
+        self.student = student
+        self._bf16 = bf16
+
+    def forward(
+        self,
+        images: UInt8[Tensor, "B 3 H W"],
+        targets: Float[Tensor, "B C h w"],
+        weights: Float[Tensor, "B h w"],
+        total_weight: Float[Tensor, ""],
+    ) -> Float[Tensor, ""]:
+        """Returns this part's summand of the batch's loss; see `StepInput`."""
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self._bf16):
+            features = self.student(images.float() / 255.0).patch_tokens
+        distance = (features.float() - targets.float()).abs().mean(1)
+        # Where a whole batch is masked out the sum is zero, and so is the loss.
+        return (distance * weights).sum() / total_weight.clamp_min(1e-6)
+
+
+class StepRunner(Protocol):
+    """Runs optimizer steps."""
+
+    def run(self, inputs: StepInput) -> Float[Tensor, ""]:
+        """Takes one step and returns this process's summand of the loss, without waiting for the device."""
+        ...
+
+
+class EagerStep:
+    """A step as it is written, also under DistributedDataParallel.
+
+    Args:
+        loss: `DistillLoss`, possibly wrapped or compiled.
+        optimizer: Of ``parameters``.
+        parameters: The trained weights.
+        config: The user's choices.
+        num_processes: DistributedDataParallel averages over so many; the loss is a sum.
+    """
+
+    def __init__(
+        self,
+        loss: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        parameters: Sequence[nn.Parameter],
+        config: DistillConfig,
+        num_processes: int = 1,
+    ):
+        self._loss = loss
+        self._optimizer = optimizer
+        self._parameters = parameters
+        self._parts = config.accumulate
+        self._clip = config.clip
+        self._num_processes = num_processes
+
+    def run(self, inputs: StepInput) -> Float[Tensor, ""]:
+        """See `StepRunner.run`."""
+        self._optimizer.zero_grad(set_to_none=True)
+        total = self.forward_backward(inputs)
+        if self._clip > 0:
+            nn.utils.clip_grad_norm_(self._parameters, self._clip)
+        self._optimizer.step()
+        return total
+
+    def forward_backward(self, inputs: StepInput) -> Float[Tensor, ""]:
+        """Adds the gradients of all parts of the share; returns their loss."""
+        parts = list(
+            zip(
+                inputs.images.chunk(self._parts),
+                inputs.targets.chunk(self._parts),
+                inputs.weights.chunk(self._parts),
+            )
+        )
+        total = inputs.total_weight.new_zeros(())
+        for number, (images, targets, weights) in enumerate(parts, start=1):
+            # Gradients need to be exchanged between processes only once.
+            no_sync = getattr(self._loss, "no_sync", None)
+            waits = no_sync is not None and number < len(parts)
+            with no_sync() if waits and no_sync is not None else contextlib.nullcontext():
+                loss = self._loss(images, targets, weights, inputs.total_weight)
+                (loss * self._num_processes).backward()
+            total = total + loss.detach()
+        return total
+
+
+class GraphStep:
+    """The same step captured once for each shape of input and replayed: one launch instead of thousands.
+
+    Args:
+        eager: The step to capture.
+        optimizer: With tensors for learning rates and ``capturable``, see `make_optimizer`.
+        parameters: The trained weights.
+    """
+
+    def __init__(self, eager: EagerStep, optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]):
+        self._eager = eager
+        self._optimizer = optimizer
+        self._parameters = parameters
+        self._graphs: dict[torch.Size, tuple[torch.cuda.CUDAGraph, StepInput, Tensor]] = {}
+
+    def run(self, inputs: StepInput) -> Float[Tensor, ""]:
+        """See `StepRunner.run`."""
+        if inputs.images.shape not in self._graphs:
+            self._graphs[inputs.images.shape] = self._capture(inputs)
+        graph, held, loss = self._graphs[inputs.images.shape]
+        for name, tensor in vars(held).items():
+            tensor.copy_(getattr(inputs, name))
+        graph.replay()
+        return loss.clone()
+
+    def _capture(self, inputs: StepInput) -> tuple[torch.cuda.CUDAGraph, StepInput, Tensor]:
+        held = StepInput(**{name: tensor.clone() for name, tensor in vars(inputs).items()})
+        self._make_optimizer_state()
+        try:
+            # Libraries choose their algorithms and workspaces at first use, which a capture must not see.
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(3):
+                    self._optimizer.zero_grad(set_to_none=True)
+                    self._eager.forward_backward(held)
+            torch.cuda.current_stream().wait_stream(side)
+            self._optimizer.zero_grad(set_to_none=True)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # photos arrive in threads
+                loss = self._eager.run(held)
+        except RuntimeError as error:
+            raise UserError(
+                f"The training step could not be captured as a CUDA graph ({str(error).splitlines()[0]}): use "
+                "--acceleration none, or compile."
+            ) from error
+        return graph, held, loss
+
+    def _make_optimizer_state(self) -> None:
+        """Creates the optimizer's state, which a captured first step would create anew at every replay."""
+        if self._optimizer.state:
+            return
+        rates = [group["lr"].clone() for group in self._optimizer.param_groups]
+        for parameter in self._parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        for group in self._optimizer.param_groups:
+            group["lr"].zero_()  # neither the gradient nor weight decay moves anything
+        self._optimizer.step()
+        for state in self._optimizer.state.values():
+            state["step"].zero_()
+        for group, rate in zip(self._optimizer.param_groups, rates):
+            group["lr"].copy_(rate)
+
+
+def make_optimizer(
+    parameters: Sequence[nn.Parameter], config: DistillConfig, device: torch.device
+) -> torch.optim.AdamW:
+    """Returns AdamW for the student; on CUDA in one kernel and fit for a CUDA graph."""
+    cuda = device.type == "cuda"
+    lr = torch.tensor(config.lr, device=device) if cuda else config.lr
+    return torch.optim.AdamW(parameters, lr=lr, weight_decay=config.weight_decay, fused=cuda or None, capturable=cuda)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Sets the learning rate, in place where a CUDA graph reads it."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+
+
+def learning_rate(config: DistillConfig, step: int, num_steps: int) -> float:
+    """Returns the learning rate of a step: linear warm-up, then constant or half a cosine to zero.
+
+    Args:
+        config: The user's choices.
+        step: From 0.
+        num_steps: Of the whole training.
+    """
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return config.lr
+    progress = (step - config.warmup_steps) / max(num_steps - config.warmup_steps, 1)
+    return config.lr * 0.5 * (1.0 + math.cos(math.pi * progress))

@@ -1,0 +1,169 @@
+"""The student: a backbone made ready for training, and what is saved of it."""
+
+import copy
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from distill.config import DistillConfig
+from distill.scenes import Scene
+from fit3d_ns.backbones import Backbone, BackboneSpec, describe_backbone, load_backbone
+from fit3d_ns.errors import UserError
+
+
+def teacher_spec(scenes: Sequence[Scene]) -> BackboneSpec:
+    """Returns the backbone that the scenes' features come from, by the first of them."""
+    info = scenes[0].info
+    weights = Path(info.teacher_weights) if info.teacher_weights else None
+    own = describe_backbone(BackboneSpec(info.teacher["name"]))
+    normalization = "own" if list(own.mean) == list(info.teacher["mean"]) else "imagenet"
+    return BackboneSpec(
+        name=info.teacher["name"],
+        weights=weights,
+        layer=info.teacher["layer"],
+        norm=info.teacher["norm"],
+        normalization=normalization,
+    )
+
+
+def load_teacher(scenes: Sequence[Scene], device: torch.device, weights: Optional[Path] = None) -> Backbone:
+    """Loads the scenes' teacher and checks that it is that very one.
+
+    Args:
+        scenes: Scenes of one teacher.
+        device: Where it goes.
+        weights: Its weight file, if the scenes' own path no longer holds.
+
+    Raises:
+        UserError: If its weights cannot be had, or are not those the features were lifted with.
+    """
+    spec = teacher_spec(scenes)
+    if weights is not None:
+        spec = BackboneSpec(spec.name, weights, spec.layer, spec.norm, spec.normalization)
+    teacher = load_backbone(spec, device)
+    expected, found = scenes[0].info.teacher["weights_sha256"], teacher.identity["weights_sha256"]
+    if expected != found:
+        raise UserError(
+            f"The weights of {spec.name}{f' in {spec.weights}' if spec.weights else ''} are not those that the scenes "
+            "were lifted with (their hashes differ): name those with --student-weights, or lift the scenes again."
+        )
+    return teacher
+
+
+def load_student(config: DistillConfig, scenes: Sequence[Scene], device: torch.device) -> Backbone:
+    """Loads the backbone to fine-tune: the scenes' teacher unless the user names another.
+
+    Args:
+        config: The user's choices.
+        scenes: Scenes of one teacher.
+        device: Where it goes.
+
+    Raises:
+        UserError: As `load_teacher`; or if another backbone's width differs from the teacher's.
+    """
+    if config.student is None and config.student_layer is None:
+        return load_teacher(scenes, device, config.student_weights)
+    teacher = teacher_spec(scenes)
+    if config.student is None:
+        weights = config.student_weights or teacher.weights
+        spec = BackboneSpec(teacher.name, weights, config.student_layer, teacher.norm, teacher.normalization)
+    else:
+        spec = BackboneSpec(config.student, config.student_weights, config.student_layer, teacher.norm)
+    student = load_backbone(spec, device)
+    width = scenes[0].info.teacher["width"]
+    if student.info.width != width:
+        raise UserError(
+            f"--student {student.info.name} has {student.info.width} channels, but the scenes' features have {width}: "
+            f"choose a backbone of that width, or leave --student out to fine-tune {teacher.name}."
+        )
+    return student
+
+
+def prepare_training(student: Backbone, config: DistillConfig) -> list[nn.Parameter]:
+    """Leaves only those weights trainable that the features depend on, or adds low-rank updates.
+
+    Blocks after the layer taken never run; their weights stay as they are and in the result.
+
+    Args:
+        student: The backbone, changed in place.
+        config: The user's choices.
+
+    Returns:
+        The trainable parameters.
+    """
+    _freeze_unused(student)
+    if config.lora_rank > 0:
+        for parameter in student.parameters():
+            parameter.requires_grad_(False)
+        generator = torch.Generator().manual_seed(config.seed)
+        model: Any = student.model
+        for block in model.blocks[: student.info.layer + 1]:
+            for layer in (block.attn.qkv, block.attn.proj):
+                rows, columns = layer.weight.shape
+                update = LowRankUpdate(rows, columns, config.lora_rank, generator).to(layer.weight.device)
+                parametrize.register_parametrization(layer, "weight", update)
+    if config.gradient_checkpointing:
+        student.model.set_grad_checkpointing(True)  # type: ignore[operator]
+    return [parameter for parameter in student.parameters() if parameter.requires_grad]
+
+
+class LowRankUpdate(nn.Module):
+    """LoRA (arXiv 2106.09685): a weight plus a product of two thin matrices, zero at first, at scale 1.
+
+    Args:
+        rows: Rows of the weight.
+        columns: Columns of the weight.
+        rank: Inner size of the product.
+        generator: Source of the initial values.
+    """
+
+    def __init__(self, rows: int, columns: int, rank: int, generator: torch.Generator):
+        super().__init__()
+        bound = math.sqrt(3.0 / columns)  # the usual initialisation of a linear layer's input side
+        self.down = nn.Parameter(torch.empty(rank, columns).uniform_(-bound, bound, generator=generator))
+        self.up = nn.Parameter(torch.zeros(rows, rank))
+
+    def forward(self, weight: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
+        """Returns the updated weight."""
+        return weight + self.up @ self.down
+
+
+def make_average(student: Backbone, decay: float) -> Optional[AveragedModel]:
+    """Returns the exponential moving average of the student, to be updated after every step; None for decay 0."""
+    if decay <= 0:
+        return None
+    return AveragedModel(student.model, multi_avg_fn=get_ema_multi_avg_fn(decay))
+
+
+def plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """Returns a timm model's weights as timm knows them: low-rank updates merged, on the CPU, fp32.
+
+    Args:
+        model: The student's timm model, or its average; left as it is.
+    """
+    if isinstance(model, AveragedModel):
+        model = model.module
+    if any(parametrize.is_parametrized(module) for module in model.modules()):
+        model = copy.deepcopy(model)
+        for module in list(model.modules()):
+            if parametrize.is_parametrized(module):
+                parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
+
+
+def _freeze_unused(student: Backbone) -> None:
+    """Turns off the gradient of weights that the patch tokens do not depend on, found by one backward pass."""
+    side = 2 * student.info.patch_size
+    device = student.mean.device
+    student(torch.zeros(1, 3, side, side, device=device)).patch_tokens.sum().backward()
+    parameters: dict[str, Any] = dict(student.named_parameters())
+    for parameter in parameters.values():
+        parameter.requires_grad_(parameter.grad is not None)
+        parameter.grad = None

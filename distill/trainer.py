@@ -1,0 +1,305 @@
+"""The training loop: from any step to any other, with the same result."""
+
+import math
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any, Optional
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from distill.checkpoint import list_checkpoints, load_checkpoint, random_state, restore_random_state, save_checkpoint
+from distill.config import DistillConfig
+from distill.feed import Feed
+from distill.sampler import Batch, Sampler
+from distill.scenes import Scene
+from distill.step import DistillLoss, EagerStep, GraphStep, StepRunner, learning_rate, make_optimizer, set_learning_rate
+from distill.student import make_average, prepare_training
+from distill.world import World
+from fit3d_ns.backbones import Backbone
+from fit3d_ns.errors import UserError
+
+_RESULT_SETTINGS = (
+    "targets accumulation min_accumulation lora_rank ema_decay lr weight_decay clip batch_size schedule warmup_steps "
+    "flip seed"
+).split()
+"""Choices that decide the weights that come out; a checkpoint can be resumed with no others."""
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a finished training leaves."""
+
+    model: nn.Module
+    """The timm model to save: the student's, or its moving average."""
+    losses: list[tuple[int, float]]
+    """Steps taken, and the mean loss since the point before."""
+    steps: int
+    """All steps."""
+    seconds: float
+    """Of this process, since its start or resume."""
+    views_per_second: float
+    """Over all processes, while training, the first steps (compilation, first reads) left out."""
+
+
+class Trainer:
+    """Trains the student.
+
+    Args:
+        config: The user's choices.
+        scenes: The scenes.
+        student: The backbone, with its original weights; changed in place.
+        feed: Prepares steps.
+        sampler: Knows how many steps there are.
+        world: This process among its fellows.
+        resumed: Of `read_resumed`.
+    """
+
+    def __init__(
+        self,
+        config: DistillConfig,
+        scenes: list[Scene],
+        student: Backbone,
+        feed: Feed,
+        sampler: Sampler,
+        world: World,
+        resumed: Optional[dict[str, Any]] = None,
+    ):
+        self._config = config
+        self._scenes = scenes
+        self._student = student
+        self._feed = feed
+        self._world = world
+        self.num_steps = config.steps or sampler.steps_of(config.epochs)
+        self._settings = training_settings(config, scenes, student)
+        self._parameters = prepare_training(student, config)
+        self._average = make_average(student, config.ema_decay)
+        self._optimizer = make_optimizer(self._parameters, config, world.device)
+        self._losses: list[tuple[int, float]] = []
+        self._curve_sum, self._curve_count = 0.0, 0
+        self._recent: list[tuple[Batch, Tensor]] = []
+        self._step = 0
+        self._stop_asked = False
+        self._saved = -1
+        if resumed is not None:
+            self._resume(resumed)
+        self._runner = self._make_runner()
+
+    @property
+    def num_parameters(self) -> int:
+        """Trained weights."""
+        return sum(parameter.numel() for parameter in self._parameters)
+
+    @property
+    def step(self) -> int:
+        """Steps taken."""
+        return self._step
+
+    def train(self) -> TrainingResult:
+        """Trains to the last step.
+
+        Raises:
+            UserError: If the loss becomes NaN or infinite (the batch is named).
+            SystemExit: After SIGTERM; a checkpoint was saved.
+        """
+        previous = signal.signal(signal.SIGTERM, self._ask_to_stop)
+        start, begin, first_step = time.perf_counter(), None, self._step
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[loss]}"),
+        )
+        silent = not self._world.is_main
+        try:
+            with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), disable=silent) as progress:
+                task = progress.add_task("Distilling", total=self.num_steps, completed=self._step, loss="")
+                for batch, inputs in self._feed.steps(self._step, self.num_steps):
+                    set_learning_rate(self._optimizer, learning_rate(self._config, batch.step, self.num_steps))
+                    self._recent.append((batch, self._runner.run(inputs)))
+                    if self._average is not None:
+                        self._average.update_parameters(self._student.model)
+                    self._step = batch.step + 1
+                    if self._is_log_step():
+                        progress.update(task, completed=self._step, loss=f"L1 {self._flush():.4f}")
+                        if begin is None:
+                            begin, first_step = time.perf_counter(), self._step
+                    if self._step % self._config.save_every == 0:
+                        self._save()
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+        self._flush()
+        end = time.perf_counter()
+        self._save()
+        trained = (self._step - first_step) * self._config.batch_size
+        speed = trained / (end - begin) if begin is not None and trained else 0.0
+        model = self._student.model if self._average is None else self._average
+        return TrainingResult(model, self._losses, self.num_steps, end - start, speed)
+
+    def _make_runner(self) -> StepRunner:
+        config, world = self._config, self._world
+        cuda = world.device.type == "cuda"
+        bf16 = config.precision == "bf16" or (config.precision == "auto" and cuda)
+        acceleration = config.acceleration
+        if acceleration == "auto":
+            acceleration = "graph" if cuda and world.size == 1 else "none"
+        if acceleration == "graph" and (not cuda or world.size > 1):
+            raise UserError("--acceleration graph needs CUDA and a single process: use compile or none.")
+        loss: nn.Module = DistillLoss(self._student, bf16)
+        if acceleration == "compile":
+            loss.compile(dynamic=False)
+        if world.size > 1:
+            loss = DistributedDataParallel(
+                loss, device_ids=[world.device.index] if cuda else None, broadcast_buffers=False
+            )
+        eager = EagerStep(loss, self._optimizer, self._parameters, config, world.size)
+        return GraphStep(eager, self._optimizer, self._parameters) if acceleration == "graph" else eager
+
+    def _is_log_step(self) -> bool:
+        # Waiting for the device is cheap on a CPU, where a broken loss is therefore noticed at once.
+        every = self._config.log_every if self._world.device.type == "cuda" or self._world.size > 1 else 1
+        return self._step % every == 0 or self._step == self.num_steps
+
+    def _flush(self) -> float:
+        """Reads the losses since the last time, over all processes; ends the run if it is broken or asked to stop.
+
+        Returns:
+            Their mean; NaN if there are none.
+        """
+        losses: list[float] = []
+        if self._recent:
+            values = torch.stack([loss for _, loss in self._recent] + [torch.zeros_like(self._recent[0][1])])
+            values[-1] = float(self._stop_asked)
+            *losses, stop = self._world.sum(values.double()).tolist()
+            for (batch, _), loss in zip(self._recent, losses):
+                if not math.isfinite(loss):
+                    raise UserError(self._broken(batch, loss))
+            self._add_to_curve(losses)
+            self._recent.clear()
+            if stop:
+                self._save()
+                self._world.say(f"Stopped after step {self._step} of {self.num_steps}: go on with --resume.")
+                sys.exit(128 + signal.SIGTERM)
+        return sum(losses) / len(losses) if losses else float("nan")
+
+    def _add_to_curve(self, losses: list[float]) -> None:
+        for offset, loss in enumerate(losses):
+            step = self._step - len(losses) + offset + 1
+            self._curve_sum += loss
+            self._curve_count += 1
+            if step % self._config.log_every == 0 or step == self.num_steps:
+                self._losses.append((step, self._curve_sum / self._curve_count))
+                self._curve_sum, self._curve_count = 0.0, 0
+
+    def _broken(self, batch: Batch, loss: float) -> str:
+        views = ", ".join(
+            f"{self._scenes[sample.scene].name}/{self._scenes[sample.scene].info.views[sample.view].name}"
+            for sample in batch.samples[:8]
+        )
+        more = len(batch.samples) - 8
+        return (
+            f"The loss of step {batch.step + 1} is {loss} (batch: {views}{f' and {more} more' if more > 0 else ''}): "
+            "look at those views, lower --lr, or resume an earlier checkpoint with --precision fp32."
+        )
+
+    def _ask_to_stop(self, *_: Any) -> None:
+        self._stop_asked = True
+
+    def _save(self) -> None:
+        if self._recent:
+            self._flush()
+        if self._saved == self._step or not self._world.is_main:
+            return
+        state: dict[str, Any] = {
+            "step": self._step,
+            "num_steps": self.num_steps,
+            "settings": self._settings,
+            "model": self._student.model.state_dict(),
+            "optimizer": self._optimizer.state_dict()["state"],
+            "average": None if self._average is None else self._average.state_dict(),
+            "random": random_state(),
+            "losses": self._losses,
+            "curve": [self._curve_sum, self._curve_count],
+        }
+        save_checkpoint(self._config.output_dir, state, self._config.keep_checkpoints)
+        self._saved = self._step
+
+    def _resume(self, state: dict[str, Any]) -> None:
+        if state["step"] > self.num_steps:
+            raise UserError(f"The checkpoint has {state['step']} steps already: raise --steps or --epochs.")
+        if self._config.schedule == "cosine" and state["num_steps"] != self.num_steps:
+            raise UserError(
+                f"The checkpoint's learning rate falls over {state['num_steps']} steps, not {self.num_steps}: resume "
+                "with the same --steps or --epochs."
+            )
+        self._student.model.load_state_dict(state["model"], strict=True)
+        # The groups hold this machine's choices (kernels, where the rate lives), the state what was learnt.
+        groups = self._optimizer.state_dict()["param_groups"]
+        self._optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})
+        if self._average is not None:
+            self._average.load_state_dict(state["average"])
+        restore_random_state(state["random"])
+        self._losses = [(int(step), float(loss)) for step, loss in state["losses"]]
+        self._curve_sum, self._curve_count = state["curve"]
+        self._step = self._saved = state["step"]
+        self._world.say(f"Resumed after step {self._step}.")
+
+
+def read_resumed(config: DistillConfig, scenes: list[Scene], student: Backbone) -> Optional[dict[str, Any]]:
+    """Reads the newest checkpoint in the output folder, to go on from it.
+
+    Args:
+        config: The user's choices.
+        scenes: The scenes.
+        student: As loaded.
+
+    Returns:
+        The checkpoint, or None where there is none.
+
+    Raises:
+        UserError: If there is one and ``--resume`` was not asked for, or it does not fit.
+    """
+    checkpoints = list_checkpoints(config.output_dir)
+    if not checkpoints:
+        return None
+    if not config.resume:
+        raise UserError(
+            f"{config.output_dir} holds a training already ({checkpoints[-1].name}): go on with --resume, or choose "
+            "another --output-dir."
+        )
+    return load_checkpoint(checkpoints[-1], training_settings(config, scenes, student))
+
+
+def training_settings(config: DistillConfig, scenes: list[Scene], student: Backbone) -> dict[str, Any]:
+    """Returns everything that decides the result but the number of steps, as plain values.
+
+    Args:
+        config: The user's choices.
+        scenes: The scenes.
+        student: With its identity, as loaded.
+    """
+    settings: dict[str, Any] = {name: getattr(config, name) for name in _RESULT_SETTINGS}
+    settings["student"] = dict(student.identity)
+    settings["scenes"] = [scene.bundle.id for scene in scenes]
+    return settings
+
+
+def advice_for_few_views(config: DistillConfig, num_views: int, num_steps: int) -> Optional[str]:
+    """Returns advice where the paper's rate and length, made for 140,000 views, would hardly move the student.
+
+    Args:
+        config: The user's choices.
+        num_views: Training views.
+        num_steps: Steps that the training would take.
+    """
+    if config.lr * num_steps >= 0.03:
+        return None
+    return (
+        f"{num_views} views give {num_steps} steps at --lr {config.lr:g}, which hardly changes the student: the "
+        "paper's values are made for 140,000 views. With hundreds of views, --lr 3e-5 and --steps 1000 to 3500 "
+        "measured best."
+    )

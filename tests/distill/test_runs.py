@@ -1,0 +1,73 @@
+"""From a trained run to a fine-tuned backbone, as a user would go."""
+
+import json
+import random
+import shutil
+from copy import deepcopy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from distill.cli import distil
+from fit3d_ns.errors import UserError
+
+TINY_ROOM = Path(__file__).parents[1] / "data" / "tiny_room"
+
+
+@pytest.fixture
+def run(tmp_path, teacher_weights) -> Path:
+    """A finished run of a few steps on the tiny room; returns the folder that holds it."""
+    from nerfstudio.configs.method_configs import all_methods
+
+    scene = Path(shutil.copytree(TINY_ROOM, tmp_path / "room"))
+    config = deepcopy(all_methods["fit3d-splat"])
+    config.vis = "tensorboard"
+    config.viewer.quit_on_train_completion = True
+    config.logging.local_writer.enable = False
+    config.machine.device_type = "cpu"
+    config.max_num_iterations = 3
+    config.steps_per_eval_image = config.steps_per_eval_all_images = 10**6
+    config.output_dir = tmp_path / "outputs"
+    config.timestamp = "run"
+    config.pipeline.datamanager.data = scene
+    config.pipeline.datamanager.backbone = "test_vit"
+    config.pipeline.datamanager.backbone_weights = teacher_weights
+    config.pipeline.model.feature_init = "random"
+    config.pipeline.model.feature_dim = 8
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    trainer = config.setup()
+    trainer.setup()
+    config.save_config()
+    trainer.train()
+    return config.output_dir
+
+
+def test_runs_become_bundles_and_bundles_a_backbone(run, make_config, tmp_path, capsys):
+    bundles = tmp_path / "bundles"
+    distil(make_config(runs=(run,), bundle_dir=bundles, bundles_only=True))
+    assert "Scene 1/1 room: bundle made in" in capsys.readouterr().out
+    assert [path.name for path in bundles.iterdir()] == ["room-run"]
+    assert not (tmp_path / "out").exists()
+    distil(make_config(runs=(run,), bundle_dir=bundles, steps=3, output_dir=tmp_path / "from-runs"))
+    assert "bundle found in" in capsys.readouterr().out
+    for path in [*run.rglob("config.yml"), *run.rglob("step-*.ckpt")]:
+        path.unlink()
+    distil(make_config(bundles, steps=3, output_dir=tmp_path / "from-bundles"))
+    hashes = [
+        json.loads((tmp_path / name / "card.json").read_text())["weights_sha256"]
+        for name in ("from-runs", "from-bundles")
+    ]
+    assert hashes[0] == hashes[1]
+
+
+def test_a_run_that_was_never_lifted_is_refused(run, make_config):
+    checkpoint = next(run.rglob("step-*.ckpt"))
+    state = torch.load(checkpoint, weights_only=False)
+    state["pipeline"]["_model.gauss_params.fit3d_features"].zero_()
+    torch.save(state, checkpoint)
+    with pytest.raises(UserError, match="features of the scene room are all zero: it was never lifted; run fit3d-lift"):
+        distil(make_config(runs=(run,)))

@@ -1,0 +1,56 @@
+"""The same scenes come out wherever they wait, and the budget holds."""
+
+import pytest
+import torch
+
+from distill.scene_bank import SceneBank
+from distill.scenes import open_scenes
+from fit3d_ns.errors import UserError
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def scenes(make_scene):
+    return open_scenes([make_scene(name, views=4, seed=seed) for seed, name in enumerate("abcde")], None)
+
+
+@pytest.mark.parametrize("placement", ["device", "host", "disk"])
+def test_every_placement_gives_the_scenes(scenes, placement):
+    gigabytes = 10.0 if placement == "device" else 2.5 * scenes[0].bundle.num_bytes() / 1e9
+    bank = SceneBank(scenes, CPU, placement, gigabytes)
+    bank.prefetch([3, 1])
+    for index in (1, 3, 0, 4, 2, 1):
+        stored = scenes[index].bundle.read_scene()
+        for name, tensor in vars(bank.get(index)).items():
+            assert torch.equal(tensor, getattr(stored, name))
+    bank.close()
+
+
+def test_the_budget_holds(scenes):
+    size = scenes[0].bundle.num_bytes()
+    bank = SceneBank(scenes, CPU, "disk", 2.5 * size / 1e9)
+    assert bank.block_bytes is not None and bank.block_bytes >= size
+    for index in (0, 1, 2, 3, 4, 0):
+        bank.prefetch([(index + 1) % 5])
+        bank.get(index)
+        assert len(bank._resident) + len(bank._uploads) <= 2
+    bank.close()
+
+
+def test_placement_is_chosen_by_size_and_printed(scenes):
+    roomy = SceneBank(scenes, CPU, "auto", 1.0)
+    assert (roomy.placement, roomy.block_bytes) == ("device", None)
+    assert "5, 0.00 GB, all resident" in roomy.describe()
+    tight = SceneBank(scenes, CPU, "auto", 3 * scenes[0].bundle.num_bytes() / 1e9)
+    assert tight.placement == "disk"
+    assert "memory-mapped" in tight.describe() and "--scene-memory" in tight.describe()
+    for bank in (roomy, tight):
+        bank.close()
+
+
+def test_what_cannot_fit_is_said(scenes):
+    with pytest.raises(UserError, match="--scene-placement device.*raise --scene-memory"):
+        SceneBank(scenes, CPU, "device", 1e-6)
+    with pytest.raises(UserError, match="One scene takes.*raise --scene-memory"):
+        SceneBank(scenes, CPU, "disk", 1e-6)
