@@ -4,6 +4,14 @@ Importing this package imports no timm: the functions do, when called.
 """
 
 from fit3d_ns.backbones.architecture import check_timm, describe_backbone
+from fit3d_ns.backbones.assembly import (
+    ASSEMBLIES,
+    Assembly,
+    assemble,
+    assembled_width,
+    needs_original,
+    needs_tuned,
+)
 from fit3d_ns.backbones.backbone import Backbone, BackboneOutput, load_backbone
 from fit3d_ns.backbones.identity import backbone_identity, hash_state_dict
 from fit3d_ns.backbones.registry import NAMED_BACKBONES, NamedBackbone
@@ -12,18 +20,24 @@ from fit3d_ns.backbones.spec import BackboneInfo, BackboneSpec
 from fit3d_ns.backbones.weights import weights_available
 
 __all__ = [
+    "ASSEMBLIES",
     "NAMED_BACKBONES",
+    "Assembly",
     "Backbone",
     "BackboneInfo",
     "BackboneOutput",
     "BackboneSpec",
     "NamedBackbone",
+    "assemble",
+    "assembled_width",
     "backbone_identity",
     "check_timm",
     "describe_backbone",
     "hash_state_dict",
     "input_size",
     "load_backbone",
+    "needs_original",
+    "needs_tuned",
     "patch_grid",
     "resize_to_patches",
     "weights_available",

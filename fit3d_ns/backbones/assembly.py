@@ -1,0 +1,59 @@
+"""Ways to put the features of an original and a fine-tuned backbone together."""
+
+from typing import Literal, Optional
+
+import torch
+
+from fit3d_ns.backbones.backbone import BackboneOutput
+
+Assembly = Literal["original", "duplicate", "tuned", "add", "linear", "concat"]
+
+ASSEMBLIES: tuple[Assembly, ...] = ("original", "duplicate", "tuned", "add", "linear", "concat")
+"""`duplicate` is the original beside itself: the control for what width alone brings. `linear` is fed as `concat`; the
+learned 2C -> C layer that makes it an assembly of its own is trained with whatever reads it."""
+
+
+def needs_tuned(assembly: Assembly) -> bool:
+    """Tells whether an assembly takes the fine-tuned backbone's features."""
+    return assembly not in ("original", "duplicate")
+
+
+def needs_original(assembly: Assembly) -> bool:
+    """Tells whether an assembly takes the original backbone's features."""
+    return assembly != "tuned"
+
+
+def assembled_width(assembly: Assembly, width: int) -> int:
+    """Returns the channels of assembled patch tokens, given the width C of one backbone."""
+    return 2 * width if assembly in ("duplicate", "linear", "concat") else width
+
+
+def assemble(assembly: Assembly, original: BackboneOutput, tuned: Optional[BackboneOutput] = None) -> BackboneOutput:
+    """Puts features together.
+
+    Args:
+        assembly: One of `ASSEMBLIES`.
+        original: Features of the original backbone, patch tokens ``[B, C, h, w]``, cls ``[B, C]``.
+        tuned: Features of the fine-tuned one, of the same shape; needed unless the assembly is `original` or
+            `duplicate`.
+
+    Returns:
+        Patch tokens ``[B, C, h, w]`` or ``[B, 2C, h, w]``. The class token is never widened: it is the original's, as
+        in the paper, and the fine-tuned one's for `tuned`.
+
+    Raises:
+        ValueError: If the assembly is unknown, or ``tuned`` is needed and missing.
+    """
+    if assembly == "original":
+        return original
+    if assembly == "duplicate":
+        return BackboneOutput(torch.cat([original.patch_tokens] * 2, 1), original.cls)
+    if assembly not in ASSEMBLIES:
+        raise ValueError(f"unknown assembly {assembly!r}: one of {', '.join(ASSEMBLIES)}")
+    if tuned is None:
+        raise ValueError(f"the assembly {assembly!r} needs the fine-tuned backbone's features")
+    if assembly == "tuned":
+        return tuned
+    if assembly == "add":
+        return BackboneOutput(original.patch_tokens + tuned.patch_tokens, original.cls)
+    return BackboneOutput(torch.cat([original.patch_tokens, tuned.patch_tokens], 1), original.cls)

@@ -1,0 +1,185 @@
+"""What a user chooses on the command line."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal, Optional, Tuple
+
+import tyro
+
+from fit3d_ns.backbones import BackboneSpec
+from fit3d_ns.errors import UserError
+from probe.datasets.choice import DataChoice, DatasetName
+from probe.datasets.samples import Kind
+
+AssemblyName = Literal["original", "duplicate", "tuned", "add", "linear", "concat"]
+
+
+@dataclass
+class FeatureConfig:
+    """Backbones and where results go."""
+
+    data: Path
+    """Folder of the data set."""
+    backbone: str = "dinov2_small"
+    """Named backbone, or any timm vision transformer; dinov2_small_focus needs no model hub."""
+    backbone_weights: Optional[Path] = None
+    """Local weights of the original backbone."""
+    tuned: Optional[Path] = None
+    """Fine-tuned weights of the same architecture: a file, or the folder that fit3d-distill wrote."""
+    control: Optional[Path] = None
+    """The same for a backbone distilled without 3D, whose rows tell what fine-tuning alone brings."""
+    layer: Optional[int] = None
+    """Block whose output is probed; the last by default, as in the paper."""
+    normalization: Literal["imagenet", "own"] = "imagenet"
+    """Mean and std of the photos: ImageNet's for all backbones, as in the paper, or each backbone's own."""
+    assemblies: Optional[Tuple[AssemblyName, ...]] = None
+    """Rows of the table; all that can be made by default."""
+    output_dir: Path = Path("outputs/probe")
+    """Where table.md, metrics.json and report.html are written."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N; under torchrun every process takes its own GPU."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the backbones on CUDA; heads are always float32. The paper's is fp32."""
+    workers: int = 4
+    """Processes that read photos ahead, for each GPU."""
+
+    def backbone_spec(self, norm: bool) -> BackboneSpec:
+        """Returns the original backbone, with or without its final norm."""
+        return BackboneSpec(self.backbone, self.backbone_weights, self.layer, norm, self.normalization)
+
+
+@dataclass
+class DataConfig(FeatureConfig):
+    """Data sets with truth."""
+
+    dataset: DatasetName = "folder"
+    """Layout of the folder; see docs/probing.md."""
+    split_file: Optional[Tuple[Path, Path]] = None
+    """Own lists of training and test samples."""
+    classes: Literal["paper", "scannet20"] = "paper"
+    """Class list of ScanNet: NYU's 40, as in the paper, or its own benchmark's 20."""
+    scannetpp_labels: Literal["shifted", "toolkit"] = "shifted"
+    """Labels of ScanNet++: 0 is no class (FiT3D's release), or 255 is (the toolkit's)."""
+    class_names: Optional[Path] = None
+    """Text file with one class name per line, for `folder`."""
+    depth_scale: Optional[float] = None
+    """PNG units in a metre, for `folder` and `rooms`; 1000 by default."""
+    max_depth: Optional[float] = None
+    """Cap in metres, for `folder` and `rooms`; 10 by default."""
+
+    def choice(self, kind: Kind) -> DataChoice:
+        """Returns the choice of data.
+
+        Raises:
+            UserError: If a number is out of range.
+        """
+        for flag, value in (("--depth-scale", self.depth_scale), ("--max-depth", self.max_depth)):
+            if value is not None and value <= 0:
+                raise UserError(f"{flag} {value:g} must be above 0.")
+        return DataChoice(
+            self.dataset,
+            self.data.expanduser(),
+            kind,
+            self.split_file,
+            self.depth_scale,
+            self.max_depth,
+            self.classes,
+            self.scannetpp_labels,
+            self.class_names,
+        )
+
+
+@dataclass
+class TrainedProbeConfig(DataConfig):
+    """Heads and their training."""
+
+    fast: bool = False
+    """Cache features once and train heads on them: minutes instead of hours, numbers not comparable to the paper's."""
+    iterations: Optional[int] = None
+    """Steps, instead of the recipe's; warm-up keeps its share."""
+    batch_size: Optional[int] = None
+    """Samples per step over all processes, instead of the recipe's."""
+    learning_rates: Optional[Tuple[float, ...]] = None
+    """Instead of the recipe's. Of several, the best on held-out training samples is reported."""
+    validation_share: float = 0.1
+    """Of the training samples, held out where there are several learning rates and no split for choices."""
+    seeds: Tuple[int, ...] = (0,)
+    """Of heads, order and augmentation; the table gives mean and spread over them."""
+    cache_dir: Optional[Path] = None
+    """Where the fast protocol keeps features; `features` in the output folder by default."""
+    checkpoint_every: int = 1000
+    """Steps between checkpoints; a killed run goes on from the last."""
+    vis: Literal["none", "tensorboard", "wandb"] = "none"
+    """Where losses are shown, besides losses.jsonl."""
+
+    def check(self) -> None:
+        """Checks numbers.
+
+        Raises:
+            UserError: If one is out of range.
+        """
+        if not 0 < self.validation_share < 1:
+            raise UserError(f"--validation-share {self.validation_share:g} must lie between 0 and 1.")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
+            raise UserError("--seeds needs different numbers that are not negative.")
+        for flag, value, least in (("--checkpoint-every", self.checkpoint_every, 1), ("--workers", self.workers, 0)):
+            if value < least:
+                raise UserError(f"{flag} {value} is too small: at least {least}.")
+
+
+@dataclass
+class SegmentationConfig(TrainedProbeConfig):
+    """Linear probe for semantic segmentation."""
+
+
+@dataclass
+class DepthConfig(TrainedProbeConfig):
+    """Linear probe for monocular depth."""
+
+    gradient_loss: float = 0.0
+    """Weight of a gradient loss. The paper's .5 is zero in effect; anything else is another protocol."""
+
+
+@dataclass
+class NormalsConfig(TrainedProbeConfig):
+    """Linear probe for surface normals, made of depth (rooms, nyuv2)."""
+
+
+@dataclass
+class RetrievalConfig(DataConfig):
+    """Segmentation by retrieval: labels of the nearest training patches, without training."""
+
+    neighbours: int = 30
+    """Patches that vote."""
+    temperature: float = 0.02
+    """Of the votes' softmax over cosines."""
+    memory: int = 100_000
+    """Training patches kept, drawn at random."""
+    seed: int = 0
+    """Of that draw."""
+    long_side: int = 518
+    """Photos are shrunk to this long side at most, pixels."""
+
+
+@dataclass
+class CorrespondenceConfig(FeatureConfig):
+    """Matches between views of a posed RGB-D scene in nerfstudio's format (Probe3D's protocol)."""
+
+    pairs_per_bin: int = 15
+    """Pairs of views compared in each range of relative angles."""
+    matches: int = 1000
+    """Best matches by ratio test that are evaluated, per pair."""
+    grid_scale: float = 0.25
+    """Of the photo's size: where features and depth are sampled."""
+    min_overlap: float = 0.4
+    """Least share of a view's surface that the other view sees."""
+
+
+Command = Annotated[
+    Annotated[SegmentationConfig, tyro.conf.subcommand("segmentation")]
+    | Annotated[DepthConfig, tyro.conf.subcommand("depth")]
+    | Annotated[NormalsConfig, tyro.conf.subcommand("normals")]
+    | Annotated[RetrievalConfig, tyro.conf.subcommand("retrieval")]
+    | Annotated[CorrespondenceConfig, tyro.conf.subcommand("correspondence")],
+    tyro.conf.OmitSubcommandPrefixes,
+]

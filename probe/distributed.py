@@ -1,0 +1,119 @@
+"""One process or several under torchrun: the few collectives that a probe needs."""
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from fit3d_ns.errors import UserError
+
+
+def rank() -> int:
+    """Returns the number of this process."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Returns the number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+@contextmanager
+def process_group(device: str) -> Iterator[torch.device]:
+    """Joins torchrun's processes, if started by it, and lends this process's device.
+
+    Args:
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+
+    Yields:
+        The device; under torchrun, the GPU of the local rank.
+
+    Raises:
+        UserError: If a GPU is asked for and there is none.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise UserError(f"--device {device} is no device: give auto, cpu, cuda or cuda:N.") from None
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--device {device}: no CUDA device is available, use --device cpu.")
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield chosen
+        return
+    if chosen.type == "cuda":
+        chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(chosen)
+    # A shared step may wait for one process that caches the features.
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timedelta(hours=6))
+    try:
+        yield chosen
+    finally:
+        dist.destroy_process_group()
+
+
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Replaces gradients by their mean over all processes."""
+    if world_size() == 1:
+        return
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+    dist.all_reduce(flat)
+    flat /= world_size()
+    offset = 0
+    for gradient in gradients:
+        gradient.copy_(flat[offset : offset + gradient.numel()].view_as(gradient))
+        offset += gradient.numel()
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Returns every process's small value, in the order of ranks."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def wait_for_all() -> None:
+    """Returns when all processes have come here."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+class SyncedBatchNorm(nn.BatchNorm2d):
+    """Batch norm over the batches of all processes, on any device; in one process, torch's own.
+
+    torch's SyncBatchNorm runs on GPUs only, and a protocol whose result depends on the number of processes could not
+    be tested without them.
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Normalizes [B, C, h, w]."""
+        if not self.training or world_size() == 1:
+            return super().forward(input)
+        from torch.distributed.nn.functional import all_reduce
+
+        count = torch.tensor([input.numel() / input.shape[1]], device=input.device)
+        dist.all_reduce(count)
+        mean = all_reduce(input.sum((0, 2, 3))) / count
+        centred = input - mean[None, :, None, None]
+        variance = all_reduce(centred.square().sum((0, 2, 3))) / count
+        if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
+            momentum = self.momentum or 0.0
+            with torch.no_grad():
+                self.running_mean.lerp_(mean, momentum)
+                self.running_var.lerp_(variance * count / (count - 1), momentum)
+                if self.num_batches_tracked is not None:
+                    self.num_batches_tracked += 1
+        scale = torch.rsqrt(variance + self.eps)
+        if self.weight is not None:
+            scale = scale * self.weight
+        output = centred * scale[None, :, None, None]
+        return output if self.bias is None else output + self.bias[None, :, None, None]

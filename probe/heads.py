@@ -1,0 +1,107 @@
+"""Linear heads on assembled features."""
+
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from fit3d_ns.backbones import BackboneOutput
+from probe.distributed import SyncedBatchNorm
+
+
+class Fusion(nn.Conv2d):
+    """The learned layer 2C -> C of the assembly `linear`, trained with the head behind it."""
+
+    def __init__(self, width: int, bias: bool) -> None:
+        """Makes the layer, for ``width`` = 2C; a bias is of no use before a batch norm."""
+        super().__init__(width, width // 2, 1, bias=bias)
+
+
+class SegmentationHead(nn.Module):
+    """Batch norm and a 1x1 convolution (DINOv2's linear head; its reference calls it BNHead)."""
+
+    def __init__(self, width: int, num_classes: int, fuse: bool = False) -> None:
+        """Makes the head.
+
+        Args:
+            width: Channels of the patch tokens.
+            num_classes: Classes K.
+            fuse: Whether the tokens are concatenated ones that a learned layer halves first.
+        """
+        super().__init__()
+        self.fusion = Fusion(width, bias=False) if fuse else None
+        width = width // 2 if fuse else width
+        self.norm = SyncedBatchNorm(width)
+        self.classifier = nn.Conv2d(width, num_classes, 1)
+        nn.init.normal_(self.classifier.weight, std=0.01)
+        nn.init.zeros_(self.classifier.bias)  # type: ignore[arg-type]
+
+    def forward(self, features: BackboneOutput) -> Float[Tensor, "B K h w"]:
+        """Returns logits on the patch grid."""
+        tokens = features.patch_tokens if self.fusion is None else self.fusion(features.patch_tokens)
+        return self.classifier(self.norm(tokens))
+
+
+class TokenAndClassHead(nn.Module):
+    """A 1x1 convolution on patch tokens to each of which the class token is appended.
+
+    The class token's part is computed once per image: the convolution of a constant map is a constant.
+    """
+
+    def __init__(self, width: int, cls_width: int, outputs: int, fuse: bool = False) -> None:
+        """Makes the head.
+
+        Args:
+            width: Channels of the patch tokens.
+            cls_width: Channels of the class token, 0 if there is none.
+            outputs: Channels K of the result.
+            fuse: As for `SegmentationHead`.
+        """
+        super().__init__()
+        self.fusion = Fusion(width, bias=True) if fuse else None
+        self.width = width // 2 if fuse else width
+        self.convolution = nn.Conv2d(self.width + cls_width, outputs, 1)
+
+    def forward(self, features: BackboneOutput) -> Float[Tensor, "B K h w"]:
+        """Returns the linear map on the patch grid."""
+        tokens = features.patch_tokens if self.fusion is None else self.fusion(features.patch_tokens)
+        weight = self.convolution.weight
+        result = F.conv2d(tokens, weight[:, : self.width], self.convolution.bias)
+        cls: Optional[Tensor] = features.cls
+        if cls is not None and weight.shape[1] > self.width:
+            result = result + F.linear(cls, weight[:, self.width :, 0, 0])[:, :, None, None]
+        return result
+
+
+def expected_depth(
+    logits: Float[Tensor, "B K *place"], min_depth: float, max_depth: float
+) -> Float[Tensor, "B 1 *place"]:
+    """Turns logits of evenly spaced depths into a depth, AdaBins' linear way: ReLU, plus .1, normalised, expectation.
+
+    Args:
+        logits: One channel per bin.
+        min_depth: Depth of the first bin, metres.
+        max_depth: Depth of the last, metres.
+
+    Returns:
+        Metres.
+    """
+    bins = torch.linspace(min_depth, max_depth, logits.shape[1], device=logits.device, dtype=logits.dtype)
+    weights = logits.relu() + 0.1
+    return torch.einsum("bk...,k->b...", weights, bins)[:, None] / weights.sum(1, keepdim=True)
+
+
+def sample_map(values: Float[Tensor, "B K h w"], positions: Float[Tensor, "B P 2"]) -> Float[Tensor, "B K P"]:
+    """Reads maps between their centres as bilinear resizing (``align_corners=False``) would.
+
+    Args:
+        values: Maps.
+        positions: (x, y) as shares of width and height, in [0, 1].
+
+    Returns:
+        Values at the positions.
+    """
+    grid = positions[:, None] * 2 - 1
+    return F.grid_sample(values, grid, mode="bilinear", padding_mode="border", align_corners=False)[:, :, 0]

@@ -1,0 +1,152 @@
+"""Metrics over a whole data set, exact whatever the number of processes."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.classification import MulticlassConfusionMatrix
+
+from probe.datasets.samples import IGNORE
+
+DEPTH_METRICS = ("rmse", "abs_rel", "sq_rel", "rmse_log", "log10", "d1", "d2", "d3")
+NORMAL_METRICS = ("mean_angle", "rmse_angle", "below_11", "below_22", "below_30")
+_NORMAL_LIMITS = (11.25, 22.5, 30.0)
+
+
+class SegmentationMetric(MulticlassConfusionMatrix):
+    """Confusion matrix of all pixels with a label, and what follows from it."""
+
+    def __init__(self, num_classes: int) -> None:
+        """Starts with no pixel seen."""
+        super().__init__(num_classes, ignore_index=IGNORE)
+
+    def scores(self) -> dict[str, Any]:
+        """Computes the scores over all processes.
+
+        Returns:
+            ``miou``, ``macc`` and ``aacc`` in [0, 1], and ``iou``, a list with one value per class. A class that occurs
+            neither in truth nor in prediction has no IoU (NaN) and is left out of the mean; one that is only predicted
+            has IoU 0 and no accuracy: mmsegmentation's rules.
+        """
+        matrix = self.compute().double()
+        hits, truth, predicted = matrix.diagonal(), matrix.sum(1), matrix.sum(0)
+        iou = hits / (truth + predicted - hits)
+        return {
+            "miou": float(iou.nanmean()),
+            "macc": float((hits / truth).nanmean()),
+            "aacc": float(hits.sum() / truth.sum()),
+            "iou": iou.tolist(),
+        }
+
+
+class _MeanOverImages(Metric):
+    """Sums per-image values in float64, with the number of images that had any."""
+
+    full_state_update = False
+    total: Tensor
+    count: Tensor
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.names = names
+        self.add_state("total", torch.zeros(len(names), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self.set_dtype(torch.float64)
+
+    def add(self, values: list[Tensor]) -> None:
+        """Adds one image."""
+        self.total += torch.stack([value.double() for value in values]).to(self.total.device)
+        self.count += 1
+
+    def compute(self) -> Tensor:
+        """Returns the means in the order of ``names``; NaN without an image."""
+        return self.total / self.count
+
+    def scores(self) -> dict[str, Any]:
+        """Computes the means over all processes, by name."""
+        return dict(zip(self.names, self.compute().tolist()))
+
+
+class DepthMetric(_MeanOverImages):
+    """Depth errors of each image, averaged over images; an image without a valid pixel does not count.
+
+    With d the prediction and t the truth, in metres: ``rmse`` sqrt(mean (d-t)^2), ``abs_rel`` mean |d-t|/t, ``sq_rel``
+    mean (d-t)^2/t, ``rmse_log`` sqrt(mean (ln d - ln t)^2), ``log10`` mean |log10 d - log10 t|, and ``d1``..``d3`` the
+    share of pixels with max(d/t, t/d) below 1.25, 1.25^2, 1.25^3.
+    """
+
+    def __init__(self) -> None:
+        """Starts with no image seen."""
+        super().__init__(DEPTH_METRICS)
+
+    def update(self, depth: Float[Tensor, "H W"], truth: Float[Tensor, "H W"], valid: Tensor) -> None:
+        """Adds an image.
+
+        Args:
+            depth: Predicted, metres, above 0.
+            truth: Metres.
+            valid: [H, W] bool: pixels that count.
+        """
+        if not bool(valid.any()):
+            return
+        d, t = depth[valid].double(), truth[valid].double()
+        log_error = d.log() - t.log()
+        ratio = torch.maximum(d / t, t / d)
+        self.add(
+            [
+                (d - t).square().mean().sqrt(),
+                ((d - t).abs() / t).mean(),
+                ((d - t).square() / t).mean(),
+                log_error.square().mean().sqrt(),
+                (d.log10() - t.log10()).abs().mean(),
+                *((ratio < 1.25**power).double().mean() for power in (1, 2, 3)),
+            ]
+        )
+
+
+class NormalMetric(_MeanOverImages):
+    """Angles between predicted and true normals, in degrees, per image and averaged over images.
+
+    ``mean_angle``, ``rmse_angle`` and the share of pixels below 11.25, 22.5 and 30 degrees.
+    """
+
+    def __init__(self) -> None:
+        """Starts with no image seen."""
+        super().__init__(NORMAL_METRICS)
+
+    def update(self, normals: Float[Tensor, "3 H W"], truth: Float[Tensor, "3 H W"], valid: Tensor) -> None:
+        """Adds an image; both of unit length where ``valid`` [H, W]."""
+        if not bool(valid.any()):
+            return
+        cosine = (normals[:, valid].double() * truth[:, valid].double()).sum(0).clamp(-1, 1)
+        angle = torch.rad2deg(torch.arccos(cosine))
+        shares = [(angle < limit).double().mean() for limit in _NORMAL_LIMITS]
+        self.add([angle.mean(), angle.square().mean().sqrt(), *shares])
+
+
+def evaluation_mask(truth: Float[Tensor, "H W"], min_depth: float, max_depth: float, crop: str) -> Int[Tensor, "H W"]:
+    """Returns the pixels that a depth metric counts.
+
+    Args:
+        truth: Metres; 0 where there is none.
+        min_depth: Least depth, exclusive.
+        max_depth: Cap, exclusive.
+        crop: ``none``; ``nyu_eigen``: rows 45 to 470 and columns 41 to 600 of 640x480 pixels; ``garg``: shares .408 to
+            .992 of the height and .036 to .964 of the width.
+
+    Returns:
+        [H, W] bool.
+    """
+    mask = (truth > min_depth) & (truth < max_depth)
+    if crop == "none":
+        return mask
+    height, width = truth.shape
+    inside = torch.zeros_like(mask)
+    if crop == "nyu_eigen":
+        inside[45:471, 41:601] = True
+    else:
+        top, bottom = int(0.40810811 * height), int(0.99189189 * height)
+        inside[top:bottom, int(0.03594771 * width) : int(0.96405229 * width)] = True
+    return mask & inside

@@ -1,0 +1,250 @@
+"""A trained probe from the command line to the report."""
+
+import hashlib
+import time
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Optional
+
+import torch
+from rich.console import Console
+
+from fit3d_ns.errors import UserError
+from probe.config import DepthConfig, TrainedProbeConfig
+from probe.datasets import Kind, ProbeData, check_data, load_data
+from probe.datasets.checks import spread
+from probe.depth import DepthTask, NormalsTask
+from probe.distributed import process_group, rank, wait_for_all
+from probe.evaluation import evaluate
+from probe.features import FrozenBackbones, Row, choose_rows, load_backbones
+from probe.progress import progress
+from probe.recipes import DepthRecipe, FastRecipe, Optimization, choose_fast_recipe, choose_recipe, override
+from probe.results import ResultFolder, provenance
+from probe.segmentation import SegmentationTask
+from probe.sources import CachedSource, OnlineSource, Source, whole_size
+from probe.stream import check_batch_size
+from probe.table import write_report
+from probe.task import Task
+from probe.tracking import LossLog
+from probe.training import Head, HeadBank, mean_losses
+
+_TASKS: dict[str, type[Task]] = {"segmentation": SegmentationTask, "depth": DepthTask, "normals": NormalsTask}
+_LOG_EVERY = 50
+_PANELS = 4
+
+
+@dataclass
+class _Setup:
+    """What all seeds share."""
+
+    config: TrainedProbeConfig
+    task: Task
+    rows: tuple[Row, ...]
+    optimization: Optimization
+    source: Source
+    widths: tuple[int, int]
+    device: torch.device
+    results: ResultFolder
+    log: LossLog
+    console: Console
+
+
+def run_trained_probe(config: TrainedProbeConfig, kind: Kind) -> None:
+    """Trains and scores every row for every seed that is not finished, and writes the report.
+
+    Args:
+        config: The user's choices.
+        kind: Which probe.
+
+    Raises:
+        UserError: For everything that is wrong with flags, files or data, before training where it can be known.
+    """
+    config.check()
+    with process_group(config.device) as device:
+        _run(config, kind, device)
+
+
+def _run(config: TrainedProbeConfig, kind: Kind, device: torch.device) -> None:
+    console = Console(stderr=True)
+    rows = choose_rows(config.assemblies, config.tuned is not None, config.control is not None)
+    recipe, fast = choose_recipe(kind, config.dataset), choose_fast_recipe(kind) if config.fast else None
+    base = fast.optimization if fast else recipe.optimization
+    optimization = override(base, config.iterations, config.batch_size, config.learning_rates)
+    check_batch_size(optimization.batch_size)
+    if isinstance(config, DepthConfig) and isinstance(recipe, DepthRecipe):
+        if config.gradient_loss and fast:
+            raise UserError("--gradient-loss needs whole crops: it cannot be combined with --fast.")
+        recipe = replace(recipe, gradient_loss=config.gradient_loss)
+    several = len(optimization.learning_rates) > 1
+    data = load_data(config.choice(kind), config.validation_share if several else 0.0)
+    checked = check_data(data)
+    task = _TASKS[kind](data, recipe)
+    backbones = load_backbones(
+        config.backbone_spec(task.norm), config.tuned, config.control, rows, config.precision, device
+    )
+    protocol: dict[str, Any] = asdict(replace(fast, optimization=optimization) if fast else recipe)
+    protocol["optimization"] = asdict(optimization)
+    question = {
+        "probe": kind,
+        "recipe": protocol,
+        "rows": [row.name for row in rows],
+        "backbones": backbones.identities,
+        "precision": config.precision,
+        "data": _data_identity(data),
+    }
+    results = ResultFolder(config.output_dir, question)
+    if rank() == 0:
+        results.start()
+    wait_for_all()
+    source, facts = _make_source(config, task, fast, backbones, device, results, console)
+    widths = (backbones.info.width, _cls_width(backbones, device))
+    log = LossLog(results.folder, config.vis, question)
+    setup = _Setup(config, task, rows, optimization, source, widths, device, results, log, console)
+    for position, seed in enumerate(config.seeds):
+        if results.read_seed(seed) is None:
+            _run_seed(setup, seed, with_panels=position == 0)
+        wait_for_all()
+    log.close()
+    if rank() == 0:
+        facts |= {"labels_seen": checked.labels_seen, "valid_share": checked.valid_share}
+        summary = {
+            "probe": kind,
+            "protocol": protocol["name"],
+            "fast": config.fast,
+            "data": {"name": data.name, "train": len(data.train), "test": len(data.test), "notes": list(data.notes)},
+            "backbone": asdict(backbones.info),
+            "facts": facts,
+            **provenance(device),
+        }
+        write_report(results, task, rows, widths[0], config.seeds, summary)
+        console.print(f"Report: {results.folder / 'report.html'}", highlight=False)
+
+
+def _make_source(
+    config: TrainedProbeConfig,
+    task: Task,
+    fast: Optional[FastRecipe],
+    backbones: FrozenBackbones,
+    device: torch.device,
+    results: ResultFolder,
+    console: Console,
+) -> tuple[Source, dict[str, Any]]:
+    """Makes the source of features; for the fast protocol, computes them first."""
+    if fast is None:
+        fill = torch.tensor(backbones.info.mean, device=device).view(1, 3, 1, 1)
+        return OnlineSource(task, backbones, device, config.workers, fill), {}
+    size = whole_size(task, backbones.info.patch_size, fast.long_side)
+    source = CachedSource(task, fast, size, device, config.workers)
+    start = time.monotonic()
+    folder = config.cache_dir or results.folder / "features"
+    description = {"backbones": backbones.identities, "precision": config.precision}
+    stored = source.fill(backbones, description, folder, console)
+    seconds = time.monotonic() - start
+    return source, {"photo_size": list(size), "features_bytes": stored, "features_seconds": seconds}
+
+
+def _run_seed(setup: _Setup, seed: int, with_panels: bool) -> None:
+    """Trains and scores one seed's heads."""
+    task, optimization, results = setup.task, setup.optimization, setup.results
+    bank = HeadBank(task, setup.rows, optimization, setup.widths, seed, setup.device)
+    fingerprint = f"{results.fingerprint}-{seed}"
+    first = bank.load(results.checkpoint(seed), fingerprint, setup.device)
+    seconds, trained = _train(setup, bank, seed, first, fingerprint)
+    validation: dict[str, dict[str, Any]] = {}
+    if task.data.validation is not None:
+        validation, _ = evaluate(task, setup.source, "validation", bank.heads, setup.console)
+    chosen = _choose(task, setup.rows, bank, validation)
+    places = _panel_places(task.data) if with_panels else []
+    start = time.monotonic()
+    scores, panels = evaluate(task, setup.source, "test", list(chosen.values()), setup.console, places)
+    evaluation_seconds = time.monotonic() - start
+    if rank() == 0:
+        for place, pictures in panels.items():
+            results.write_panel(place, "photo", task.test_target(*task.read(task.data.test[place]))[0])
+            for name, picture in pictures.items():
+                results.write_panel(place, name, picture)
+        content = {
+            name: {
+                "scores": scores[head.key],
+                "learning_rate": head.learning_rate,
+                "validation": {
+                    f"{other.learning_rate:g}": validation[other.key][task.headline]
+                    for other in bank.heads
+                    if other.row.name == name and other.key in validation
+                },
+            }
+            for name, head in chosen.items()
+        }
+        timing = {
+            "training_seconds": seconds,
+            "images_per_second": trained / seconds if seconds else 0.0,
+            "evaluation_seconds": evaluation_seconds,
+        }
+        results.write_seed(seed, content, timing)
+
+
+def _train(setup: _Setup, bank: HeadBank, seed: int, first: int, fingerprint: str) -> tuple[float, int]:
+    """Trains heads from a step on; returns the seconds it took and the photos seen."""
+    optimization, total = setup.optimization, setup.optimization.iterations
+    batches = setup.source.training(seed, first, total, optimization.batch_size)
+    start = time.monotonic()
+    with progress(setup.console, f"training (seed {seed})", total, first) as advance:
+        for step, (features, loss) in enumerate(batches, start=first):
+            losses = bank.step(step, features, loss)
+            last = step + 1 == total
+            remark = ""
+            if (step + 1) % _LOG_EVERY == 0 or last:
+                by_head = mean_losses(bank, losses)
+                setup.log.write(seed, step + 1, by_head)
+                remark = f"loss {next(iter(by_head.values())):.3f}"
+            if (step + 1) % setup.config.checkpoint_every == 0 or last:
+                bank.save(setup.results.checkpoint(seed), step + 1, fingerprint)
+            advance(1, remark)
+    return time.monotonic() - start, (total - first) * optimization.batch_size
+
+
+def _choose(
+    task: Task, rows: tuple[Row, ...], bank: HeadBank, validation: dict[str, dict[str, Any]]
+) -> dict[str, Head]:
+    """Returns each row's head: the only one, or the best on the validation split."""
+    chosen: dict[str, Head] = {}
+    for row in rows:
+        best: Optional[Head] = None
+        for head in bank.heads:
+            if head.row != row:
+                continue
+            if best is None or task.is_better(validation[head.key][task.headline], validation[best.key][task.headline]):
+                best = head
+        assert best is not None
+        chosen[row.name] = best
+    return chosen
+
+
+def _panel_places(data: ProbeData) -> list[int]:
+    places = {sample.name: place for place, sample in enumerate(data.test)}
+    return sorted({places[sample.name] for sample in spread(data.test, _PANELS)})
+
+
+def _data_identity(data: ProbeData) -> dict[str, Any]:
+    """Describes a data set by its files' names and rules."""
+    digest = hashlib.blake2b(digest_size=12)
+    for samples in (data.train, data.validation or (), data.test):
+        for sample in samples:
+            digest.update(f"{sample.image.name}|{sample.target.name}|{sample.name}\n".encode())
+        digest.update(b"--\n")
+    return {
+        "name": data.name,
+        "files": digest.hexdigest(),
+        "train": len(data.train),
+        "test": len(data.test),
+        "classes": list(data.classes),
+        "labels": asdict(data.labels) if data.labels else None,
+        "depth_scale": data.depth_scale,
+        "max_depth": data.max_depth,
+    }
+
+
+def _cls_width(backbones: FrozenBackbones, device: torch.device) -> int:
+    patch = backbones.info.patch_size
+    outputs = backbones(torch.zeros(1, 3, patch, patch, device=device))
+    cls = next(iter(outputs.values())).cls
+    return 0 if cls is None else cls.shape[1]

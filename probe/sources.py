@@ -1,0 +1,202 @@
+"""Where the heads' features come from: computed for every batch, or read from disk."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Optional
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from fit3d_ns.backbones import BackboneOutput, input_size
+from probe.datasets import Sample
+from probe.datasets.checks import spread
+from probe.distributed import rank, world_size
+from probe.feature_store import FeatureStore, draw_positions
+from probe.features import FrozenBackbones
+from probe.geometry import resize_nearest
+from probe.heads import sample_map
+from probe.recipes import FastRecipe
+from probe.stream import NumberedSamples, local_numbers, ordered_samples, sample_index, sample_rng, training_batches
+from probe.task import Task
+from probe.training import LossFunction
+
+Features = dict[str, BackboneOutput]
+_SAMPLES_MEASURED = 25
+
+
+class Source(ABC):
+    """Features of training batches and of test photos."""
+
+    @abstractmethod
+    def training(self, seed: int, start: int, stop: int, batch_size: int) -> Iterator[tuple[Features, LossFunction]]:
+        """Yields this process's features of each step, and the loss that belongs to them."""
+
+    @abstractmethod
+    def evaluation(self, split: str) -> Iterator[tuple[int, Features, Tensor]]:
+        """Yields (place, features of all views, truth) of this process's share of ``validation`` or ``test``."""
+
+    @abstractmethod
+    def predict(self, head: torch.nn.Module, features: BackboneOutput, size: tuple[int, int]) -> Tensor:
+        """Returns a head's prediction of the size of the truth (H, W)."""
+
+
+@dataclass
+class OnlineSource(Source):
+    """The full protocol: every photo is read, changed at random and run through the backbones."""
+
+    task: Task
+    backbones: FrozenBackbones
+    device: torch.device
+    workers: int
+    fill: Tensor
+    """[1, 3, 1, 1] mean colour, in [0, 1]."""
+
+    def training(self, seed: int, start: int, stop: int, batch_size: int) -> Iterator[tuple[Features, LossFunction]]:
+        """See `Source`."""
+        pin = self.device.type == "cuda"
+        batches = training_batches(train_samples(self.task, seed), start, stop, batch_size, self.workers, pin)
+        for step, batch in enumerate(batches, start=start):
+            batch = {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
+            features = self.backbones(self.task.prepare_images(batch, self.fill))
+            yield features, partial(self.task.loss, target=batch["target"], step=step)
+
+    def evaluation(self, split: str) -> Iterator[tuple[int, Features, Tensor]]:
+        """See `Source`."""
+        samples = _split(self.task, split)
+        indices = list(range(len(samples)))[rank() :: world_size()]
+        for index, sample in ordered_samples(partial(_test_sample, self.task, samples), indices, self.workers):
+            yield index, self.backbones(sample["views"].to(self.device).float() / 255), sample["target"].to(self.device)
+
+    def predict(self, head: torch.nn.Module, features: BackboneOutput, size: tuple[int, int]) -> Tensor:
+        """See `Source`."""
+        return self.task.predict(head, features, size)
+
+
+class CachedSource(Source):
+    """The fast protocol: features of whole photos, and of their mirror images, computed once and kept on disk."""
+
+    def __init__(
+        self, task: Task, recipe: FastRecipe, size: tuple[int, int], device: torch.device, workers: int
+    ) -> None:
+        """Takes the task; `fill` must be called before anything else.
+
+        Args:
+            task: The probe.
+            recipe: The fast protocol's.
+            size: Height and width of every photo as the backbones see it, multiples of the patch size.
+            device: Where heads are trained.
+            workers: Processes that read ahead.
+        """
+        self._task, self._recipe, self._size = task, recipe, size
+        self._device, self._workers = device, workers
+        self._stores: dict[str, FeatureStore] = {}
+
+    def fill(self, backbones: FrozenBackbones, description: dict[str, Any], folder: Path, console: Console) -> int:
+        """Computes what is missing on disk.
+
+        Args:
+            backbones: Run on each photo once.
+            description: What decides the features beside photos and size.
+            folder: Where features are kept.
+            console: For progress.
+
+        Returns:
+            Bytes on disk.
+        """
+        description = {**description, "size": list(self._size), "kind": self._task.data.kind}
+        for split in ("train", "validation", "test"):
+            samples = _split(self._task, split)
+            if not samples:
+                continue
+            training = split == "train"
+            store = FeatureStore(folder, description, samples, mirrored=training and self._recipe.flip)
+            read = partial(_whole_sample, self._task, samples, self._size, training)
+            store.fill(read, backbones, self._device, self._workers, console, f"features ({split})")
+            self._stores[split] = store
+        return sum(store.size_bytes() for store in self._stores.values())
+
+    def training(self, seed: int, start: int, stop: int, batch_size: int) -> Iterator[tuple[Features, LossFunction]]:
+        """See `Source`."""
+        store, count = self._stores["train"], len(self._task.data.train)
+        for step in range(start, stop):
+            indices, mirrored, positions, values = [], [], [], []
+            for number in local_numbers(step, batch_size):
+                rng = sample_rng(seed, number)
+                index = sample_index(seed, number, count)
+                place, truth = draw_positions(store.load_target(index), self._recipe.positions, rng)
+                if self._recipe.flip and rng.random() < 0.5:
+                    place[:, 0] = 1 - place[:, 0]
+                    truth = self._task.mirror_values(truth)
+                    mirrored.append(1)
+                else:
+                    mirrored.append(0)
+                indices.append(index)
+                positions.append(torch.from_numpy(place))
+                values.append(torch.from_numpy(truth))
+            places = torch.stack(positions).to(self._device)
+            # Everything up to the logits is affine, so it may be done on features read between the patches' centres.
+            features = {
+                name: BackboneOutput(sample_map(output.patch_tokens, places)[..., None], output.cls)
+                for name, output in store.load(indices, mirrored, self._device).items()
+            }
+            truths = torch.stack(values).to(self._device)
+            yield features, partial(self._task.sampled_loss, values=truths, step=step)
+
+    def evaluation(self, split: str) -> Iterator[tuple[int, Features, Tensor]]:
+        """See `Source`."""
+        samples = _split(self._task, split)
+        indices = list(range(len(samples)))[rank() :: world_size()]
+        for index, sample in ordered_samples(partial(_truth, self._task, samples), indices, self._workers):
+            yield index, self._stores[split].load([index], None, self._device), sample["target"].to(self._device)
+
+    def predict(self, head: torch.nn.Module, features: BackboneOutput, size: tuple[int, int]) -> Tensor:
+        """See `Source`."""
+        return self._task.predict_whole(head, features, size)
+
+
+def train_samples(task: Task, seed: int) -> NumberedSamples:
+    """Returns the full protocol's training samples by number, read and augmented by whoever asks."""
+    return NumberedSamples(partial(_train_sample, task, task.data.train), len(task.data.train), seed)
+
+
+def whole_size(task: Task, patch_size: int, long_side: int) -> tuple[int, int]:
+    """Returns the size (H, W) that the fast protocol resizes photos to: that of the median shape of some of them."""
+    shapes = [task.test_target(*task.read(sample))[0].shape for sample in spread(task.data.train, _SAMPLES_MEASURED)]
+    height, width = sorted(shapes, key=lambda shape: shape[0] / shape[1])[len(shapes) // 2][:2]
+    return input_size(height, width, patch_size, long_side)
+
+
+def _split(task: Task, split: str) -> Sequence[Sample]:
+    samples: Optional[Sequence[Sample]] = getattr(task.data, split)
+    return samples or ()
+
+
+# Functions of a module, not closures: workers may have to pickle them.
+
+
+def _train_sample(task: Task, samples: Sequence[Sample], index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    return task.train_sample(samples[index], rng)
+
+
+def _test_sample(task: Task, samples: Sequence[Sample], index: int) -> dict[str, Any]:
+    return task.test_sample(samples[index])
+
+
+def _whole_sample(
+    task: Task, samples: Sequence[Sample], size: tuple[int, int], with_target: bool, index: int
+) -> dict[str, Any]:
+    sample = task.test_sample(samples[index], size)
+    target = sample.pop("target")
+    if with_target:
+        sample["target"] = torch.from_numpy(resize_nearest(target.numpy(), size))
+    return sample
+
+
+def _truth(task: Task, samples: Sequence[Sample], index: int) -> dict[str, Any]:
+    _, target = task.test_target(*task.read(samples[index]))
+    return {"target": torch.from_numpy(np.ascontiguousarray(target))}

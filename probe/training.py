@@ -1,0 +1,150 @@
+"""All heads of a table, trained at once on the same features, each as if it were alone."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fit3d_ns.backbones import BackboneOutput
+from fit3d_ns.errors import UserError
+from fit3d_ns.files import atomic_path
+from probe.distributed import average_gradients, gather_objects, rank, wait_for_all
+from probe.features import Row, row_features, row_width
+from probe.recipes import Optimization
+from probe.schedules import first_beta, learning_rate_factor
+from probe.task import Task
+
+LossFunction = Callable[[nn.Module, BackboneOutput], Tensor]
+
+
+@dataclass
+class Head:
+    """A head in training."""
+
+    row: Row
+    learning_rate: float
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+
+    @property
+    def key(self) -> str:
+        """Name among all heads."""
+        return f"{self.row.name}@{self.learning_rate:g}"
+
+
+class HeadBank:
+    """One head for each row and learning rate."""
+
+    def __init__(
+        self,
+        task: Task,
+        rows: Sequence[Row],
+        optimization: Optimization,
+        widths: tuple[int, int],
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        """Makes the heads.
+
+        Args:
+            task: Knows their kind.
+            rows: Of the table.
+            optimization: Learning rates and the rest.
+            widths: Channels of a backbone's patch tokens and of its class token (0: none).
+            seed: Each head's weights depend on it and on the row's name alone, not on what else is trained.
+            device: Where.
+        """
+        self._optimization = optimization
+        self.heads: list[Head] = []
+        for row in rows:
+            for learning_rate in optimization.learning_rates:
+                with torch.random.fork_rng(devices=[]):
+                    torch.manual_seed(_stable_seed(seed, row.name))
+                    module = task.make_head(row_width(row, widths[0]), widths[1], row.assembly == "linear").to(device)
+                optimizer = torch.optim.AdamW(
+                    module.parameters(), learning_rate, betas=(0.9, 0.999), weight_decay=optimization.weight_decay
+                )
+                self.heads.append(Head(row, learning_rate, module.train(), optimizer))
+
+    def step(self, step: int, features: dict[str, BackboneOutput], loss: LossFunction) -> list[Tensor]:
+        """Takes one step with every head: its own loss, gradient, clipping and update.
+
+        Args:
+            step: From 0.
+            features: By backbone.
+            loss: Returns the loss of a head on assembled features.
+
+        Returns:
+            The losses, detached, in the order of ``heads``.
+        """
+        factor, beta = learning_rate_factor(self._optimization, step), first_beta(self._optimization, step)
+        losses: list[Tensor] = []
+        assembled_row, assembled = None, None
+        for head in self.heads:
+            if assembled is None or head.row != assembled_row:
+                assembled_row, assembled = head.row, row_features(head.row, features)
+            value = loss(head.module, assembled)
+            head.optimizer.zero_grad(set_to_none=True)
+            value.backward()
+            average_gradients(head.module.parameters())
+            if self._optimization.clip is not None:
+                nn.utils.clip_grad_norm_(head.module.parameters(), self._optimization.clip)
+            for group in head.optimizer.param_groups:
+                group["lr"] = head.learning_rate * factor
+                group["betas"] = (beta, group["betas"][1])
+            head.optimizer.step()
+            losses.append(value.detach())
+        return losses
+
+    def save(self, path: Path, step: int, fingerprint: str) -> None:
+        """Writes everything that a resumed training needs; the first process does."""
+        if rank() == 0:
+            state = {
+                "step": step,
+                "fingerprint": fingerprint,
+                "heads": {head.key: head.module.state_dict() for head in self.heads},
+                "optimizers": {head.key: head.optimizer.state_dict() for head in self.heads},
+            }
+            with atomic_path(path) as temporary:
+                torch.save(state, temporary)
+        wait_for_all()
+
+    def load(self, path: Path, fingerprint: str, device: torch.device) -> int:
+        """Reads what `save` wrote.
+
+        Returns:
+            The step to go on with; 0 if there is no such file, or it belongs to other settings.
+
+        Raises:
+            UserError: If the file is damaged.
+        """
+        if not path.is_file():
+            return 0
+        try:
+            state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+            if state["fingerprint"] != fingerprint:
+                return 0
+            for head in self.heads:
+                head.module.load_state_dict(state["heads"][head.key])
+                head.optimizer.load_state_dict(state["optimizers"][head.key])
+            return int(state["step"])
+        except Exception as error:  # torch.load raises half a dozen kinds on damaged files
+            raise UserError(
+                f"The checkpoint {path} is damaged ({type(error).__name__}): delete it to start anew."
+            ) from None
+
+
+def mean_losses(bank: HeadBank, losses: list[Tensor]) -> dict[str, float]:
+    """Returns the losses by head, averaged over processes; waits for the device."""
+    values = torch.stack(losses).tolist()
+    everywhere = gather_objects(values)
+    return {head.key: sum(one[k] for one in everywhere) / len(everywhere) for k, head in enumerate(bank.heads)}
+
+
+def _stable_seed(seed: int, name: str) -> int:
+    digest = hashlib.blake2b(f"{seed}|{name}".encode(), digest_size=6).digest()
+    return int.from_bytes(digest, "big")

@@ -1,0 +1,149 @@
+"""Assemblies, heads and their training: many at once equal to each alone."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fit3d_ns.backbones import ASSEMBLIES, BackboneOutput, assemble, assembled_width
+from fit3d_ns.errors import UserError
+from probe.features import centre_pad, choose_rows, row_features
+from probe.heads import SegmentationHead, TokenAndClassHead, expected_depth, sample_map
+from probe.losses import cross_entropy
+from probe.recipes import Optimization
+from probe.schedules import first_beta, learning_rate_factor
+from probe.training import HeadBank
+
+WIDTH = 6
+
+
+def _features(seed: int = 0) -> dict[str, BackboneOutput]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: BackboneOutput(
+            torch.randn(4, WIDTH, 5, 7, generator=generator), torch.randn(4, WIDTH, generator=generator)
+        )
+        for name in ("original", "tuned", "control")
+    }
+
+
+class _Task:
+    """The part of a task that a head bank needs."""
+
+    def make_head(self, width: int, cls_width: int, fuse: bool) -> torch.nn.Module:
+        return SegmentationHead(width, 3, fuse)
+
+
+def test_assemblies_have_their_width_and_the_right_class_token():
+    features = _features()
+    original, tuned = features["original"], features["tuned"]
+    for name in ASSEMBLIES:
+        tokens, cls = assemble(name, original, tuned)
+        assert tokens.shape[1] == assembled_width(name, WIDTH)
+        assert cls is (tuned.cls if name == "tuned" else original.cls)
+    assert torch.equal(assemble("add", original, tuned).patch_tokens, original.patch_tokens + tuned.patch_tokens)
+    assert torch.equal(assemble("concat", original, tuned).patch_tokens[:, WIDTH:], tuned.patch_tokens)
+    assert torch.equal(assemble("duplicate", original).patch_tokens[:, WIDTH:], original.patch_tokens)
+    with pytest.raises(ValueError, match="needs the fine-tuned"):
+        assemble("concat", original)
+
+
+def test_rows_follow_what_is_given():
+    assert [row.name for row in choose_rows(None, False, False)] == ["original", "duplicate"]
+    assert [row.name for row in choose_rows(None, True, False)] == list(ASSEMBLIES)
+    names = [row.name for row in choose_rows(("concat", "original", "tuned"), True, True)]
+    assert names == ["original", "tuned", "concat", "control", "control_concat"]
+    features = _features()
+    control = choose_rows(("concat",), True, True)[-1]
+    assert torch.equal(row_features(control, features).patch_tokens[:, WIDTH:], features["control"].patch_tokens)
+    with pytest.raises(UserError, match="--tuned"):
+        choose_rows(("concat",), False, False)
+    with pytest.raises(UserError, match="--tuned"):
+        choose_rows(None, False, True)
+
+
+@pytest.mark.parametrize("clip", [None, 0.01])
+def test_heads_trained_together_equal_heads_trained_alone(clip):
+    optimization = Optimization(8, 4, (1e-3, 1e-1), 1e-2, "poly", 0.2, 1e-6, clip=clip, beta1_cycle=True)
+    labels = torch.randint(0, 3, (4, 20, 28), generator=torch.Generator().manual_seed(1))
+
+    def loss(head, features):
+        return cross_entropy(F.interpolate(head(features), size=(20, 28), mode="bilinear"), labels)
+
+    def train(rows, rates):
+        bank = HeadBank(
+            _Task(),  # type: ignore[arg-type]
+            rows,
+            Optimization(**{**optimization.__dict__, "learning_rates": rates}),
+            (WIDTH, WIDTH),
+            seed=3,
+            device=torch.device("cpu"),
+        )
+        for step in range(8):
+            bank.step(step, _features(step), loss)
+        return {head.key: head.module.state_dict() for head in bank.heads}
+
+    rows = choose_rows(None, True, False)
+    together = train(rows, (1e-3, 1e-1))
+    assert len(together) == 12
+    for row in rows:
+        for rate in (1e-3, 1e-1):
+            ((key, alone),) = train((row,), (rate,)).items()
+            for name, value in alone.items():
+                assert torch.equal(value, together[key][name]), (key, name)
+
+
+def test_linear_fusion_is_trained_with_its_head():
+    head = SegmentationHead(2 * WIDTH, 3, fuse=True)
+    head(BackboneOutput(torch.randn(2, 2 * WIDTH, 4, 4), None)).square().mean().backward()
+    assert head.fusion is not None and head.fusion.weight.grad is not None and head.fusion.weight.grad.any()
+    assert head.classifier.weight.shape[1] == WIDTH
+
+
+def test_depth_head_equals_the_reference_order_of_upsampling_and_convolution():
+    """The reference appends the class token, upsamples fourfold and convolves last."""
+    torch.manual_seed(0)
+    tokens, cls = torch.randn(2, WIDTH, 5, 7), torch.randn(2, WIDTH)
+    head = TokenAndClassHead(WIDTH, WIDTH, 16)
+    joined = torch.cat([tokens, cls[:, :, None, None].expand_as(tokens)], 1)
+    reference = head.convolution(F.interpolate(joined, scale_factor=4, mode="bilinear", align_corners=False))
+    ours = F.interpolate(head(BackboneOutput(tokens, cls)), scale_factor=4, mode="bilinear", align_corners=False)
+    torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-5)
+
+
+def test_expected_depth_by_hand():
+    logits = torch.tensor([[-1.0, 0.9, 0.0]]).view(1, 3, 1, 1)
+    # Weights .1, 1, .1 on depths 0, 5, 10.
+    assert float(expected_depth(logits, 0.0, 10.0)) == pytest.approx((0.1 * 0 + 1.0 * 5 + 0.1 * 10) / 1.2)
+
+
+def test_reading_between_patches_equals_resizing():
+    values = torch.randn(1, 2, 3, 4)
+    resized = F.interpolate(values, size=(9, 12), mode="bilinear", align_corners=False)
+    rows, columns = torch.meshgrid(torch.arange(9), torch.arange(12), indexing="ij")
+    positions = torch.stack([(columns + 0.5) / 12, (rows + 0.5) / 9], -1).reshape(1, -1, 2)
+    torch.testing.assert_close(sample_map(values, positions), resized.flatten(2), rtol=1e-5, atol=1e-6)
+
+
+def test_padding_is_even_and_vanishes_in_the_network():
+    fill = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
+    images = torch.rand(2, 3, 30, 45)
+    padded = centre_pad(images, 14, fill)
+    assert padded.shape == (2, 3, 42, 56)
+    assert torch.equal(padded[:, :, 6:36, 5:50], images)
+    assert float((padded - fill)[:, :, :6].abs().max()) == 0
+    assert centre_pad(images[:, :, :28, :42], 14, fill).shape == (2, 3, 28, 42)
+
+
+def test_schedules_at_known_steps():
+    poly = Optimization(40_000, 16, (1e-3,), 0.0, "poly", 1500 / 40_000, 1e-6)
+    assert learning_rate_factor(poly, 0) == pytest.approx(1e-6)
+    assert learning_rate_factor(poly, 750) == pytest.approx((1 - 750 / 40_000) * (1 - 0.5 * (1 - 1e-6)))
+    assert learning_rate_factor(poly, 20_000) == pytest.approx(0.5)
+    cosine = Optimization(38_400, 16, (1e-4,), 0.0, "cosine", 12_800 / 38_400, 1e-3, beta1_cycle=True)
+    assert learning_rate_factor(cosine, 0) == pytest.approx(1e-3)
+    assert learning_rate_factor(cosine, 12_800) == pytest.approx(0.75)
+    assert learning_rate_factor(cosine, 38_399) < 1e-7
+    assert first_beta(cosine, 0) == pytest.approx(0.95)
+    assert first_beta(cosine, 11_519) == pytest.approx(0.85)
+    assert first_beta(cosine, 38_399) == pytest.approx(0.95)
+    assert first_beta(poly, 5) == 0.9

@@ -1,0 +1,129 @@
+"""Probes without training: correspondence and retrieval, on features whose answer is known."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, save_photo, save_png
+
+from fit3d_ns.errors import UserError
+from fit3d_ns.view_geometry import View
+from probe.config import CorrespondenceConfig, RetrievalConfig
+from probe.correspondence import choose_pairs_by_angle, match_views, recall, relative_angle, run_correspondence
+from probe.retrieval import patch_labels, retrieve, run_retrieval
+
+FOCAL, HEIGHT, WIDTH = 60.0, 48, 64
+
+
+def _camera(angle: float) -> np.ndarray:
+    """Camera to world, OpenCV axes: on a circle around (0, 0, 2), looking at it."""
+    turn = math.radians(angle)
+    rotation = np.array([[math.cos(turn), 0, math.sin(turn)], [0, 1, 0], [-math.sin(turn), 0, math.cos(turn)]])
+    pose = np.eye(4)
+    pose[:3, :3] = rotation
+    pose[:3, 3] = np.array([0, 0, 2]) - rotation @ np.array([0, 0, 2])
+    return pose
+
+
+def _view(angle: float) -> tuple[View, np.ndarray]:
+    """A view of a plane z = 4, and the world points [H, W, 3] that it sees."""
+    pose = _camera(angle)
+    columns, rows = np.meshgrid(np.arange(WIDTH) + 0.5, np.arange(HEIGHT) + 0.5)
+    rays = np.stack([(columns - WIDTH / 2) / FOCAL, (rows - HEIGHT / 2) / FOCAL, np.ones_like(rows)], -1)
+    directions = rays @ pose[:3, :3].T
+    depth = (4 - pose[2, 3]) / directions[..., 2]
+    points = pose[:3, 3] + directions * depth[..., None]
+    K = torch.tensor([[FOCAL, 0, WIDTH / 2], [0, FOCAL, HEIGHT / 2], [0, 0, 1]], dtype=torch.float64)
+    view = View(torch.from_numpy(np.linalg.inv(pose)), K, WIDTH, HEIGHT, torch.from_numpy(depth.astype(np.float32)))
+    return view, points
+
+
+def _features(points: np.ndarray) -> torch.Tensor:
+    """Features that tell world points apart: waves of several lengths along x and y."""
+    waves = [wave(points[..., axis] * length) for axis in (0, 1) for length in (1, 2, 4) for wave in (np.sin, np.cos)]
+    return torch.from_numpy(np.stack(waves)).float()
+
+
+def test_features_of_world_points_are_found_again():
+    (first, points), (second, others) = _view(0), _view(20)
+    assert relative_angle(first, second) == pytest.approx(20, abs=1e-6)
+    matches = match_views(_features(points), _features(others), first, second, (HEIGHT, WIDTH), 500)
+    assert len(matches.error) == 500
+    assert float((matches.error <= 2).float().mean()) > 0.95
+    blind = match_views(torch.randn(8, HEIGHT, WIDTH), torch.randn(8, HEIGHT, WIDTH), first, second, (48, 64), 500)
+    assert float((blind.error <= 2).float().mean()) < 0.05
+    # The mean is one over pairs, and pairs without a match are left out.
+    assert recall([torch.tensor([0.0, 9.0]), torch.tensor([1.0]), torch.zeros(0)], 5.0) == pytest.approx(0.75)
+
+
+def test_pairs_are_chosen_by_angle_and_overlap():
+    views = [_view(angle)[0] for angle in (0, 10, 12, 22, 45)]
+    pairs = choose_pairs_by_angle(views, 2, 0.2)
+    angles = [angle for _, _, angle in pairs]
+    assert (
+        all(a < b for a, b, _ in pairs) and any(angle < 15 for angle in angles) and any(angle >= 15 for angle in angles)
+    )
+    assert sum(angle < 15 for angle in angles) <= 2
+    with pytest.raises(UserError, match="--min-overlap"):
+        choose_pairs_by_angle(views, 2, 1.01)
+
+
+def _write_scene(folder, angles) -> None:
+    frames = []
+    for index, angle in enumerate(angles):
+        view, _ = _view(angle)
+        save_photo(folder / "images" / f"{index}.png", (HEIGHT, WIDTH), 0)
+        save_png(folder / "depths" / f"{index}.png", np.round(view.depth.numpy() * 1000).astype(np.uint16))
+        pose = _camera(angle) @ np.diag([1.0, -1, -1, 1])
+        frames.append(
+            {
+                "file_path": f"images/{index}.png",
+                "depth_file_path": f"depths/{index}.png",
+                "transform_matrix": pose.tolist(),
+            }
+        )
+    lens = {"fl_x": FOCAL, "fl_y": FOCAL, "cx": WIDTH / 2, "cy": HEIGHT / 2, "w": WIDTH, "h": HEIGHT}
+    (folder / "transforms.json").write_text(json.dumps({**lens, "frames": frames}))
+
+
+def test_correspondence_command(tmp_path, weights):
+    _write_scene(tmp_path / "scene", (0, 10, 20, 30))
+    config = CorrespondenceConfig(
+        tmp_path / "scene", TINY, weights["original"], weights["tuned"], output_dir=tmp_path / "out", device="cpu"
+    )
+    run_correspondence(config)
+    numbers = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert list(numbers["rows"]) == ["original", "tuned", "add", "concat"]
+    assert sum(numbers["pairs_by_angle"]) >= 3 and 0 <= numbers["rows"]["original"]["recall"]["20px"] <= 1
+    assert "<img" in (tmp_path / "out" / "report.html").read_text()
+    config.assemblies = ("linear",)
+    with pytest.raises(UserError, match="linear is trained with a head"):
+        run_correspondence(config)
+    text = json.loads((tmp_path / "scene" / "transforms.json").read_text())
+    (tmp_path / "scene" / "transforms.json").write_text(json.dumps({**text, "k1": 0.1}))
+    config.assemblies = None
+    with pytest.raises(UserError, match="lens with distortion"):
+        run_correspondence(config)
+
+
+def test_patch_labels_and_votes_by_hand():
+    labels = torch.tensor([[0, 1, 2, 2], [0, 0, 255, 255], [255, 255, 1, 1], [255, 255, 1, 1]], dtype=torch.uint8)
+    shares = patch_labels(labels, (2, 2), 3)
+    torch.testing.assert_close(shares[:, 0, 0], torch.tensor([0.75, 0.25, 0.0]))
+    torch.testing.assert_close(shares[:, 0, 1], torch.tensor([0.0, 0.0, 1.0]))
+    assert not shares[:, 1, 0].any()
+    memory = torch.nn.functional.normalize(torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]), dim=1)
+    votes = retrieve(torch.tensor([[[2.0]], [[0.0]]]), memory, torch.eye(3), 2, 0.1)
+    weight = math.exp(10) / (math.exp(10) + math.exp(10 / math.sqrt(2)))
+    torch.testing.assert_close(votes[:, 0, 0], torch.tensor([weight, 0.0, 1 - weight]), rtol=1e-4, atol=1e-6)
+
+
+def test_retrieval_command_finds_colours(tmp_path, weights, colored_blocks):
+    config = RetrievalConfig(
+        colored_blocks(), TINY, weights["original"], output_dir=tmp_path / "out", device="cpu", workers=0
+    )
+    run_retrieval(config)
+    rows = json.loads((tmp_path / "out" / "metrics.json").read_text())["rows"]
+    assert list(rows) == ["original"] and rows["original"]["aacc"]["mean"] > 0.6

@@ -1,0 +1,210 @@
+"""The command from files to report: rows, resuming, determinism, several processes, mistakes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY
+
+from fit3d_ns.errors import UserError
+from probe import run as run_module
+from probe.cli import main
+from probe.config import DepthConfig, SegmentationConfig
+from probe.datasets import Kind
+from probe.features import weights_file
+from probe.run import run_trained_probe
+
+
+@pytest.fixture
+def make_config(weights, colored_blocks, tmp_path):
+    """Builds a short probe of the tiny backbone; small crops, so that the full protocol takes a second."""
+    root = colored_blocks()
+
+    def make(output: str, kind=SegmentationConfig, **options):
+        fields = {
+            "data": root,
+            "backbone": TINY,
+            "backbone_weights": weights["original"],
+            "tuned": weights["tuned"],
+            "output_dir": tmp_path / output,
+            "iterations": 6,
+            "batch_size": 4,
+            "learning_rates": (1e-2,),
+            "workers": 0,
+            "device": "cpu",
+        }
+        return kind(**{**fields, **options})
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def small_recipes(monkeypatch):
+    """The full segmentation recipe at an eighth of its size."""
+    from dataclasses import replace
+
+    choose = run_module.choose_recipe
+
+    def small(kind, dataset):
+        recipe = choose(kind, dataset)
+        if kind == "segmentation":
+            return replace(recipe, short_side=64, long_side=256, crop=64, window=64, stride=42)
+        return recipe
+
+    monkeypatch.setattr(run_module, "choose_recipe", small)
+
+
+def _rows(folder: Path) -> dict:
+    return json.loads((folder / "metrics.json").read_text())["rows"]
+
+
+def test_fast_segmentation_learns_and_reports(make_config, weights, tmp_path):
+    config = make_config(
+        "fast", fast=True, iterations=60, learning_rates=(1e-3, 3e-2), seeds=(0, 1), control=weights["control"]
+    )
+    run_trained_probe(config, "segmentation")
+    folder = tmp_path / "fast"
+    rows = _rows(folder)
+    assert list(rows) == ["original", "duplicate", "tuned", "add", "linear", "concat"] + [
+        "control", "control_add", "control_linear", "control_concat",
+    ]  # fmt: skip
+    assert rows["original"]["miou"]["mean"] > 0.6 and rows["concat"]["channels"] == 128
+    assert len(rows["concat"]["miou"]["values"]) == 2 and rows["concat"]["miou"]["spread"] is not None
+    assert set(rows["original"]["validation"][0]) == {"0.001", "0.03"}
+    assert rows["original"]["learning_rates"] == [0.03, 0.03]
+    table = (folder / "table.md").read_text()
+    assert "FAST" in table and "±" in table and "| duplicate | 128 |" in table and "held out of training" in table
+    page = (folder / "report.html").read_text()
+    assert page.count("<img") == 3 * 5 and "class 2" in page and "torch" in page
+    numbers = json.loads((folder / "metrics.json").read_text())
+    assert numbers["versions"]["timm"] and numbers["command"] and numbers["facts"]["labels_seen"] == 3
+    assert (folder / "losses.jsonl").read_text().count("\n") >= 2
+
+
+def test_full_segmentation_resumes_to_the_same_result(make_config, tmp_path, monkeypatch):
+    rows = ("original", "linear")
+    run_trained_probe(make_config("whole", assemblies=rows, checkpoint_every=2), "segmentation")
+    interrupted = make_config("parts", assemblies=rows, checkpoint_every=2)
+    step = run_module.HeadBank.step
+
+    def fail(self, number, *args):
+        if number == 5:
+            raise KeyboardInterrupt
+        return step(self, number, *args)
+
+    monkeypatch.setattr(run_module.HeadBank, "step", fail)
+    with pytest.raises(KeyboardInterrupt):
+        run_trained_probe(interrupted, "segmentation")
+    taken = []
+
+    def count(self, number, *args):
+        taken.append(number)
+        return step(self, number, *args)
+
+    monkeypatch.setattr(run_module.HeadBank, "step", count)
+    run_trained_probe(interrupted, "segmentation")
+    assert taken == [4, 5]
+    states = [torch.load(tmp_path / name / "checkpoints/seed_0.pt", weights_only=True) for name in ("whole", "parts")]
+    for head, state in states[0]["heads"].items():
+        for name, value in state.items():
+            assert torch.equal(value, states[1]["heads"][head][name]), (head, name)
+    assert _rows(tmp_path / "whole") == _rows(tmp_path / "parts")
+    taken.clear()
+    run_trained_probe(interrupted, "segmentation")
+    assert not taken, "a finished probe is not trained again"
+    with pytest.raises(UserError, match=r"parts holds the results of another probe.*iterations.*--output-dir"):
+        run_trained_probe(make_config("parts", assemblies=rows, iterations=7), "segmentation")
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_depth_runs_both_protocols(make_config, tmp_path, fast):
+    config = make_config(
+        "depth", DepthConfig, fast=fast, iterations=160, learning_rates=(3e-2,), assemblies=("concat",)
+    )
+    run_trained_probe(config, "depth")
+    scores = _rows(tmp_path / "depth")["concat"]
+    # Depths are 1, 2 and 3 m by colour; a constant guess is off by .8 m.
+    assert scores["rmse"]["mean"] < 0.7 and scores["d3"]["mean"] > 0.5
+
+
+def test_two_processes_equal_one(make_config, weights, tmp_path):
+    """Batch norm, gradients and metrics over two processes; three test photos, so one process has one less."""
+    config = make_config("one", assemblies=("original", "linear"), fast=True, iterations=20)
+    run_trained_probe(config, "segmentation")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", "probe.cli", "segmentation"]
+    command += ["--data", str(config.data), "--backbone", TINY, "--backbone-weights", str(weights["original"])]
+    command += ["--tuned", str(weights["tuned"]), "--output-dir", str(tmp_path / "two"), "--fast"]
+    command += ["--assemblies", "original", "linear", "--iterations", "20", "--batch-size", "4", "--device", "cpu"]
+    command += ["--learning-rates", "0.01", "--workers", "0"]
+    done = subprocess.run(
+        command,
+        check=False,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=Path(__file__).parents[2],
+    )
+    assert done.returncode == 0, done.stderr
+    one, two = _rows(tmp_path / "one"), _rows(tmp_path / "two")
+    for name in one:
+        for metric in ("miou", "macc", "aacc"):
+            assert two[name][metric]["mean"] == pytest.approx(one[name][metric]["mean"], abs=2e-3), (name, metric)
+    states = [torch.load(tmp_path / name / "checkpoints/seed_0.pt", weights_only=True) for name in ("one", "two")]
+    for head, state in states[0]["heads"].items():
+        for name, value in state.items():
+            torch.testing.assert_close(states[1]["heads"][head][name], value, rtol=2e-3, atol=2e-4)
+
+
+def test_mistakes_are_said_in_one_sentence(make_config, weights, tmp_path, capsys):
+    from safetensors.torch import save_file
+
+    def fails(match, kind: Kind = "segmentation", **options):
+        with pytest.raises(UserError, match=match) as error:
+            run_trained_probe(make_config("bad", **options), kind)
+        assert "--pipeline" not in str(error.value) and "\n" not in str(error.value)
+
+    other = tmp_path / "wide.safetensors"
+    import timm
+
+    save_file(timm.create_model("test_vit2", num_classes=0).state_dict(), other)
+    fails(r"wide.safetensors holds weights of another architecture than test_vit.*--tuned", tuned=other)
+    fails(r"There is no weight file .*nope.pth: check --tuned", tuned=tmp_path / "nope.pth")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    fails(r"empty holds 0 .safetensors files: name one with --tuned", tuned=empty)
+    for name in ("backbone_fp16", "backbone"):
+        (empty / f"{name}.safetensors").write_bytes(weights["tuned"].read_bytes())
+    assert weights_file(empty, "--tuned").name == "backbone.safetensors"
+    fails("There is no folder", data=tmp_path / "nothing")
+    fails("--learning-rates", learning_rates=(0.0,))
+    fails("--seeds", seeds=(1, 1))
+    fails("--layer 99", layer=99)
+    fails("neither fit3d-ns nor timm", backbone="test_vitt")
+    fails("folder has no normals probe", kind="normals")
+    if not torch.cuda.is_available():
+        fails("no CUDA device", device="cuda")
+    assert not (tmp_path / "bad" / "metrics.json").exists()
+    with pytest.raises(SystemExit) as stopped:
+        main(["segmentation", "--data", str(tmp_path / "nothing")])
+    assert stopped.value.code == 1
+    assert capsys.readouterr().err.startswith("Error: There is no folder")
+
+
+def test_published_checkpoint_layouts_load(make_config, weights, tmp_path):
+    """FiT3D's files are plain timm state dicts in .pth; its trainer wraps them with optimizer and epoch."""
+    from safetensors.torch import load_file
+
+    state = load_file(weights["tuned"])
+    torch.save(state, tmp_path / "dinov2_small_finetuned.pth")
+    torch.save({"model": state}, tmp_path / "checkpoint.pth")
+    results = []
+    for name in ("dinov2_small_finetuned.pth", "checkpoint.pth"):
+        config = make_config(name[:4], tuned=tmp_path / name, assemblies=("tuned",), fast=True, iterations=3)
+        run_trained_probe(config, "segmentation")
+        results.append(_rows(tmp_path / name[:4])["tuned"]["miou"]["mean"])
+    assert results[0] == results[1]
