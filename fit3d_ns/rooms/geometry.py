@@ -176,7 +176,7 @@ class RayScene:
 
     def __init__(self, scene: PackedScene, keep: np.ndarray | None = None) -> None:
         from open3d import core
-        from open3d.t.geometry import RaycastingScene
+        from open3d.t.geometry import RaycastingScene  # pyright: ignore[reportMissingImports]
 
         faces = np.arange(len(scene.triangles)) if keep is None else np.flatnonzero(keep[scene.face_patch])
         self._faces = faces.astype(np.int32)
