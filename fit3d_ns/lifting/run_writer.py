@@ -66,7 +66,9 @@ def write_run(
     state = {"step": step, "pipeline": pipeline.state_dict(), "optimizers": {}, "schedulers": {}, "scalers": {}}
     try:
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        for old in [folder / "config.yml", folder / RECORD, *checkpoint.parent.glob("step-*.ckpt")]:
+        # The temporary files are those of a process that was killed while it wrote this run.
+        leftovers = [*checkpoint.parent.glob("step-*.ckpt"), *folder.rglob(".*.tmp")]
+        for old in [folder / "config.yml", folder / RECORD, *leftovers]:
             old.unlink(missing_ok=True)
         _check_space(folder, state["pipeline"])
         with atomic_path(folder / "dataparser_transforms.json") as temporary:

@@ -247,6 +247,8 @@ def test_killed_command_resumes_to_the_same_result(splatfacto_run, command, teac
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (runs / "b-lift" / "config.yml").exists()
+    # Whether the kill came while a file was being written is chance; this makes sure of it.
+    (runs / "a-lift" / "nerfstudio_models" / ".step-000000011.ckpt.1-0.tmp").write_bytes(b"half")
     resumed = run_lift(command(runs=tmp_path / "outputs", output_dir=tmp_path / "killed"))
     whole = [run_lift(command(load_config=run, output_dir=tmp_path / "whole"))[0] for run in (first, second)]
     assert [path.parent.name for path in resumed] == [path.parent.name for path in whole] == ["a-lift", "b-lift"]
