@@ -1,4 +1,4 @@
-# `make demo` and `make test` need Python 3.10 to 3.12 with venv, and nothing else.
+# `make demo` and `make test` need Python 3.11 with venv, and nothing else.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,7 +11,7 @@ unexport PYTHONDONTWRITEBYTECODE
 setup: $(VENV)/.complete
 
 $(VENV)/.complete: requirements.lock pyproject.toml setup/torchvision_cpu.py
-	$(PYTHON) -c "import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13) and 'Python 3.10 to 3.12 is needed: make PYTHON=python3.11')"
+	$(PYTHON) -c "import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13) and 'Python 3.11 or 3.12 is needed: make PYTHON=python3.11')"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet torch==2.13.0 torchvision==0.28.0
 	$(BIN)/python -m pip install --quiet --no-deps -r requirements.lock
