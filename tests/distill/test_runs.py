@@ -66,7 +66,7 @@ def test_runs_become_bundles_and_bundles_a_backbone(run, make_config, tmp_path, 
 
 def test_a_run_that_was_never_lifted_is_refused(run, make_config):
     checkpoint = next(run.rglob("step-*.ckpt"))
-    state = torch.load(checkpoint, weights_only=False)
+    state = torch.load(checkpoint, weights_only=True)
     state["pipeline"]["_model.gauss_params.fit3d_features"].zero_()
     torch.save(state, checkpoint)
     with pytest.raises(UserError, match="features of the scene room are all zero: it was never lifted; run fit3d-lift"):

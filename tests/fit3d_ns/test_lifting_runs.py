@@ -17,14 +17,13 @@ import pytest
 import torch
 from nerfstudio.data.datamanagers.full_images_datamanager import FullImageDatamanagerConfig
 from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
-from nerfstudio.models.splatfacto import SplatfactoModel
 from nerfstudio.pipelines.base_pipeline import VanillaPipelineConfig
 from nerfstudio.utils.eval_utils import eval_setup
 from PIL import Image
+from plain_splatfacto import PlainSplatfacto
 from safetensors.torch import load_file
 from scipy.spatial.transform import Rotation
 
-from fit3d_ns import compat
 from fit3d_ns.bundle_runs import bundle_run, choose_runs
 from fit3d_ns.errors import UserError
 from fit3d_ns.lifting.cli import LiftCommand, run_lift
@@ -34,18 +33,6 @@ from fit3d_ns.lifting.views import resident_scene, streamed_scene
 from fit3d_ns.runs import find_checkpoint
 
 STEPS = 12
-
-
-class PlainSplatfacto(SplatfactoModel):
-    """Upstream's model, on a CPU."""
-
-    def populate_modules(self):
-        with compat.lazy_lpips(), compat.splatfacto_on(torch.device("cpu")):
-            super().populate_modules()
-
-    def get_outputs(self, camera):
-        with compat.splatfacto_on(torch.device("cpu")):
-            return super().get_outputs(camera)
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ import pytest
 import torch
 from nerfstudio.data.datamanagers.full_images_datamanager import FullImageDatamanagerConfig
 from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
-from nerfstudio.models.splatfacto import SplatfactoModel
 from nerfstudio.pipelines.base_pipeline import VanillaPipelineConfig
 from PIL import Image
+from plain_splatfacto import PlainSplatfacto
 
 from fit3d_ns import compat
 from fit3d_ns.errors import UserError
@@ -54,18 +54,6 @@ def test_losses_share_no_parameter(scene, make_config, make_trainer, grid):
             assert (gradient is not None and bool(gradient.any())) == reached, (loss_name, name)
         for parameter in (model.gauss_params["fit3d_features"], model.fit3d_decoder.weight):
             assert (parameter.grad is not None and bool(parameter.grad.any())) != reached, loss_name
-
-
-class PlainSplatfacto(SplatfactoModel):
-    """Upstream's model, on a CPU."""
-
-    def populate_modules(self):
-        with compat.lazy_lpips(), compat.splatfacto_on(torch.device("cpu")):
-            super().populate_modules()
-
-    def get_outputs(self, camera):
-        with compat.splatfacto_on(torch.device("cpu")):
-            return super().get_outputs(camera)
 
 
 def test_geometry_is_splatfactos_bit_for_bit(scene, make_config, make_trainer):
