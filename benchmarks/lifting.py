@@ -10,14 +10,16 @@ Every row is measured on the run's held-out views. `--parts` chooses what is mea
 - `views`: time and memory against the number of views (the scene's own, repeated)
 - `gaussians`: time and memory against the number of Gaussians (synthetic ones, seen by the scene's cameras)
 - `teacher`: time to open the photos and compute the teacher's maps, with an empty cache
+- `command`: `fit3d-lift` from the run to the lifted run on disk, with an empty and with a filled cache
 
-Writes a JSON file and an HTML page with the tables and curves. Times are of a second call, after a warm-up.
+Writes a JSON file, row by row, and an HTML page with the tables and curves. Times are taken after a warm-up and,
+but for `command`, leave out opening the scene and measuring; peak memory is that of torch on the GPU.
 """
 
 import json
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Optional
@@ -29,19 +31,20 @@ from fit3d_ns.decoder import FeatureDecoder
 from fit3d_ns.errors import UserError
 from fit3d_ns.feature_grid import FEATURE_GRIDS
 from fit3d_ns.files import atomic_write_json
-from fit3d_ns.lifting.cli import open_source
+from fit3d_ns.lifting.cli import LiftCommand, open_source, run_lift
 from fit3d_ns.lifting.evaluation import LiftEvaluation
 from fit3d_ns.lifting.lift import LiftScene, lift_features, project, teacher_basis
 from fit3d_ns.lifting.operator import FeatureOperator, Geometry
+from fit3d_ns.lifting.scene import RECORD
 from fit3d_ns.lifting.settings import LiftSettings
-from fit3d_ns.lifting.solver import LiftSolver, batches_of_equal_size
+from fit3d_ns.lifting.solver import LiftSolver, LiftView
 from fit3d_ns.lifting.sources import source_from_run
 from fit3d_ns.lifting.views import model_geometry, streamed_scene
 from fit3d_ns.metrics import feature_l1
 from fit3d_ns.report import Report
 from fit3d_ns.runs import read_checkpoint
 
-Part = Literal["solvers", "dims", "views", "gaussians", "teacher"]
+Part = Literal["solvers", "dims", "views", "gaussians", "teacher", "command"]
 
 
 @dataclass
@@ -52,7 +55,7 @@ class Benchmark:
     """Run of splatfacto or fit3d-splat whose geometry is used."""
     joint: tuple[Path, ...] = ()
     """Runs of fit3d-splat whose trained features are measured beside."""
-    parts: tuple[Part, ...] = ("solvers", "dims", "views", "gaussians", "teacher")
+    parts: tuple[Part, ...] = ("solvers", "dims", "views", "gaussians", "teacher", "command")
     """What is measured."""
     output: Path = Path("outputs/benchmarks/lifting")
     """Where lifting.json and lifting.html go."""
@@ -98,68 +101,95 @@ class Bench:
         """Returns the renderer of a feature grid."""
         return FeatureOperator(self.geometry, FEATURE_GRIDS[grid])
 
-    def measure(self, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Runs one row and adds its time and peak memory."""
-        if self.cuda:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        start = self.now()
-        row = {"row": name, **work()}
-        row.setdefault("seconds", self.now() - start)
-        if self.cuda:
-            row["peak_memory_mb"] = torch.cuda.max_memory_allocated() / 2**20
-        print(json.dumps(row), flush=True)
-        return row
+    def evaluation(self, operator: FeatureOperator) -> LiftEvaluation:
+        """Returns the measures of fidelity and consistency; which views are compared is found out once."""
+        return LiftEvaluation(operator, self.scene.held_out, self.scene.matched)
 
     def now(self) -> float:
-        """Seconds, on the device's own clock."""
+        """Seconds, once the device has done all its work."""
         if self.cuda:
             torch.cuda.synchronize()
         return time.perf_counter()
+
+    def reset_peak(self) -> None:
+        """Starts to look for the largest memory anew."""
+        if self.cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+    def peak(self) -> dict[str, float]:
+        """Returns the largest memory of the device since ``reset_peak``, where there is one."""
+        return {"peak_memory_mb": torch.cuda.max_memory_allocated() / 2**20} if self.cuda else {}
+
+
+class Table:
+    """Rows of all parts, written to disk one by one: what was measured outlives what comes after it."""
+
+    def __init__(self, path: Path, facts: dict[str, Any]) -> None:
+        self.path = path
+        self.results = facts
+
+    def add(self, part: Part, name: str, work: Callable[[], dict[str, Any]], **labels: Any) -> None:
+        """Measures one row; one that fails says why, and the others go on."""
+        try:
+            row = {"row": name, **labels, **work()}
+        except (UserError, torch.cuda.OutOfMemoryError) as error:
+            row = {"row": name, **labels, "failed": str(error).splitlines()[0]}
+        self.results.setdefault(part, []).append(row)
+        atomic_write_json(self.path, self.results)
+        print(json.dumps(row), flush=True)
 
 
 def main(settings: Benchmark) -> None:
     """Runs all parts and writes the report."""
     settings.output.mkdir(parents=True, exist_ok=True)
     bench = Bench(settings, settings.run)
-    results: dict[str, Any] = {
-        "run": str(settings.run),
-        "device": torch.cuda.get_device_name() if bench.cuda else "CPU",
-        "training_views": len(bench.scene.training),
-        "held_out_views": len(bench.scene.held_out),
-        "num_gaussians": len(bench.geometry),
-    }
-    lift_row(bench, 64, LiftSettings(evaluate=False))  # compiles and warms up
-    parts: dict[str, Callable[[Bench], list[dict[str, Any]]]] = {
-        "solvers": solver_rows,
-        "dims": dim_rows,
-        "views": view_rows,
-        "gaussians": gaussian_rows,
-        "teacher": teacher_rows,
+    table = Table(
+        settings.output / "lifting.json",
+        {
+            "run": str(settings.run),
+            "device": torch.cuda.get_device_name() if bench.cuda else "CPU",
+            "training_views": len(bench.scene.training),
+            "held_out_views": len(bench.scene.held_out),
+            "num_gaussians": len(bench.geometry),
+        },
+    )
+    parts: dict[Part, Callable[[Bench, Table], None]] = {
+        "solvers": add_solvers,
+        "dims": add_dims,
+        "views": add_views,
+        "gaussians": add_gaussians,
+        "teacher": add_teacher,
+        "command": add_command,
     }
     for part in settings.parts:
-        results[part] = parts[part](bench)
-        atomic_write_json(settings.output / "lifting.json", results)
-    write_report(settings.output / "lifting.html", results)
+        parts[part](bench, table)
+    write_report(settings.output / "lifting.html", table.results)
 
 
 def lift_row(bench: Bench, dim: int, lift: LiftSettings, grid: str = "fast") -> dict[str, Any]:
-    """Lifts once; its time leaves out the evaluation."""
-    lift = replace(lift, views_per_batch=bench.settings.views_per_batch)
-    outcome = lift_features(bench.operator(grid), bench.scene, bench.width, dim, lift)
-    stages = {stage: seconds for stage, seconds in outcome.seconds.items() if stage != "evaluation"}
+    """Lifts once, then measures; time and memory are those of the lift, with a selection its measurements included."""
+    operator, selects = bench.operator(grid), lift.select != "fixed"
+    lift = replace(lift, views_per_batch=bench.settings.views_per_batch, evaluate=selects)
+    # Two views load and start every kernel and library that this row needs.
+    warm = replace(lift, refinements=min(1, lift.steps()), select="fixed", unseen="zero", evaluate=False)
+    lift_features(operator, LiftScene(bench.scene.training[:2], [], []), bench.width, dim, warm)
+    bench.reset_peak()
+    outcome = lift_features(operator, bench.scene, bench.width, dim, lift)
+    peak = bench.peak()
     return {
-        **outcome.metrics,
+        **bench.evaluation(operator).measure(outcome.values, outcome.decoder),
         "refinements": outcome.refinements,
         "unseen": outcome.summary(lift)["unseen_gaussians"],
         "basis_share": outcome.basis_share,
-        "stages": stages,
-        "seconds": sum(stages.values()),
+        "stages": outcome.seconds,
+        "seconds": sum(outcome.seconds.values()),
+        **peak,
     }
 
 
-def solver_rows(bench: Bench) -> list[dict[str, Any]]:
-    """Solvers side by side at 64 channels."""
+def add_solvers(bench: Bench, table: Table) -> None:
+    """Solvers side by side at 64 channels, and features that were trained."""
     variants: dict[str, tuple[LiftSettings, str]] = {
         f"k = {k}": (LiftSettings(refinements=k), "fast") for k in bench.settings.refinements
     }
@@ -174,21 +204,22 @@ def solver_rows(bench: Bench) -> list[dict[str, Any]]:
     if bench.scene.held_out:
         variants["--select fidelity"] = (LiftSettings(select="fidelity"), "fast")
         variants["--select consistency"] = (LiftSettings(select="consistency"), "fast")
-    rows = [joint_row(bench.settings, run) for run in bench.settings.joint]
+    table.add("solvers", "teacher itself", lambda: teacher_row(bench))
     for name, (lift, grid) in variants.items():
-        try:
-            rows.append(bench.measure(name, lambda lift=lift, grid=grid: lift_row(bench, 64, lift, grid)))
-        except UserError as error:  # a selection that this scene cannot measure
-            rows.append({"row": name, "failed": str(error)})
-    rows += [
-        bench.measure(f"Adam, {steps} steps", lambda steps=steps: adam_row(bench, steps))
-        for steps in bench.settings.adam_steps
-    ]
-    return rows
+        table.add("solvers", name, lambda lift=lift, grid=grid: lift_row(bench, 64, lift, grid))
+    for steps in bench.settings.adam_steps:
+        table.add("solvers", f"Adam, {steps} steps", lambda steps=steps: adam_row(bench, steps))
+    for run in bench.settings.joint:
+        table.add("solvers", f"joint, {run}", lambda run=run: joint_row(bench.settings, run))
+
+
+def teacher_row(bench: Bench) -> dict[str, Any]:
+    """The consistency that lifting starts from."""
+    return {"view_match_lifted": bench.evaluation(bench.operator()).teacher_consistency()}
 
 
 def joint_row(settings: Benchmark, run: Path) -> dict[str, Any]:
-    """Measures the features that a run trained, on its own geometry and held-out views."""
+    """Measures the features that a run trained, on its own geometry and held-out views; its training is not timed."""
     bench = Bench(settings, run)
     assert bench.source.run is not None
     state = read_checkpoint(bench.source.run)["pipeline"]
@@ -196,17 +227,14 @@ def joint_row(settings: Benchmark, run: Path) -> dict[str, Any]:
     weight = state["_model.fit3d_decoder.weight"].to(bench.model.device)
     decoder = FeatureDecoder(weight.shape[1], weight.shape[0]).to(bench.model.device)
     decoder.weight.data = weight
-    evaluation = LiftEvaluation(
-        bench.operator(bench.model.config.feature_grid), bench.scene.held_out, bench.scene.training_surfaces
-    )
-    return bench.measure(
-        f"joint {run.name}, {bench.source.step + 1} steps", lambda: evaluation.measure(values, decoder)
-    )
+    measured = bench.evaluation(bench.operator(bench.model.config.feature_grid)).measure(values, decoder)
+    return {"steps": bench.source.step + 1, "num_gaussians": len(values), **measured}
 
 
 def adam_row(bench: Bench, steps: int) -> dict[str, Any]:
     """Gradient descent on features and decoder over frozen geometry, with the rates of `ns-train fit3d-splat`."""
     device, operator, views = bench.model.device, bench.operator(), bench.scene.training
+    bench.reset_peak()
     start = bench.now()
     generator = torch.Generator().manual_seed(0)
     values = torch.zeros(len(bench.geometry), 64, device=device, requires_grad=True)
@@ -225,93 +253,123 @@ def adam_row(bench: Bench, steps: int) -> dict[str, Any]:
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-    seconds = bench.now() - start
-    evaluation = LiftEvaluation(operator, bench.scene.held_out, bench.scene.training_surfaces)
-    return {**evaluation.measure(values.detach(), decoder), "seconds": seconds}
+    seconds, peak = bench.now() - start, bench.peak()
+    return {**bench.evaluation(operator).measure(values.detach(), decoder), "seconds": seconds, **peak}
 
 
-def dim_rows(bench: Bench) -> list[dict[str, Any]]:
+def add_dims(bench: Bench, table: Table) -> None:
     """Quality against channels on every Gaussian."""
-    return [
-        {"dim": dim, **bench.measure(f"D = {dim}", lambda dim=dim: lift_row(bench, dim, LiftSettings()))}
-        for dim in bench.settings.dims
-        if dim <= bench.width
-    ]
+    for dim in bench.settings.dims:
+        if dim <= bench.width:
+            table.add("dims", f"D = {dim}", lambda dim=dim: lift_row(bench, dim, LiftSettings()), dim=dim)
 
 
-def view_rows(bench: Bench) -> list[dict[str, Any]]:
+def add_views(bench: Bench, table: Table) -> None:
     """Time and memory against views: the scene's own, over and over."""
-    rows = []
     for count in bench.settings.views:
         training = [bench.scene.training[index % len(bench.scene.training)] for index in range(count)]
-        scene = LiftScene(training, [], [])
-        rows.append(
-            {"views": count, **bench.measure(f"{count} views", lambda scene=scene: cost(bench, bench.geometry, scene))}
+        table.add(
+            "views",
+            f"{count} views",
+            lambda training=training: cost_row(bench, bench.geometry, LiftScene(training, [], [])),
+            views=count,
         )
-    return rows
 
 
-def gaussian_rows(bench: Bench) -> list[dict[str, Any]]:
-    """Time and memory against Gaussians: the trained ones drawn at random, a little moved and shrunk."""
-    generator = torch.Generator(device=bench.model.device).manual_seed(0)
-    rows = []
+def add_gaussians(bench: Bench, table: Table) -> None:
+    """Time and memory against Gaussians."""
     for count in bench.settings.gaussians:
-        old = bench.geometry
-        chosen = torch.randint(len(old), (count,), generator=generator, device=old.means.device)
-        shrink = min(1.0, (len(old) / count) ** 0.5)  # surfaces stay covered about as often
-        noise = torch.randn(count, 3, generator=generator, device=old.means.device)
-        scales = old.scales[chosen]
-        geometry = Geometry(
-            means=old.means[chosen] + noise * scales,
-            quats=old.quats[chosen],
-            scales=scales * shrink,
-            opacities=old.opacities[chosen],
+        table.add(
+            "gaussians",
+            f"{count:,} Gaussians",
+            lambda count=count: cost_row(bench, resampled(bench.geometry, count), bench.scene),
+            gaussians=count,
         )
-        rows.append(
-            {
-                "gaussians": count,
-                **bench.measure(f"{count:,} Gaussians", lambda geometry=geometry: cost(bench, geometry, bench.scene)),
-            }
-        )
-    return rows
 
 
-def cost(bench: Bench, geometry: Geometry, scene: LiftScene) -> dict[str, Any]:
+def resampled(old: Geometry, count: int) -> Geometry:
+    """Trained Gaussians drawn at random, a little moved and shrunk."""
+    generator = torch.Generator(device=old.means.device).manual_seed(0)
+    chosen = torch.randint(len(old), (count,), generator=generator, device=old.means.device)
+    noise = torch.randn(count, 3, generator=generator, device=old.means.device)
+    scales = old.scales[chosen]
+    return Geometry(
+        means=old.means[chosen] + noise * scales,
+        quats=old.quats[chosen],
+        scales=scales * min(1.0, (len(old) / count) ** 0.5),  # surfaces stay covered about as often
+        opacities=old.opacities[chosen],
+    )
+
+
+def cost_row(bench: Bench, geometry: Geometry, scene: LiftScene) -> dict[str, Any]:
     """Times the stages of a lift with 64 channels and one refinement step."""
-    marks = [bench.now()]
-    device = geometry.means.device
-    basis = teacher_basis(scene.training, bench.width, min(64, bench.width), device)
-    marks.append(bench.now())
     operator = FeatureOperator(geometry, FEATURE_GRIDS["fast"])
-    solver = LiftSolver(operator, project(scene.training, basis), len(basis.components), bench.settings.views_per_batch)
-    aggregate = solver.aggregate()
-    marks.append(bench.now())
-    solver.refine(aggregate.values, aggregate.coverage)
-    marks.append(bench.now())
-    views = operator.batch_size(len(basis.components) + 2, bench.settings.views_per_batch)
+    dim = min(64, bench.width)
+
+    def work(views: Sequence[LiftView]) -> list[float]:
+        marks = [bench.now()]
+        basis = teacher_basis(views, bench.width, dim, geometry.means.device)
+        marks.append(bench.now())
+        solver = LiftSolver(operator, project(views, basis), dim, bench.settings.views_per_batch)
+        aggregate = solver.aggregate()
+        marks.append(bench.now())
+        solver.refine(aggregate.values, aggregate.coverage)
+        return [*marks, bench.now()]
+
+    work(scene.training[:2])
+    bench.reset_peak()
+    marks = work(scene.training)
     return {
         "basis_seconds": marks[1] - marks[0],
         "aggregation_seconds": marks[2] - marks[1],
         "refinement_seconds": marks[3] - marks[2],
         "seconds": marks[3] - marks[0],
-        "views_per_call": len(batches_of_equal_size(scene.training, views)[0]),
+        **bench.peak(),
     }
 
 
-def teacher_rows(bench: Bench) -> list[dict[str, Any]]:
-    """Opens all photos and computes all maps, as on the first visit to a scene."""
+def add_teacher(bench: Bench, table: Table) -> None:
+    """Opens all photos and computes all maps, as on the first visit to a scene, and once more with all maps there."""
     datamanager = bench.pipeline.datamanager
+    place, cache = datamanager.config.feature_cache_dir, datamanager._feature_cache
+
+    def opened() -> dict[str, Any]:
+        bench.reset_peak()
+        start = bench.now()
+        scene = streamed_scene(datamanager, bench.model)
+        views = len(scene.training) + len(scene.held_out)
+        return {"views": views, "seconds": bench.now() - start, **bench.peak()}
+
     with tempfile.TemporaryDirectory() as folder:
         datamanager.config.feature_cache_dir, datamanager._feature_cache = Path(folder), None
-        rows = [bench.measure(name, lambda: streamed_views(bench)) for name in ("teacher, cold", "teacher, cached")]
-    datamanager._feature_cache = None
-    return rows
+        for name in ("teacher, nothing cached", "teacher, all cached"):
+            table.add("teacher", name, opened)
+    datamanager.config.feature_cache_dir, datamanager._feature_cache = place, cache
 
 
-def streamed_views(bench: Bench) -> dict[str, Any]:
-    """Counts the views that were opened."""
-    scene = streamed_scene(bench.pipeline.datamanager, bench.model)
-    return {"views": len(scene.training) + len(scene.held_out)}
+def add_command(bench: Bench, table: Table) -> None:
+    """Runs the whole command, in a process that has imported and started everything."""
+    settings = bench.settings
+    with tempfile.TemporaryDirectory() as folder:
+        command = LiftCommand(
+            load_config=settings.run,
+            output_dir=Path(folder),
+            backbone=settings.backbone,
+            backbone_weights=settings.backbone_weights,
+            feature_cache_dir=Path(folder) / "cache",
+        )
+
+        def run(suffix: str, evaluate: bool) -> dict[str, Any]:
+            lift = LiftSettings(evaluate=evaluate, views_per_batch=settings.views_per_batch)
+            bench.reset_peak()
+            start = bench.now()
+            (config,) = run_lift(replace(command, suffix=suffix, lift=lift))
+            record = json.loads((config.parent / RECORD).read_text())
+            return {"stages": record["seconds"], "seconds": bench.now() - start, **bench.peak()}
+
+        table.add("command", "nothing cached, not measured", lambda: run("first", False))
+        table.add("command", "teacher's maps cached, not measured", lambda: run("second", False))
+        table.add("command", "teacher's maps cached, measured", lambda: run("third", True))
 
 
 def write_report(path: Path, results: dict[str, Any]) -> None:
@@ -322,13 +380,13 @@ def write_report(path: Path, results: dict[str, Any]) -> None:
         f"held-out views, {results['device']}."
     )
     columns = ("feature_cosine", "feature_l1", "view_match_lifted", "seconds", "peak_memory_mb")
-    for part in ("solvers", "dims", "views", "gaussians", "teacher"):
+    for part in ("solvers", "dims", "views", "gaussians", "teacher", "command"):
         if part not in results:
             continue
         report.add_heading(part.capitalize())
         shown = [name for name in columns if any(name in row for row in results[part])]
-        rows = [(row["row"], *(row.get(name, "") for name in shown)) for row in results[part]]
-        report.add_table(rows, header=("", *shown))
+        rows = [(row["row"], *(row.get(name) for name in shown), row.get("failed", "")) for row in results[part]]
+        report.add_table(rows, header=("", *shown, ""))
         axis = {"dims": "dim", "views": "views", "gaussians": "gaussians"}.get(part)
         if axis is None or len(results[part]) < 2:
             continue

@@ -12,8 +12,8 @@ from torch import Tensor
 from fit3d_ns.decoder import FeatureDecoder
 from fit3d_ns.lifting.operator import FeatureOperator
 from fit3d_ns.lifting.solver import LiftView
-from fit3d_ns.metrics import choose_pairs, feature_cosine, feature_l1, view_match
-from fit3d_ns.view_geometry import View
+from fit3d_ns.metrics import choose_pairs, feature_cosine, feature_l1, match_rate
+from fit3d_ns.view_geometry import Correspondences, View, correspondences
 
 MATCH_VIEWS = 40
 """Most views whose maps are compared with each other; bounds memory."""
@@ -32,26 +32,60 @@ class EvaluationView:
     surface: Callable[[], View]
 
 
+class MatchedViews:
+    """Views that share surface, and which of their patches show the same points.
+
+    Held-out views where enough of them share surface, training views otherwise. Chosen once for a scene: it renders
+    depth maps and compares views by pairs, and depends on no features.
+
+    Args:
+        held_out: Views that no feature was lifted from.
+        training: Views that features were lifted from.
+    """
+
+    def __init__(self, held_out: Sequence[EvaluationView], training: Sequence[EvaluationView]) -> None:
+        self.split = "held-out"
+        self.views, self._points = self._choose(held_out)
+        if not self._points:
+            self.split = "training"
+            self.views, self._points = self._choose(training)
+
+    def match(self, maps: Sequence[Float[Tensor, "C h w"]]) -> Optional[float]:
+        """Returns ``view_match`` of one map for each of ``views``, in [0, 1]; None where there is nothing to match."""
+        counts = [match_rate(maps[a], maps[b], points) for a, b, points in self._points]
+        total = sum(count for _, count in counts)
+        return sum(hits for hits, _ in counts) / total if total else None
+
+    @staticmethod
+    def _choose(
+        views: Sequence[EvaluationView],
+    ) -> tuple[list[EvaluationView], list[tuple[int, int, Correspondences]]]:
+        """Evenly spaced views, and the points of every pair that is worth comparing; no views where there is none."""
+        count = min(MATCH_VIEWS, len(views))
+        chosen = [views[(2 * k + 1) * len(views) // (2 * count)] for k in range(count)]
+        grids = [item.view.camera.grid for item in chosen]
+        surfaces = [item.surface() for item in chosen]
+        points = [
+            (first, second, correspondences(surfaces[first], surfaces[second], grids[first], grids[second]))
+            for pair in (choose_pairs(surfaces, grids) if surfaces else [])
+            for first, second in (pair, pair[::-1])
+        ]
+        return (chosen, points) if points else ([], [])
+
+
 class LiftEvaluation:
     """Measures candidates on the same views and pairs of views.
 
     Args:
         operator: The renderer.
         held_out: Views that no feature was lifted from.
-        training: Views that features were lifted from; compared with each other where no two held-out views share
-            enough surface.
+        matched: Views whose maps are compared with each other.
     """
 
-    def __init__(
-        self, operator: FeatureOperator, held_out: Sequence[EvaluationView], training: Sequence[EvaluationView]
-    ) -> None:
+    def __init__(self, operator: FeatureOperator, held_out: Sequence[EvaluationView], matched: MatchedViews) -> None:
         self._operator = operator
         self._held_out = held_out
-        self.match_split = "held-out"
-        self._matched, self._surfaces, self._pairs = self._choose(held_out)
-        if not self._pairs:
-            self.match_split = "training"
-            self._matched, self._surfaces, self._pairs = self._choose(training)
+        self._matched = matched
 
     def fidelity(self, values: Float[Tensor, "N D"], decoder: FeatureDecoder) -> dict[str, float]:
         """Returns ``feature_cosine`` and ``feature_l1`` to the teacher, averaged over the held-out views."""
@@ -72,11 +106,11 @@ class LiftEvaluation:
 
     def consistency(self, values: Float[Tensor, "N D"], decoder: FeatureDecoder) -> Optional[float]:
         """Returns ``view_match`` of the decoded maps, in [0, 1]; None where no two views share enough surface."""
-        return self._match([self._decode(item.view, values, decoder) for item in self._matched] if self._pairs else [])
+        return self._matched.match([self._decode(item.view, values, decoder) for item in self._matched.views])
 
     def teacher_consistency(self) -> Optional[float]:
         """Returns ``view_match`` of the teacher's own maps on the same pairs."""
-        return self._match([item.view.load().float() for item in self._matched] if self._pairs else [])
+        return self._matched.match([item.view.load().float() for item in self._matched.views])
 
     def measure(self, values: Float[Tensor, "N D"], decoder: FeatureDecoder) -> dict[str, float]:
         """Returns fidelity and consistency under the names that ``ns-eval`` uses."""
@@ -90,20 +124,3 @@ class LiftEvaluation:
         with torch.no_grad():
             low = self._operator.low_maps([view.camera], values)[0]
             return decoder.decode_patches(low, self._operator.feature_grid, view.camera.grid)
-
-    def _match(self, maps: list[Tensor]) -> Optional[float]:
-        if not self._pairs:
-            return None
-        match = view_match(maps, self._surfaces, self._pairs)
-        return match.rate if match.num_points else None
-
-    @staticmethod
-    def _choose(
-        views: Sequence[EvaluationView],
-    ) -> tuple[list[EvaluationView], list[View], list[tuple[int, int]]]:
-        """Evenly spaced views, what they see, and which pairs of them are worth comparing."""
-        count = min(MATCH_VIEWS, len(views))
-        chosen = [views[(2 * k + 1) * len(views) // (2 * count)] for k in range(count)]
-        surfaces = [item.surface() for item in chosen]
-        pairs = choose_pairs(surfaces, [item.view.camera.grid for item in chosen]) if surfaces else []
-        return chosen, surfaces, pairs

@@ -1,5 +1,6 @@
 """Teacher maps in, features and decoder out: the steps of lifting one scene, in order."""
 
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from torch import Tensor
 from fit3d_ns.decoder import FeatureDecoder
 from fit3d_ns.errors import UserError
 from fit3d_ns.lifting.decoder_fit import centre_tap, fit_decoder
-from fit3d_ns.lifting.evaluation import EvaluationView, LiftEvaluation
+from fit3d_ns.lifting.evaluation import EvaluationView, LiftEvaluation, MatchedViews
 from fit3d_ns.lifting.operator import FeatureOperator
 from fit3d_ns.lifting.settings import LiftSettings
 from fit3d_ns.lifting.solver import SEEN, Advance, LiftSolver, LiftView
@@ -38,6 +39,11 @@ class LiftScene:
     training: Sequence[LiftView]
     held_out: Sequence[EvaluationView]
     training_surfaces: Sequence[EvaluationView]
+
+    @functools.cached_property
+    def matched(self) -> MatchedViews:
+        """Views whose maps are compared with each other; chosen when first asked for."""
+        return MatchedViews(self.held_out, self.training_surfaces)
 
 
 @dataclass
@@ -137,7 +143,7 @@ def lift_features(
     evaluation: Optional[LiftEvaluation] = None
     if settings.evaluate or settings.select != "fixed":
         with clock("evaluation"):
-            evaluation = LiftEvaluation(operator, scene.held_out, scene.training_surfaces)
+            evaluation = LiftEvaluation(operator, scene.held_out, scene.matched)
 
     def step(values: Tensor) -> Tensor:
         with clock("refinement"):
@@ -170,7 +176,7 @@ def lift_features(
     metrics: dict[str, Any] = {}
     if evaluation is not None:
         with clock("evaluation"):
-            metrics = {**evaluation.measure(values, decoder), "view_match_split": evaluation.match_split}
+            metrics = {**evaluation.measure(values, decoder), "view_match_split": scene.matched.split}
             teacher = evaluation.teacher_consistency()
             if teacher is not None:
                 metrics["view_match_teacher"] = teacher
