@@ -12,6 +12,7 @@ What real scenes give is measured with fit3d-distill itself: docs/distillation.m
 
 import copy
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -64,8 +65,8 @@ class Benchmark:
     """Training views of each."""
     feature_grid: Literal["fast", "paper"] = "fast"
     """How features are rendered."""
-    steps: int = 200
-    """Steps that are timed, after the warm-up."""
+    timed_views: int = 3200
+    """Views that are timed, after the warm-up; many more than are rendered ahead."""
     acceleration: Literal["auto", "none", "compile", "graph"] = "auto"
     """See fit3d-distill."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
@@ -79,6 +80,8 @@ class Benchmark:
     keep_targets: bool = False
     """Let targets stay in memory once rendered, as a training of several epochs does if they fit."""
     views_per_render: int = 8
+    """See fit3d-distill."""
+    render_ahead: int = 64
     """See fit3d-distill."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """Where to run."""
@@ -114,12 +117,13 @@ def _measure(
     warm_up = 30
     config = DistillConfig(
         output_dir=folder / f"out-{batch_size}-{time.time_ns() if world.size == 1 else 'group'}",
-        steps=warm_up + benchmark.steps,
+        steps=warm_up + math.ceil(benchmark.timed_views / batch_size),
         batch_size=batch_size,
         acceleration=benchmark.acceleration,
         precision=benchmark.precision,
         gradient_checkpointing=benchmark.gradient_checkpointing,
         views_per_render=benchmark.views_per_render,
+        render_ahead=benchmark.render_ahead,
         log_every=warm_up,
         save_every=10**9,
         device=benchmark.device,

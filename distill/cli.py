@@ -115,6 +115,7 @@ class _Session:
             result = self.trainer.train()
             if world.is_main:
                 self._finish(result)
+            world.wait()  # a process that leaves early takes the others' connection with it
         finally:
             self.photos.close()
             self.bank.close()

@@ -70,7 +70,8 @@ class Feed:
         self._world = world
         self._kept: dict[View, tuple[Tensor, Tensor]] = {}
         self._keeps = _target_bytes(scenes) <= kept_bytes
-        self._stream = torch.cuda.Stream(world.device) if world.device.type == "cuda" else None
+        # Urgent: rendering waits for the device in between, and the next step cannot be launched meanwhile.
+        self._stream = torch.cuda.Stream(world.device, priority=-1) if world.device.type == "cuda" else None
 
     def steps(self, start: int, stop: int) -> Iterator[tuple[Batch, StepInput]]:
         """Yields the steps from ``start`` to before ``stop``."""
@@ -105,8 +106,6 @@ class Feed:
             views = [view for _, view in members]
             for first in range(0, len(views), self._views_per_render):
                 jobs.append((scene, views[first : first + self._views_per_render]))
-        with self._on_stream():
-            self._bank.prefetch(batches[-1].next_block)
         return _Window(batches, jobs)
 
     def _work(self, window: _Window, count: int) -> None:
@@ -118,6 +117,10 @@ class Feed:
                 for view, target_map, weight in zip(views, maps, weights):
                     window.made[scene, view] = (target_map.clone(), weight.clone())
         del window.jobs[:count]
+        if not window.jobs:
+            # Not earlier: making room for the next scenes must not evict those that this window still needs.
+            with self._on_stream():
+                self._bank.prefetch(window.batches[-1].next_block)
 
     def _hand_over(self, window: _Window) -> None:
         """Makes a window's targets safe to use on the training stream."""

@@ -18,6 +18,7 @@ _DEVICE_SHARE = 0.55
 """Of the free device memory; the rest is for the student, its activations, renders and photos."""
 _HOST_SHARE = 0.5
 """Of the machine's memory, over all its processes."""
+_UPLOADS_AT_ONCE = 4
 
 
 class SceneBank:
@@ -61,8 +62,9 @@ class SceneBank:
         if self.placement == "host":
             self._host = {index: self._read(index) for index in range(len(scenes))}
         if self.placement == "device":
-            for index in range(len(scenes)):
-                self.get(index)
+            # Several at a time: reading and page-locking take longer than the copy to the device.
+            with ThreadPoolExecutor(max_workers=_UPLOADS_AT_ONCE) as threads:
+                self._resident.update(enumerate(threads.map(self._upload, range(len(scenes)))))
 
     @property
     def block_bytes(self) -> Optional[int]:
@@ -141,11 +143,12 @@ class SceneBank:
         return scene.pin_memory() if self._device.type == "cuda" else scene.to(torch.device("cpu"))
 
     def _upload(self, index: int) -> SceneTensors:
-        source = self._host.get(index) or self._read(index)
         if self._stream is None:
+            source = self._host.get(index) or self._read(index)
             # A copy, so that no page is read from disk while rendering.
             return SceneTensors(**{name: tensor.clone() for name, tensor in vars(source).items()})
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(self._stream):  # around the reading too: it tells this thread which GPU is meant
+            source = self._host.get(index) or self._read(index)
             scene = source.to(self._device, non_blocking=True)
         # The page-locked source must outlive the copy, and whoever gets the scene need not wait again.
         self._stream.synchronize()

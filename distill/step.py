@@ -128,7 +128,7 @@ class GraphStep:
 
     Args:
         eager: The step to capture.
-        optimizer: With tensors for learning rates and ``capturable``, see `make_optimizer`.
+        optimizer: With tensors for learning rates, see `make_optimizer`.
         parameters: The trained weights.
     """
 
@@ -137,6 +137,8 @@ class GraphStep:
         self._optimizer = optimizer
         self._parameters = parameters
         self._graphs: dict[torch.Size, tuple[torch.cuda.CUDAGraph, StepInput, Tensor]] = {}
+        # Graphs never run at the same time, so all shapes can share the memory of the largest.
+        self._pool = torch.cuda.graph_pool_handle()
 
     def run(self, inputs: StepInput) -> Float[Tensor, ""]:
         """See `StepRunner.run`."""
@@ -150,8 +152,8 @@ class GraphStep:
 
     def _capture(self, inputs: StepInput) -> tuple[torch.cuda.CUDAGraph, StepInput, Tensor]:
         held = StepInput(**{name: tensor.clone() for name, tensor in vars(inputs).items()})
-        self._make_optimizer_state()
         try:
+            self._make_optimizer_state()
             # Libraries choose their algorithms and workspaces at first use, which a capture must not see.
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
@@ -162,8 +164,11 @@ class GraphStep:
             torch.cuda.current_stream().wait_stream(side)
             self._optimizer.zero_grad(set_to_none=True)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # photos arrive in threads
+            # Photos and scenes arrive in other threads, whose calls must not break the capture.
+            with torch.cuda.graph(graph, self._pool, capture_error_mode="thread_local"):
                 loss = self._eager.run(held)
+        except torch.cuda.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             raise UserError(
                 f"The training step could not be captured as a CUDA graph ({str(error).splitlines()[0]}): use "
@@ -173,27 +178,29 @@ class GraphStep:
 
     def _make_optimizer_state(self) -> None:
         """Creates the optimizer's state, which a captured first step would create anew at every replay."""
-        if self._optimizer.state:
-            return
-        rates = [group["lr"].clone() for group in self._optimizer.param_groups]
-        for parameter in self._parameters:
-            parameter.grad = torch.zeros_like(parameter)
-        for group in self._optimizer.param_groups:
-            group["lr"].zero_()  # neither the gradient nor weight decay moves anything
-        self._optimizer.step()
-        for state in self._optimizer.state.values():
-            state["step"].zero_()
-        for group, rate in zip(self._optimizer.param_groups, rates):
-            group["lr"].copy_(rate)
+        groups = self._optimizer.param_groups
+        if not self._optimizer.state:
+            rates = [group["lr"].clone() for group in groups]
+            for parameter in self._parameters:
+                parameter.grad = torch.zeros_like(parameter)
+            for group in groups:
+                group["lr"].zero_()  # neither the gradient nor weight decay moves anything
+            self._optimizer.step()
+            for state in self._optimizer.state.values():
+                state["step"].zero_()
+            for group, rate in zip(groups, rates):
+                group["lr"].copy_(rate)
+        for group in groups:
+            group["capturable"] = True  # only now: torch warns of a capturable step outside a capture
 
 
 def make_optimizer(
     parameters: Sequence[nn.Parameter], config: DistillConfig, device: torch.device
 ) -> torch.optim.AdamW:
-    """Returns AdamW for the student; on CUDA in one kernel and fit for a CUDA graph."""
+    """Returns AdamW for the student; on CUDA in one kernel, with its learning rate where a CUDA graph can read it."""
     cuda = device.type == "cuda"
     lr = torch.tensor(config.lr, device=device) if cuda else config.lr
-    return torch.optim.AdamW(parameters, lr=lr, weight_decay=config.weight_decay, fused=cuda or None, capturable=cuda)
+    return torch.optim.AdamW(parameters, lr=lr, weight_decay=config.weight_decay, fused=cuda or None)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

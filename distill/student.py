@@ -1,6 +1,7 @@
 """The student: a backbone made ready for training, and what is saved of it."""
 
 import copy
+import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.checkpoint import checkpoint
 
 from distill.config import DistillConfig
 from distill.scenes import Scene
@@ -110,7 +112,7 @@ def prepare_training(student: Backbone, config: DistillConfig) -> list[nn.Parame
                 update = LowRankUpdate(rows, columns, config.lora_rank, generator).to(layer.weight.device)
                 parametrize.register_parametrization(layer, "weight", update)
     if config.gradient_checkpointing:
-        student.model.set_grad_checkpointing(True)  # type: ignore[operator]
+        _recompute_blocks(student.model)
     return [parameter for parameter in student.parameters() if parameter.requires_grad]
 
 
@@ -156,6 +158,15 @@ def plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
             if parametrize.is_parametrized(module):
                 parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
+
+
+def _recompute_blocks(model: Any) -> None:
+    """Makes the backward pass run every block again instead of keeping its activations.
+
+    timm's own switch also saves the state of the random generators, which a CUDA graph forbids; nothing is random here.
+    """
+    for block in model.blocks:
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
 
 
 def _freeze_unused(student: Backbone) -> None:

@@ -229,6 +229,8 @@ def low_dimensional_basis(decoder: Float[Tensor, "C D 3 3"]) -> Float[Tensor, "C
 
 def mask_weights(scene: Scene, views: Sequence[int], grid: tuple[int, int], device: torch.device) -> Tensor:
     """Returns what masks leave valid of the patches of views of one size, [V, h, w], ones where there is no mask."""
+    if not any(view in scene.patch_weights for view in views):
+        return torch.ones(len(views), *grid, device=device)
     weights = torch.ones(len(views), *grid)
     for row, view in enumerate(views):
         if view in scene.patch_weights:

@@ -130,6 +130,11 @@ class Trainer:
                             begin, first_step = time.perf_counter(), self._step
                     if self._step % self._config.save_every == 0:
                         self._save()
+        except torch.cuda.OutOfMemoryError as error:
+            raise UserError(
+                f"The GPU's memory does not suffice for a step ({str(error).split('. ')[0]}): lower --batch-size, cut "
+                "the batch with --accumulate, add --gradient-checkpointing, or lower --scene-memory."
+            ) from error
         finally:
             signal.signal(signal.SIGTERM, previous)
         self._flush()
