@@ -133,7 +133,11 @@ def throughput(benchmark: Throughput) -> dict[str, Any]:
     info = describe_backbone(spec)
 
     def random_backbone() -> Backbone:
-        return Backbone(build_model(resolve_architecture(benchmark.backbone), device), info, spec.norm, {}).eval()
+        return (
+            Backbone(build_model(resolve_architecture(benchmark.backbone), device), info, spec.norm, {})
+            .to(device)
+            .eval()
+        )
 
     both = FrozenBackbones({"original": random_backbone(), "tuned": random_backbone()}, benchmark.precision)
     alone = FrozenBackbones({"original": random_backbone()}, benchmark.precision)

@@ -58,7 +58,7 @@ def views_of(operator, cameras, values, noise=0.0, seed=0):
     generator = torch.Generator().manual_seed(seed)
     views = []
     for camera in cameras:
-        rendered = operator.render([camera], values)[0]
+        rendered = torch.nn.functional.adaptive_avg_pool2d(operator.render([camera], values)[0], camera.grid)
         coarse = torch.randn(1, values.shape[1], 2, 3, generator=generator)
         bias = torch.nn.functional.interpolate(coarse, size=camera.grid, mode="bilinear", align_corners=False)[0]
         views.append(LiftView(camera, lambda rendered=rendered + noise * bias.to(rendered): rendered))
