@@ -36,6 +36,8 @@ CACHE_SCHEMA = 1
 CACHE_FLAG = "--pipeline.datamanager.feature-cache-dir"
 _TENSOR = "patch_tokens"
 _STALE_AFTER_SECONDS = 24 * 3600
+_KEPT_IMAGES = 2**30
+"""Bytes of images that stay in memory between hashing them and showing them to the teacher."""
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 ImageSource = Callable[[], UInt8[Tensor, "H W 3"]]
 
@@ -109,13 +111,14 @@ class FeatureCache:
     ) -> list[str]:
         """Makes the maps that are missing; the teacher is loaded only if any is.
 
-        Images of equal size share a batch; bfloat16 autocast on CUDA, float32 elsewhere (both share one key: they
-        agree to the precision that is stored). Prints how many maps are missing, their grid, size and place, and
-        shows a progress bar.
+        Images without a map stay in memory up to 1 GiB, so that the photos of most scenes are opened once. Images of
+        equal size share a batch; bfloat16 autocast on CUDA, float32 elsewhere (both share one key: they agree to the
+        precision that is stored). Prints how many maps are missing, their grid, size and place, and shows a progress
+        bar.
 
         Args:
             images: One function per view that returns its image, 8-bit RGB ``[H, W, 3]``. Called once to hash it,
-                and once more if its map is missing.
+                and once more if its map is missing and the image could not be kept.
             load_teacher: Returns the backbone that the spec describes; its result is freed afterwards.
             device: Where the teacher runs.
             batch_size: Images at once.
@@ -129,11 +132,19 @@ class FeatureCache:
         """
         keys = []
         views: dict[str, _View] = {}
+        missing: list[_View] = []
+        room = _KEPT_IMAGES
         for source in images:
             image = source()
-            keys.append(image_key(image))
-            views[keys[-1]] = _View(keys[-1], (image.shape[0], image.shape[1]), source)
-        missing = [view for view in views.values() if not self.has(view.key)]
+            keys.append(key := image_key(image))
+            if key in views:
+                continue
+            absent = not self.has(key)
+            kept = absent and image.nbytes <= room
+            room -= image.nbytes * kept
+            views[key] = _View(key, (image.shape[0], image.shape[1]), (lambda image=image: image) if kept else source)
+            if absent:
+                missing.append(views[key])
         if missing:
             folder = self._writable_folder()
             self._announce(folder, missing, len(views))

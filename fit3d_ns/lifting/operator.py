@@ -17,13 +17,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fit3d_ns.feature_grid import FeatureGrid
+from fit3d_ns.lifting.memory import rendering_budget
 from fit3d_ns.rasterization import rasterize
 
 _SAMPLES = {"area": 1, "bilinear": 4}
 """Points per patch and side at which a rule's render is compared with the teacher. Averages need one; where a rule
 reads single points, what lies between them counts too, as in FiT3D's loss at every pixel."""
-_MEMORY = 6 * 2**30
-"""Bytes that one call's copies of the values, one per view, and their gradients may take."""
+_COPIES = 4
+"""Copies of values and render that one view holds at most: gsplat's own of the values, the renders of its launches put
+together, and the gradients of all of them."""
 
 
 @dataclass(frozen=True)
@@ -84,10 +86,18 @@ class FeatureOperator:
         )
         self.feature_grid = feature_grid
 
-    def batch_size(self, channels: int, most: int) -> int:
-        """Returns how many views to render in one call: rasterisers hold one copy of the values per view."""
-        bytes_per_view = 2 * len(self.geometry) * channels * self.geometry.means.element_size()
-        return max(1, min(most, _MEMORY // max(1, bytes_per_view)))
+    def batch_size(self, camera: PatchCamera, channels: int, most: int) -> int:
+        """Returns how many views to render and bring back in one call.
+
+        Args:
+            camera: One of them.
+            channels: Channels X that are rendered.
+            most: Limit where memory is no obstacle.
+        """
+        height, width = self.feature_grid.render_size(camera.image_size, camera.grid)
+        numbers = (len(self.geometry) + height * width) * channels * _COPIES
+        budget = rendering_budget(self.geometry.means.device)
+        return max(1, min(most, budget // (numbers * self.geometry.means.element_size())))
 
     @property
     def samples(self) -> int:

@@ -84,7 +84,9 @@ class LiftSolver:
     ) -> None:
         self.operator = operator
         self.channels = channels
-        self._batches = batches_of_equal_size(views, operator.batch_size(channels + 2, views_per_batch))
+        self._batches = batches_of_equal_size(
+            views, lambda view: operator.batch_size(view.camera, channels + 2, views_per_batch)
+        )
         self._advance = advance
         self._zeros = operator.geometry.means.new_zeros(1, 1)
 
@@ -156,17 +158,21 @@ class LiftSolver:
             self._advance(len(batch))
 
 
-def batches_of_equal_size(views: Sequence[LiftView], size: int) -> list[list[LiftView]]:
+def batches_of_equal_size(views: Sequence[LiftView], size: Callable[[LiftView], int]) -> list[list[LiftView]]:
     """Groups views that can be rendered in one call, in order.
 
     Args:
         views: Views of any sizes.
-        size: Most views of a group.
+        size: Most views of a group like the given one.
     """
     groups: dict[tuple, list[LiftView]] = {}
     for view in views:
         groups.setdefault((view.camera.image_size, view.camera.grid), []).append(view)
-    return [group[start : start + size] for group in groups.values() for start in range(0, len(group), size)]
+    return [
+        group[start : start + count]
+        for group, count in ((group, size(group[0])) for group in groups.values())
+        for start in range(0, len(group), count)
+    ]
 
 
 def stack_weights(batch: Sequence[LiftView], maps: Float[Tensor, "B X h w"]) -> Float[Tensor, "B 1 h w"]:

@@ -1,7 +1,8 @@
 """A scene's views for lifting: cameras, patch weights, and teacher maps that are read when needed.
 
 Photos are opened one by one, undistorted as nerfstudio's data manager would, hashed or shown to the teacher, and let
-go; nothing that stays is larger than a patch grid. So memory does not grow with the number of photos.
+go; nothing that stays is larger than a patch grid, and of maps only what `fit3d_ns.lifting.memory` allows. So memory
+does not grow with the number of photos beyond that.
 """
 
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from fit3d_ns.datamanager import Fit3DDataManager, composite_on_black, patch_wei
 from fit3d_ns.errors import UserError
 from fit3d_ns.lifting.evaluation import EvaluationView
 from fit3d_ns.lifting.lift import LiftScene
+from fit3d_ns.lifting.memory import ResidentMaps
 from fit3d_ns.lifting.operator import Geometry, PatchCamera
 from fit3d_ns.lifting.solver import LiftView
 from fit3d_ns.model import Fit3DSplatModel
@@ -62,6 +64,7 @@ class PhotoReader:
         self._grid = grid
         self._pool = ThreadPoolExecutor(max_workers=_AHEAD)
         self._opened: dict[int, Future[Photo]] = {}
+        self._next = 0
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -75,7 +78,9 @@ class PhotoReader:
         Raises:
             UserError: If it is missing, damaged, or not of its camera's size; the sentence names the file.
         """
-        for position in range(index, min(index + _AHEAD, len(self._dataset))):
+        ahead = _AHEAD if index == self._next else 1  # whoever skips photos does not want those in between
+        self._next = index + 1
+        for position in range(index, min(index + ahead, len(self._dataset))):
             if position not in self._opened:
                 self._opened[position] = self._pool.submit(self._open, position)
         for position in [position for position in self._opened if not index <= position < index + _AHEAD]:
@@ -165,12 +170,13 @@ def streamed_scene(datamanager: Fit3DDataManager, model: Fit3DSplatModel) -> Lif
             device=datamanager.device,
             batch_size=datamanager.config.feature_batch_size,
         )
+    maps = ResidentMaps(cache.load, model.device)
     views: dict[str, list[EvaluationView]] = {"train": [], "eval": []}
     names = {id(split): name for name, split in splits.items()}
     for (split, index), key in zip(positions, keys):
 
         def load(key: str = key) -> Float[Tensor, "C h w"]:
-            return cache.load(key).to(model.device)
+            return maps.load(key)
 
         name = names[id(split)]
         camera = split.cameras[index].to(model.device)

@@ -85,6 +85,19 @@ def test_maps_are_the_teachers_own_in_half_precision(spec, teacher, images, tmp_
     assert keys[4] == keys[0] and len(files(tmp_path)) == 4, "equal images share one map"
 
 
+@pytest.mark.parametrize("room, opened", [(2**30, 5), (15000, 8), (0, 9)])
+def test_images_are_kept_between_hashing_and_the_teacher_within_a_bound(
+    room, opened, spec, teacher, images, tmp_path, monkeypatch
+):
+    """Each image takes 15,000 bytes, and the fifth, equal to the first, needs no map of its own."""
+    monkeypatch.setattr("fit3d_ns.feature_cache._KEPT_IMAGES", room)
+    calls = []
+    counted = [lambda image=image: calls.append(1) or image for image in images]
+    keys = FeatureCache(tmp_path, spec, MAX_SIZE).fill(counted, lambda: teacher, "cpu", batch_size=2)
+    assert len(calls) == opened
+    assert len(files(tmp_path)) == 4 and len(set(keys)) == 4
+
+
 def test_second_start_loads_no_teacher_and_changes_nothing(spec, teacher, images, tmp_path, capsys):
     keys, loads = fill(FeatureCache(tmp_path, spec, MAX_SIZE), images, teacher)
     printed = capsys.readouterr().out

@@ -12,6 +12,7 @@ from fit3d_ns.feature_grid import FEATURE_GRIDS, sample_teacher
 from fit3d_ns.lifting.decoder_fit import centre_tap, fit_decoder
 from fit3d_ns.lifting.evaluation import EvaluationView
 from fit3d_ns.lifting.lift import LiftScene, lift_features, passes, project, teacher_basis
+from fit3d_ns.lifting.memory import ResidentMaps
 from fit3d_ns.lifting.operator import FeatureOperator, Geometry, PatchCamera
 from fit3d_ns.lifting.settings import LiftSettings
 from fit3d_ns.lifting.solver import LiftSolver, LiftView
@@ -309,6 +310,33 @@ def test_memory_does_not_grow_with_the_number_of_views():
         assert sum(done) == loads == passes(settings) * count
         counts.append(most)
     assert counts[0] == counts[1] <= 5
+
+
+def test_maps_stay_within_their_budget_and_are_read_anew_beyond_it():
+    reads = []
+
+    def read(key):
+        reads.append(key)
+        return torch.full((8, *GRID), float(key), dtype=torch.float16)
+
+    maps = ResidentMaps(read, torch.device("cpu"), budget=2 * 8 * GRID[0] * GRID[1] * 2)
+    for _ in range(3):
+        assert [float(maps.load(key)[0, 0, 0]) for key in "1234"] == [1, 2, 3, 4]
+    assert sorted(reads) == ["1", "2", "3", "3", "3", "4", "4", "4"]
+
+
+def test_fewer_views_a_call_where_gaussians_or_pixels_are_many(monkeypatch):
+    monkeypatch.setattr("fit3d_ns.lifting.operator.rendering_budget", lambda device: 2**20)
+    camera = make_cameras(1)[0]  # 24 x 32 pixels on the fast grid, 48 x 64 on the paper's
+    sizes = {
+        (count, grid): FeatureOperator(make_geometry(count), FEATURE_GRIDS[grid]).batch_size(camera, 10, 8)
+        for count in (80, 2000, 10**5)
+        for grid in ("fast", "paper")
+    }
+    assert sizes == {
+        (80, "fast"): 7, (80, "paper"): 2, (2000, "fast"): 2, (2000, "paper"): 1, (10**5, "fast"): 1,
+        (10**5, "paper"): 1,
+    }  # fmt: skip
 
 
 def test_settings_out_of_range():
