@@ -222,7 +222,7 @@ def difference(benchmark: Difference) -> dict[str, Any]:
             data=benchmark.data,
             dataset=benchmark.dataset,
             backbone=benchmark.backbone,
-            tuned=benchmark.tuned,
+            tuned=str(benchmark.tuned),
             seeds=benchmark.seeds,
             fast=fast,
             iterations=None if fast else benchmark.iterations,

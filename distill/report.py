@@ -17,6 +17,11 @@ _METRICS = (
     ("view_match", "points that the features find again in another view"),
 )
 
+_USAGE = """from fit3d_ns.backbones import load
+
+backbone = load("path/to/this/folder", assembly="concat")
+features = backbone(images)  # [B, 3, H, W], RGB in [0, 1], to [B, 2C, h, w]"""
+
 
 def write_metrics(
     output_dir: Path, card: Mapping[str, Any], results: Sequence[SceneResult], losses: Sequence[tuple[int, float]]
@@ -93,25 +98,12 @@ def write_report(
     ]
     report.add_table(table, header=("scene", "held out", *(name.replace("_", " ") for name in columns)))
     report.add_heading("Use it")
-    report.add_text("backbone.safetensors is a plain timm state dict:")
-    report.add_code(usage(card["student"]))
-    report.write(output_dir / "report.html")
-
-
-def usage(student: Mapping[str, Any]) -> str:
-    """Returns Python that loads the result.
-
-    Args:
-        student: The student's identity.
-    """
-    norm = "" if student["norm"] else ", norm=False"
-    return (
-        "from pathlib import Path\n"
-        "from fit3d_ns.backbones import BackboneSpec, load_backbone\n\n"
-        'weights = Path("backbone.safetensors")\n'
-        f'spec = BackboneSpec("{student["name"]}", weights, layer={student["layer"]}{norm})\n'
-        'backbone = load_backbone(spec, "cpu")  # images [B, 3, H, W] in [0, 1] to patch tokens [B, C, h, w]'
+    report.add_text(
+        "From this folder, the original's features beside the fine-tuned backbone's, as the paper evaluates them. "
+        "backbone.safetensors is a plain timm state dict."
     )
+    report.add_code(_USAGE)
+    report.write(output_dir / "report.html")
 
 
 def _add_pictures(report: Report, results: Sequence[SceneResult]) -> None:

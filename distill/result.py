@@ -15,11 +15,10 @@ from distill.config import DistillConfig
 from distill.scenes import Scene
 from distill.trainer import TrainingResult
 from fit3d_ns.backbones import hash_state_dict
+from fit3d_ns.backbones.fine_tuned import CARD_NAME, DINOV2_NAME, HALF_NAME, WEIGHTS_NAME
 from fit3d_ns.errors import UserError
 from fit3d_ns.files import atomic_write_bytes, atomic_write_json
 
-WEIGHTS_NAME = "backbone.safetensors"
-CARD_NAME = "card.json"
 _NOT_SETTINGS = ("runs", "bundles", "output_dir", "resume", "data_root", "bundle_dir", "cache_dir", "push_to_hub")
 """Choices that say where things are on one machine, and decide nothing."""
 
@@ -89,11 +88,11 @@ def write_result(
     """
     layouts = {WEIGHTS_NAME: dict(weights)}
     if half:
-        layouts["backbone_fp16.safetensors"] = {
+        layouts[HALF_NAME] = {
             name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in weights.items()
         }
     if dinov2_layout:
-        layouts["backbone_dinov2.safetensors"] = to_dinov2_layout(weights, card["student"]["timm_id"])
+        layouts[DINOV2_NAME] = to_dinov2_layout(weights, card["student"]["timm_id"])
     for name, tensors in layouts.items():
         atomic_write_bytes(output_dir / name, save({key: value.contiguous() for key, value in tensors.items()}))
     atomic_write_json(output_dir / CARD_NAME, card)

@@ -16,23 +16,14 @@ from torch.utils.checkpoint import checkpoint
 
 from distill.config import DistillConfig
 from distill.scenes import Scene
-from fit3d_ns.backbones import Backbone, BackboneSpec, describe_backbone, load_backbone
+from fit3d_ns.backbones import Backbone, BackboneSpec, load_backbone, spec_of_identity
 from fit3d_ns.errors import UserError
 
 
 def teacher_spec(scenes: Sequence[Scene]) -> BackboneSpec:
     """Returns the backbone that the scenes' features come from, by the first of them."""
     info = scenes[0].info
-    weights = Path(info.teacher_weights) if info.teacher_weights else None
-    own = describe_backbone(BackboneSpec(info.teacher["name"]))
-    normalization = "own" if list(own.mean) == list(info.teacher["mean"]) else "imagenet"
-    return BackboneSpec(
-        name=info.teacher["name"],
-        weights=weights,
-        layer=info.teacher["layer"],
-        norm=info.teacher["norm"],
-        normalization=normalization,
-    )
+    return spec_of_identity(info.teacher, Path(info.teacher_weights) if info.teacher_weights else None)
 
 
 def load_teacher(scenes: Sequence[Scene], device: torch.device, weights: Optional[Path] = None) -> Backbone:

@@ -6,12 +6,10 @@ from typing import Annotated, Literal, Optional, Tuple
 
 import tyro
 
-from fit3d_ns.backbones import BackboneSpec
+from fit3d_ns.backbones import Assembly, BackboneSpec
 from fit3d_ns.errors import UserError
 from probe.datasets.choice import DataChoice, DatasetName
 from probe.datasets.samples import Kind
-
-AssemblyName = Literal["original", "duplicate", "tuned", "add", "linear", "concat"]
 
 
 @dataclass
@@ -24,15 +22,16 @@ class FeatureConfig:
     """Named backbone, or any timm vision transformer; dinov2_small_focus needs no model hub."""
     backbone_weights: Optional[Path] = None
     """Local weights of the original backbone."""
-    tuned: Optional[Path] = None
-    """Fine-tuned weights of the same architecture: a file, or the folder that fit3d-distill wrote."""
-    control: Optional[Path] = None
+    tuned: Optional[str] = None
+    """Fine-tuned backbone of the same architecture: the folder that fit3d-distill wrote, a weight file, USER/REPO of
+    the Hugging Face hub, an https address, or one of FiT3D's published ones, such as dinov2_small_fine."""
+    control: Optional[str] = None
     """The same for a backbone distilled without 3D, whose rows tell what fine-tuning alone brings."""
     layer: Optional[int] = None
     """Block whose output is probed; the last by default, as in the paper."""
     normalization: Literal["imagenet", "own"] = "imagenet"
     """Mean and std of the photos: ImageNet's for all backbones, as in the paper, or each backbone's own."""
-    assemblies: Optional[Tuple[AssemblyName, ...]] = None
+    assemblies: Optional[Tuple[Assembly, ...]] = None
     """Rows of the table; all that can be made by default."""
     output_dir: Path = Path("outputs/probe")
     """Where table.md, metrics.json and report.html are written."""

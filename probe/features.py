@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Optional
+from typing import Literal, Optional, Union
 
 import torch
 from jaxtyping import Float
@@ -18,12 +18,13 @@ from fit3d_ns.backbones import (
     BackboneSpec,
     assemble,
     assembled_width,
+    find_fine_tuned,
+    flags_named,
     load_backbone,
+    load_fine_tuned,
     needs_original,
     needs_tuned,
 )
-from fit3d_ns.backbones.architecture import BACKBONE_FLAG, LAYER_FLAG
-from fit3d_ns.backbones.state_dicts import WEIGHTS_FLAG
 from fit3d_ns.errors import UserError
 
 Precision = Literal["fp32", "bf16"]
@@ -104,10 +105,7 @@ class FrozenBackbones:
 
 def row_features(row: Row, features: dict[str, BackboneOutput]) -> BackboneOutput:
     """Assembles a row's features."""
-    partner = features[row.partner] if row.partner else None
-    original = features["original"] if needs_original(row.assembly) else partner
-    assert original is not None
-    return assemble(row.assembly, original, partner)
+    return assemble(row.assembly, features.get("original"), features[row.partner] if row.partner else None)
 
 
 def row_width(row: Row, width: int) -> int:
@@ -130,8 +128,8 @@ def centre_pad(
 
 def load_backbones(
     spec: BackboneSpec,
-    tuned: Optional[Path],
-    control: Optional[Path],
+    tuned: Union[str, Path, None],
+    control: Union[str, Path, None],
     rows: Sequence[Row],
     precision: Precision,
     device: torch.device,
@@ -140,7 +138,7 @@ def load_backbones(
 
     Args:
         spec: The original.
-        tuned: Fine-tuned weights of the same architecture: a file, or a folder with one .safetensors file.
+        tuned: A fine-tuned backbone of the same architecture: whatever `find_fine_tuned` finds.
         control: Those of a backbone distilled without 3D.
         rows: Rows of the table.
         precision: ``bf16`` runs the backbones in bfloat16 on CUDA.
@@ -155,37 +153,11 @@ def load_backbones(
     partners = {row.partner for row in rows}
     backbones: dict[str, Backbone] = {}
     if any(needs_original(row.assembly) for row in rows):
-        backbones["original"] = _load(spec, "--backbone-weights", device)
+        with flags_named("--backbone", "--backbone-weights", "--layer"):
+            backbones["original"] = load_backbone(spec, device)
     for name, path in (("tuned", tuned), (CONTROL, control)):
         if name in partners and path is not None:
             flag = f"--{name}"
-            backbones[name] = _load(replace(spec, weights=weights_file(path, flag)), flag, device)
+            with flags_named("--backbone", flag, "--layer"):
+                backbones[name] = load_fine_tuned(find_fine_tuned(path, flag), spec, device)
     return FrozenBackbones(backbones, precision)
-
-
-def weights_file(path: Path, flag: str) -> Path:
-    """Returns the weight file that a path means.
-
-    That is the path itself, a folder's ``backbone.safetensors`` (fit3d-distill's), or the folder's only .safetensors.
-
-    Raises:
-        UserError: If there is none, or several.
-    """
-    path = path.expanduser()
-    if not path.is_dir():
-        return path
-    found = [path / "backbone.safetensors"]
-    if not found[0].is_file():
-        found = sorted(path.glob("*.safetensors"))
-    if len(found) != 1:
-        raise UserError(f"{path} holds {len(found)} .safetensors files: name one with {flag}.")
-    return found[0]
-
-
-def _load(spec: BackboneSpec, flag: str, device: torch.device) -> Backbone:
-    try:
-        return load_backbone(spec, device)
-    except UserError as error:
-        # The backbones name the flags of `ns-train`, which are called otherwise here.
-        message = str(error).replace(WEIGHTS_FLAG, flag).replace(LAYER_FLAG, "--layer")
-        raise UserError(message.replace(BACKBONE_FLAG, "--backbone")) from None

@@ -13,7 +13,11 @@ from fit3d_ns.backbones.assembly import (
     needs_tuned,
 )
 from fit3d_ns.backbones.backbone import Backbone, BackboneOutput, load_backbone
-from fit3d_ns.backbones.identity import backbone_identity, hash_state_dict
+from fit3d_ns.backbones.dense_features import DenseFeatures, load, load_published
+from fit3d_ns.backbones.fine_tuned import FineTuned, find_fine_tuned, load_fine_tuned
+from fit3d_ns.backbones.flags import flags_named
+from fit3d_ns.backbones.identity import backbone_identity, hash_state_dict, spec_of_identity
+from fit3d_ns.backbones.published import PUBLISHED_BACKBONES, PublishedBackbone
 from fit3d_ns.backbones.registry import NAMED_BACKBONES, NamedBackbone
 from fit3d_ns.backbones.sizing import input_size, patch_grid, resize_to_patches
 from fit3d_ns.backbones.spec import BackboneInfo, BackboneSpec
@@ -22,23 +26,33 @@ from fit3d_ns.backbones.weights import weights_available
 __all__ = [
     "ASSEMBLIES",
     "NAMED_BACKBONES",
+    "PUBLISHED_BACKBONES",
     "Assembly",
     "Backbone",
     "BackboneInfo",
     "BackboneOutput",
     "BackboneSpec",
+    "DenseFeatures",
+    "FineTuned",
     "NamedBackbone",
+    "PublishedBackbone",
     "assemble",
     "assembled_width",
     "backbone_identity",
     "check_timm",
     "describe_backbone",
+    "find_fine_tuned",
+    "flags_named",
     "hash_state_dict",
     "input_size",
+    "load",
     "load_backbone",
+    "load_fine_tuned",
+    "load_published",
     "needs_original",
     "needs_tuned",
     "patch_grid",
     "resize_to_patches",
+    "spec_of_identity",
     "weights_available",
 ]

@@ -1,6 +1,6 @@
 """Ways to put the features of an original and a fine-tuned backbone together."""
 
-from typing import Literal, Optional
+from typing import Literal, Optional, get_args
 
 import torch
 
@@ -8,7 +8,7 @@ from fit3d_ns.backbones.backbone import BackboneOutput
 
 Assembly = Literal["original", "duplicate", "tuned", "add", "linear", "concat"]
 
-ASSEMBLIES: tuple[Assembly, ...] = ("original", "duplicate", "tuned", "add", "linear", "concat")
+ASSEMBLIES: tuple[Assembly, ...] = get_args(Assembly)
 """`duplicate` is the original beside itself: the control for what width alone brings. `linear` is fed as `concat`; the
 learned 2C -> C layer that makes it an assembly of its own is trained with whatever reads it."""
 
@@ -28,12 +28,15 @@ def assembled_width(assembly: Assembly, width: int) -> int:
     return 2 * width if assembly in ("duplicate", "linear", "concat") else width
 
 
-def assemble(assembly: Assembly, original: BackboneOutput, tuned: Optional[BackboneOutput] = None) -> BackboneOutput:
+def assemble(
+    assembly: Assembly, original: Optional[BackboneOutput] = None, tuned: Optional[BackboneOutput] = None
+) -> BackboneOutput:
     """Puts features together.
 
     Args:
         assembly: One of `ASSEMBLIES`.
-        original: Features of the original backbone, patch tokens ``[B, C, h, w]``, cls ``[B, C]``.
+        original: Features of the original backbone, patch tokens ``[B, C, h, w]``, cls ``[B, C]``; needed unless the
+            assembly is `tuned`.
         tuned: Features of the fine-tuned one, of the same shape; needed unless the assembly is `original` or
             `duplicate`.
 
@@ -42,18 +45,22 @@ def assemble(assembly: Assembly, original: BackboneOutput, tuned: Optional[Backb
         in the paper, and the fine-tuned one's for `tuned`.
 
     Raises:
-        ValueError: If the assembly is unknown, or ``tuned`` is needed and missing.
+        ValueError: If the assembly is unknown, or features that it needs are missing.
     """
+    if assembly not in ASSEMBLIES:
+        raise ValueError(f"unknown assembly {assembly!r}: one of {', '.join(ASSEMBLIES)}")
+    if needs_tuned(assembly) and tuned is None:
+        raise ValueError(f"the assembly {assembly!r} needs the fine-tuned backbone's features")
+    if assembly == "tuned":
+        assert tuned is not None
+        return tuned
+    if original is None:
+        raise ValueError(f"the assembly {assembly!r} needs the original backbone's features")
     if assembly == "original":
         return original
     if assembly == "duplicate":
         return BackboneOutput(torch.cat([original.patch_tokens] * 2, 1), original.cls)
-    if assembly not in ASSEMBLIES:
-        raise ValueError(f"unknown assembly {assembly!r}: one of {', '.join(ASSEMBLIES)}")
-    if tuned is None:
-        raise ValueError(f"the assembly {assembly!r} needs the fine-tuned backbone's features")
-    if assembly == "tuned":
-        return tuned
+    assert tuned is not None
     if assembly == "add":
         return BackboneOutput(original.patch_tokens + tuned.patch_tokens, original.cls)
     return BackboneOutput(torch.cat([original.patch_tokens, tuned.patch_tokens], 1), original.cls)

@@ -1,15 +1,19 @@
 """A backbone as a module: images in [0, 1] in, a dense map of patch tokens out."""
 
-from typing import Any, NamedTuple, Optional, Union
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple, Optional, Union
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from fit3d_ns.backbones.architecture import build_model, describe_backbone, resolve_architecture
 from fit3d_ns.backbones.identity import hash_state_dict, load_weights, make_identity
 from fit3d_ns.backbones.spec import BackboneInfo, BackboneSpec
 from fit3d_ns.backbones.weights import find_weights
+
+if TYPE_CHECKING:  # torch.hub's users have torch and timm, and need nothing else
+    from jaxtyping import Float
 
 
 class BackboneOutput(NamedTuple):

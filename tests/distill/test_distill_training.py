@@ -16,7 +16,7 @@ from distill.scenes import open_scenes
 from distill.step import DistillLoss, learning_rate
 from distill.student import load_student, plain_state_dict, prepare_training
 from distill.trainer import advice_for_few_views
-from fit3d_ns.backbones import BackboneSpec, load_backbone
+from fit3d_ns.backbones import BackboneSpec, load, load_backbone
 from fit3d_ns.errors import UserError
 
 
@@ -50,6 +50,9 @@ def test_a_student_learns_what_the_scenes_show(make_scene, make_config, teacher_
     assert tuned.identity["weights_sha256"] == card["weights_sha256"]
     image = torch.rand(1, 3, 48, 64)
     assert not torch.allclose(tuned(image).patch_tokens, original(image).patch_tokens, atol=1e-2)
+    both = load(config.output_dir, assembly="concat", backbone_weights=teacher_weights)
+    expected = torch.cat([original(image).patch_tokens, tuned(image).patch_tokens], dim=1)
+    assert torch.equal(both(image), expected)
     half = load_file(config.output_dir / "backbone_fp16.safetensors")
     assert all(torch.equal(half[name], tensor.half()) for name, tensor in weights_of(config).items())
 

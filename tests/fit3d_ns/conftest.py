@@ -2,6 +2,7 @@
 
 import random
 import shutil
+import socket
 from copy import deepcopy
 from pathlib import Path
 
@@ -64,3 +65,41 @@ def make_trainer():
         return trainer
 
     return make
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    """Empty caches of the user and of the model hub."""
+    import huggingface_hub.constants
+
+    monkeypatch.setenv("FIT3D_CACHE", str(tmp_path / "user-cache"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+
+
+@pytest.fixture
+def no_network(monkeypatch) -> list:
+    """Refuses every connection, and counts the attempts."""
+    attempts = []
+
+    def refuse(*arguments, **_):
+        attempts.append(arguments)
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    return attempts
+
+
+@pytest.fixture
+def fill_hub_cache(tmp_path):
+    """Puts files where the model hub's client would have put them."""
+
+    def fill(repository: str, files: dict[str, Path], commit: str = "abc") -> None:
+        folder = tmp_path / "hub" / f"models--{repository.replace('/', '--')}"
+        snapshot = folder / "snapshots" / commit
+        snapshot.mkdir(parents=True)
+        (folder / "refs").mkdir()
+        (folder / "refs" / "main").write_text(commit)
+        for name, path in files.items():
+            shutil.copy(path, snapshot / name)
+
+    return fill

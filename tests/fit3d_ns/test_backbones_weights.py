@@ -2,10 +2,8 @@
 
 import os
 import pickle
-import socket
 from pathlib import Path
 
-import huggingface_hub.constants
 import pytest
 import timm
 import torch
@@ -21,23 +19,7 @@ TINY = "vit_tiny_patch16_224"
 FLAG = "--pipeline.datamanager.backbone-weights"
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("FIT3D_CACHE", str(tmp_path / "user-cache"))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-
-
-@pytest.fixture
-def no_network(monkeypatch):
-    """Refuses every connection, and counts the attempts."""
-    attempts = []
-
-    def refuse(*arguments, **_):
-        attempts.append(arguments)
-        raise socket.gaierror(-2, "Name or service not known")
-
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    return attempts
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def small_dinov2(registers: int) -> VisionTransformer:
@@ -166,16 +148,15 @@ def test_files_without_a_state_dict_get_one_sentence(tmp_path):
             read_state_dict(tmp_path / "other.pth")
 
 
-def test_weights_that_the_hub_cached_load_without_network(tmp_path, no_network):
+def test_weights_that_the_hub_cached_load_without_network(tmp_path, no_network, fill_hub_cache):
     spec = BackboneSpec(TINY)
     assert not weights_available(spec)
     torch.manual_seed(3)
     state_dict = timm.create_model(TINY, num_classes=1000).state_dict()
-    repository = tmp_path / "hub" / "models--timm--vit_tiny_patch16_224.augreg_in21k_ft_in1k"
-    (repository / "refs").mkdir(parents=True)
-    (repository / "refs" / "main").write_text("abc")
-    (repository / "snapshots" / "abc").mkdir(parents=True)
-    save_file(state_dict, repository / "snapshots" / "abc" / "model.safetensors")
+    save_file(state_dict, tmp_path / "tiny.safetensors")
+    fill_hub_cache(
+        "timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k", {"model.safetensors": tmp_path / "tiny.safetensors"}
+    )
     assert weights_available(spec)
     backbone = load_backbone(spec, "cpu")
     assert torch.equal(backbone.model.norm.weight, state_dict["norm.weight"])  # type: ignore[union-attr, arg-type]

@@ -15,7 +15,6 @@ from probe import run as run_module
 from probe.cli import main
 from probe.config import DepthConfig, SegmentationConfig
 from probe.datasets import Kind
-from probe.features import weights_file
 from probe.run import run_trained_probe
 
 
@@ -177,9 +176,12 @@ def test_mistakes_are_said_in_one_sentence(make_config, weights, tmp_path, capsy
     empty = tmp_path / "empty"
     empty.mkdir()
     fails(r"empty holds 0 .safetensors files: name one with --tuned", tuned=empty)
+    fails(r"http://.* is no https address", tuned="http://example.org/tuned.pth")
+    fails(r"no fine-tuned backbone was published under that name: check --tuned", tuned="dinov2_small")
     for name in ("backbone_fp16", "backbone"):
         (empty / f"{name}.safetensors").write_bytes(weights["tuned"].read_bytes())
-    assert weights_file(empty, "--tuned").name == "backbone.safetensors"
+    (empty / "card.json").write_text("{}")
+    fails(r"card.json is damaged, or fit3d-distill did not write it", tuned=empty)
     fails("There is no folder", data=tmp_path / "nothing")
     fails("--learning-rates", learning_rates=(0.0,))
     fails("--seeds", seeds=(1, 1))

@@ -1,0 +1,200 @@
+"""Fine-tuned backbones: the one place that knows what a result of fit3d-distill looks like and reads any of them."""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Optional, Union
+from urllib.parse import urlsplit
+
+import torch
+
+from fit3d_ns.backbones.architecture import describe_backbone
+from fit3d_ns.backbones.backbone import Backbone, load_backbone
+from fit3d_ns.backbones.flags import BACKBONE_FLAG
+from fit3d_ns.backbones.hub import DownloadError, cached_file, download_file, download_url, hash_matches
+from fit3d_ns.backbones.identity import spec_of_identity
+from fit3d_ns.backbones.published import (
+    PUBLISHED_BACKBONES,
+    PUBLISHED_REPOSITORY,
+    PUBLISHED_REVISION,
+    PublishedBackbone,
+)
+from fit3d_ns.backbones.spec import BackboneSpec
+from fit3d_ns.backbones.state_dicts import WEIGHT_SUFFIXES
+from fit3d_ns.errors import UserError
+
+WEIGHTS_NAME = "backbone.safetensors"
+"""What fit3d-distill saves: a plain timm state dict."""
+HALF_NAME = "backbone_fp16.safetensors"
+"""The same in half precision, on request."""
+DINOV2_NAME = "backbone_dinov2.safetensors"
+"""The same with the keys of facebookresearch/dinov2, on request."""
+CARD_NAME = "card.json"
+"""Where the weights come from, beside them."""
+
+
+@dataclass(frozen=True)
+class FineTuned:
+    """A fine-tuned backbone that was found, and what is known of it before its weights are read."""
+
+    source: str
+    """What the user gave."""
+    weights: Path
+    """The weight file."""
+    original: Optional[BackboneSpec] = None
+    """The backbone that was fine-tuned, with the layer and normalisation it was fine-tuned at, and without its weight
+    file; None if the user has to say."""
+    original_sha256: Optional[str] = None
+    """Hash of that backbone's tensors, where a card tells it."""
+    weights_sha256: Optional[str] = None
+    """Hash of the fine-tuned tensors, where a card tells it."""
+
+
+def find_fine_tuned(source: Union[str, Path], flag: str) -> FineTuned:
+    """Finds the fine-tuned backbone that a user's words mean; downloads it if it is not here.
+
+    Args:
+        source: A folder that fit3d-distill wrote, or one with a single .safetensors file; a weight file (of such a
+            folder, or any other); or as a string also a name of `PUBLISHED_BACKBONES`, an https address of a weight
+            file, or ``user/repo`` or ``user/repo@revision`` of the Hugging Face hub, as ``--push-to-hub`` fills it.
+        flag: What the user calls this choice, for errors.
+
+    Returns:
+        The weight file and, from a card or the registry, the backbone it was fine-tuned from.
+
+    Raises:
+        UserError: If there is no such thing, it cannot be downloaded, or its card cannot be read.
+    """
+    text = str(source)
+    if isinstance(source, str):
+        if source in PUBLISHED_BACKBONES:
+            return _published(PUBLISHED_BACKBONES[source])
+        if "://" in source:
+            if not urlsplit(source).path.endswith(WEIGHT_SUFFIXES):
+                raise UserError(
+                    f"{source} is no address of a weight file ({', '.join(WEIGHT_SUFFIXES)}): check {flag}."
+                )
+            return FineTuned(source, download_url(source))
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _with_card(text, _weights_in(path, flag))
+    if path.is_file():
+        return _with_card(text, path)
+    if isinstance(source, Path) or looks_like_path(source):
+        raise UserError(f"There is no weight file {path}: check {flag}.")
+    if "/" not in source:
+        raise UserError(
+            f"There is no file or folder {source}, and no fine-tuned backbone was published under that name: check "
+            f"{flag}, or take one of {', '.join(PUBLISHED_BACKBONES)}."
+        )
+    return _in_hub(source, flag)
+
+
+def load_fine_tuned(fine_tuned: FineTuned, spec: BackboneSpec, device: Union[str, torch.device]) -> Backbone:
+    """Loads a fine-tuned backbone, strictly.
+
+    Args:
+        fine_tuned: See `find_fine_tuned`.
+        spec: The original: its name, and the layer, norm and normalisation to use; ``weights`` is ignored.
+        device: Where the model goes.
+
+    Returns:
+        The backbone, as `load_backbone` returns it.
+
+    Raises:
+        UserError: If the weights are damaged, of another backbone than ``spec`` names, or not those of their card.
+    """
+    check_original(fine_tuned, spec)
+    backbone = load_backbone(replace(spec, weights=fine_tuned.weights), device)
+    if fine_tuned.weights_sha256 not in (None, backbone.identity["weights_sha256"]):
+        raise UserError(
+            f"{fine_tuned.weights} and the {CARD_NAME} beside it do not belong together (the weights' hash differs): "
+            "copy both again from one training."
+        )
+    return backbone
+
+
+def check_original(fine_tuned: FineTuned, spec: BackboneSpec) -> None:
+    """Checks that a backbone is the one that was fine-tuned, as far as that is known.
+
+    Raises:
+        UserError: If it is another architecture, or has other published weights.
+    """
+    if fine_tuned.original is None:
+        return
+    wanted, known = describe_backbone(spec), describe_backbone(fine_tuned.original)
+    if (wanted.timm_id, wanted.num_layers) != (known.timm_id, known.num_layers):
+        raise UserError(
+            f"{fine_tuned.source} was fine-tuned from {known.name}, not from {wanted.name}: name {known.name} with "
+            f"{BACKBONE_FLAG}."
+        )
+
+
+def looks_like_path(text: str) -> bool:
+    """Tells whether a text can only mean a place on this machine, no ``user/repo`` and no backbone's name."""
+    path = Path(text)
+    return path.suffix in WEIGHT_SUFFIXES or path.is_absolute() or text[:1] in (".", "~") or text.count("/") > 1
+
+
+def _weights_in(folder: Path, flag: str) -> Path:
+    found = [folder / WEIGHTS_NAME]
+    if not found[0].is_file():
+        found = sorted(folder.glob("*.safetensors"))
+    if len(found) != 1:
+        raise UserError(f"{folder} holds {len(found)} .safetensors files: name one with {flag}.")
+    return found[0]
+
+
+def _with_card(source: str, weights: Path) -> FineTuned:
+    """Adds what the card says, if the file is one that has a card."""
+    card_path = weights.with_name(CARD_NAME)
+    if weights.name not in (WEIGHTS_NAME, HALF_NAME, DINOV2_NAME) or not card_path.is_file():
+        return FineTuned(source, weights)
+    try:
+        card: Any = json.loads(card_path.read_text(encoding="utf-8"))
+        student, tuned_sha256 = card["student"], card["weights_sha256"]
+        original_sha256 = student["weights_sha256"]
+        if not isinstance(student["name"], str) or not isinstance(student["layer"], int):
+            raise TypeError("student")
+        original = spec_of_identity(student)
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{card_path} is damaged, or fit3d-distill did not write it ({type(error).__name__}: {error}): copy it "
+            "again from the training, or remove it and name the backbone yourself."
+        ) from None
+    # The other two files hold rounded or renamed tensors.
+    return FineTuned(source, weights, original, original_sha256, tuned_sha256 if weights.name == WEIGHTS_NAME else None)
+
+
+def _published(published: PublishedBackbone) -> FineTuned:
+    names = [published.filename]
+    path = cached_file(PUBLISHED_REPOSITORY, PUBLISHED_REVISION, names)
+    try:
+        path = path or download_file(PUBLISHED_REPOSITORY, PUBLISHED_REVISION, names)
+    except DownloadError as error:
+        raise UserError(
+            f"The weights of {published.name} are not on this machine and could not be downloaded ({error}): download "
+            f"{published.filename} from the Hugging Face repository {PUBLISHED_REPOSITORY} elsewhere and give that "
+            f"file; its backbone is {published.original}."
+        ) from None
+    if not hash_matches(path, published.sha256):
+        raise UserError(f"{path} is not the file that was published as {published.name} (its hash differs): delete it.")
+    return FineTuned(published.name, path, BackboneSpec(published.original, normalization="imagenet"))
+
+
+def _in_hub(source: str, flag: str) -> FineTuned:
+    repository, _, revision = source.partition("@")
+    names = (CARD_NAME, WEIGHTS_NAME)
+    try:
+        files: list[Optional[Path]] = [download_file(repository, revision or None, [name]) for name in names]
+    except DownloadError as error:
+        files = [cached_file(repository, revision or None, [name]) for name in names]
+        if None in files:
+            raise UserError(
+                f"There is no file or folder {source}, and {CARD_NAME} and {WEIGHTS_NAME} of a Hugging Face repository "
+                f"of that name could not be downloaded ({error}): check {flag}, and the network."
+            ) from None
+    assert files[1] is not None
+    return _with_card(source, files[1])
