@@ -138,6 +138,29 @@ def bundle_run(run: Run, folder: Optional[Path] = None, data_root: Optional[Path
     return write_bundle(folder, info, scene, cameras, weights), False
 
 
+def read_views(
+    run: Run, config: Any, state: Dict[str, Tensor], data_root: Optional[Path] = None
+) -> Tuple[List[BundleView], BundleCameras]:
+    """Reads a run's photos and their cameras, undistorted and with their optimised poses.
+
+    Args:
+        run: The run.
+        config: Its configuration.
+        state: The ``pipeline`` entry of its checkpoint.
+        data_root: Folder that holds the scene if it moved; see `fit3d_ns.photos.locate`.
+
+    Returns:
+        All views, training views first, and one camera for each.
+
+    Raises:
+        UserError: If photos cannot be read, or the scene's coordinates differ from the run's.
+    """
+    datamanager = _datamanager(config, data_root)
+    _check_coordinates(run, datamanager)
+    views, cameras, _ = _read_views(datamanager, config, state, datamanager.teacher_info.patch_size)
+    return views, cameras
+
+
 def _config_paths(paths: List[Path]) -> List[Path]:
     found: Dict[Path, None] = {}
     for path in paths:

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import secrets
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,6 +45,40 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
         except OSError:
             pass  # the parent is no folder or cannot be written: the error that matters is on its way already
+
+
+@contextmanager
+def atomic_folder(path: Path | str) -> Iterator[Path]:
+    """Lends a temporary folder beside ``path`` and renames it to ``path`` when the block ends well.
+
+    The folder that stood at ``path`` is deleted then, and not before. A process killed at any moment leaves a whole
+    folder or none; at worst hidden ``.*.tmp`` folders remain beside it.
+
+    Args:
+        path: where the folder is to stand in the end.
+
+    Yields:
+        The temporary folder, empty.
+
+    Raises:
+        UserError: as :func:`atomic_path`.
+    """
+    path = Path(path)
+    old = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        with atomic_path(path) as temporary:
+            temporary.mkdir()
+            try:
+                yield temporary
+                if path.exists():
+                    os.replace(path, old)  # a folder cannot be renamed onto one that holds files
+            except BaseException:
+                shutil.rmtree(temporary, ignore_errors=True)
+                raise
+    finally:
+        if old.exists() and not path.exists():
+            os.replace(old, path)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def atomic_write_bytes(path: Path | str, data: bytes) -> None:
