@@ -18,6 +18,11 @@ from fit3d_ns.scene_bundle import BundleCameras, BundleView
 
 _INNER_SHARE = 0.7
 """Share of the photos that the orbit keeps within, along each of its axes."""
+_ALL_AROUND = 0.5
+"""Photos stand all around what they look at if the mean of the unit vectors to them is shorter than this: 0 for a full
+circle, 0.64 for half of one, 1 for a single direction."""
+_PARALLEL = 1e-4
+"""Mean squared sine of the angle to a common direction below which photos look at no point in particular."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +66,9 @@ def path_along_views(views: Sequence[BundleView], cameras: BundleCameras, split:
 def orbit(views: Sequence[BundleView], cameras: BundleCameras, frames: int) -> CameraPath:
     """A closed ellipse through the space that the training photos were taken from, seen from which the scene turns.
 
-    The ellipse lies level around the point that the photos look at, and within where most of them stand: around an
-    object it is the photographer's round, in a room it stays clear of the walls, and where all photos face one way it
-    is a gentle sway.
+    The ellipse is level and lies within where most of the photos stand: around an object it is the photographer's
+    round, in a room it stays clear of the walls, and where all photos face one way it is a sway before the scene. All
+    cameras look at the point that the photos look at.
 
     Args:
         views: All views of a scene.
@@ -78,18 +83,18 @@ def orbit(views: Sequence[BundleView], cameras: BundleCameras, frames: int) -> C
     offsets = positions - focus
     heights = offsets @ up
     level = offsets - heights[:, None] * up
-    # The two longest of three directions: the third is up, along which nothing is left.
-    _, _, axes = torch.linalg.svd(torch.cat([level, torch.zeros(3, 3)]), full_matrices=False)
-    first = torch.linalg.cross(up, torch.linalg.cross(axes[0], up))
-    if first.norm() < 1e-6:  # all photos stand above the focus
-        first = torch.linalg.cross(up, up.roll(1) + torch.tensor([1.0, 0.0, 0.0]))
-    first = first / first.norm()
-    second = torch.linalg.cross(up, first)
-    angles = torch.arange(frames) / frames * 2 * torch.pi
+    middle = level.mean(0)
+    if torch.nn.functional.normalize(level, dim=1).mean(0).norm() < _ALL_AROUND:
+        middle = torch.zeros(3)  # photos from all sides: right around the focus
+    first, second = _level_axes(level - middle, middle, up)
     # Never quite zero, so that photos taken on one spot become a pan.
-    half_axes = [torch.quantile((level @ axis).abs(), _INNER_SHARE).clamp_min(1e-3) for axis in (first, second)]
-    ring = angles.cos()[:, None] * half_axes[0] * first + angles.sin()[:, None] * half_axes[1] * second
-    eyes = focus + heights.median() * up + ring
+    lengths = [torch.quantile(((level - middle) @ axis).abs(), _INNER_SHARE) for axis in (first, second)]
+    lengths = [length.clamp_min(1e-3) for length in lengths]
+    if middle.any():  # photos from one side: not closer to what they look at than half way
+        lengths[0] = torch.minimum(lengths[0], middle.norm() / 2)
+    angles = torch.arange(frames) / frames * 2 * torch.pi
+    ring = angles.cos()[:, None] * lengths[0] * first + angles.sin()[:, None] * lengths[1] * second
+    eyes = focus + middle + heights.median() * up + ring
     turned = _looking_at(focus, eyes, up)
     photo = views[rows[0]].photo
     intrinsics = cameras.Ks[rows[:1]].expand(frames, 3, 3)
@@ -141,13 +146,13 @@ def _focus(poses: Float[Tensor, "V 4 4"]) -> Float[Tensor, "3"]:
     """The point that the cameras look at; before their middle where they look nowhere in particular."""
     middle = poses[:, :3, 3].mean(0)
     spread = (poses[:, :3, 3] - middle).norm(dim=1).max()
-    try:
+    directions = poses[:, :3, 2]
+    across = torch.eye(3) - (directions[:, :, None] * directions[:, None, :]).mean(0)
+    if bool(torch.linalg.eigvalsh(across)[0] > _PARALLEL):
         focus = focus_of_attention(poses, middle)
-    except RuntimeError:  # cameras that all look the same way
-        focus = torch.full((3,), torch.nan)
-    if bool(torch.isfinite(focus).all()) and bool((focus - middle).norm() < 5 * spread):
-        return focus
-    return middle - poses[:, :3, 2].mean(0) * spread.clamp_min(1e-3)
+        if bool((focus - middle).norm() < 5 * spread + 1e-3):
+            return focus
+    return middle - directions.mean(0) * spread.clamp_min(1.0)
 
 
 def _looking_at(
@@ -157,6 +162,19 @@ def _looking_at(
     backward = torch.nn.functional.normalize(eyes - focus, dim=1)
     right = torch.nn.functional.normalize(torch.linalg.cross(up.expand_as(backward), backward), dim=1)
     return torch.stack([right, torch.linalg.cross(backward, right), backward, eyes], dim=2)
+
+
+def _level_axes(
+    offsets: Float[Tensor, "V 3"], middle: Float[Tensor, "3"], up: Float[Tensor, "3"]
+) -> tuple[Float[Tensor, "3"], Float[Tensor, "3"]]:
+    """Two level unit vectors: towards ``middle``, or along most of ``offsets`` where that is zero, and across."""
+    longest = torch.linalg.svd(torch.cat([offsets, torch.zeros(3, 3)]), full_matrices=False)[2][0]
+    for direction in (middle, longest, torch.tensor([1.0, 0.0, 0.0]), torch.tensor([0.0, 1.0, 0.0])):
+        first = direction - (direction @ up) * up
+        if first.norm() > 1e-3 * direction.norm():
+            break
+    first = first / first.norm()
+    return first, torch.linalg.cross(up, first)
 
 
 def _camera_to_worlds(viewmats: Float[Tensor, "V 4 4"]) -> Float[Tensor, "V 4 4"]:

@@ -1,5 +1,6 @@
 """``fit3d-export``: a run in formats that other tools read."""
 
+import json
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -70,7 +71,11 @@ class ExportCommand:
 
 def main(args: Optional[list[str]] = None) -> None:
     """Command line of ``fit3d-export``."""
-    run_command(lambda: run_export(tyro.cli(ExportCommand, prog="fit3d-export", args=args)))
+
+    def command() -> None:
+        run_export(tyro.cli(ExportCommand, prog="fit3d-export", args=args))
+
+    run_command(command)
 
 
 @torch.no_grad()
@@ -91,7 +96,8 @@ def run_export(command: ExportCommand) -> list[Path]:
     from fit3d_ns.exporting.trained_run import open_run
 
     trained = open_run(command.load_config)
-    views = _read_views(command, trained, folder)  # first, since photos that moved are what fails most
+    _check_same_run(command, trained, folder)
+    path = _read_path(command, trained, folder)  # first, since photos that moved are what fails most
     say_frame = f"Frame and features: {INDEX}"
     rgb: Any = None
     if command.splat:
@@ -115,7 +121,7 @@ def run_export(command: ExportCommand) -> list[Path]:
             write_point_cloud(folder / name, trained.gaussians, color, [say_frame])
             _say(folder / name)
     if command.video or command.feature_maps:
-        _render(command, trained, views, folder)
+        _render(command, trained, path, folder)
     _write_index(trained, folder)
     return [folder / name for names in targets.values() for name in names] + [folder / INDEX]
 
@@ -138,8 +144,22 @@ def _check(command: ExportCommand, folder: Path, targets: dict[str, list[str]]) 
         check_video()
 
 
-def _read_views(command: ExportCommand, trained: Any, folder: Path) -> Any:
-    """Reads the camera path, and the photos' views where the bundle or the path needs them.
+def _check_same_run(command: ExportCommand, trained: Any, folder: Path) -> None:
+    """Refuses to mix the exports of two runs in one folder."""
+    try:
+        stored = json.loads((folder / INDEX).read_text())
+        same = stored["config"] == str(trained.run.config_path) and stored["checkpoint"] == trained.run.checkpoint.name
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if not same and not command.overwrite:
+        raise UserError(
+            f"{folder} holds exports of {stored['config']} ({stored['checkpoint']}): choose another --output-dir, or "
+            "add --overwrite."
+        )
+
+
+def _read_path(command: ExportCommand, trained: Any, folder: Path) -> Any:
+    """Makes the bundle and reads the camera path, whichever is wanted: both need the scene.
 
     Returns:
         The path, or None where nothing is rendered.

@@ -50,6 +50,18 @@ def standard_gaussians(parameters: Mapping[str, Tensor], sh_degree: int) -> dict
     return gaussians
 
 
+def splatfacto_parameters(gaussians: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `standard_gaussians`; colours beyond [0, 1], which have no logit, are cut.
+
+    Args:
+        gaussians: As `fit3d_ns.lifting.ply.read_ply` returns.
+    """
+    parameters = dict(gaussians)
+    if parameters["features_rest"].shape[1] == 0:
+        parameters["features_dc"] = torch.logit(sh_to_rgb(parameters["features_dc"]), eps=1e-6)
+    return parameters
+
+
 def visible_rows(gaussians: Mapping[str, Tensor]) -> Bool[Tensor, "N"]:
     """Says which Gaussians ``ns-export gaussian-splat`` would write: finite ones of an opacity of at least 1/255.
 

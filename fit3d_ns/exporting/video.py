@@ -25,13 +25,13 @@ def check_video() -> None:
         UserError: If FFmpeg's libraries or their H.264 encoder are missing.
     """
     try:
-        import av
+        from av.codec import Codec
     except ImportError as error:
         raise UserError(
             f"Videos need FFmpeg through PyAV, which cannot be imported ({error}): `pip install av`, or add --no-video."
         ) from error
     try:
-        av.codec.Codec(_CODEC, "w")
+        Codec(_CODEC, "w")
     except ValueError as error:  # PyAV's own kind derives from it
         raise UserError(
             f"The FFmpeg of the installed PyAV has no H.264 encoder ({_CODEC}): `pip install --force-reinstall av` for "

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fit3d_ns.config import fit3d_splat
 from fit3d_ns.errors import UserError
+from fit3d_ns.exporting.splat_ply import splatfacto_parameters
 from fit3d_ns.lifting.ply import read_ply, sh_degree
 from fit3d_ns.lifting.scene import RECORD
 from fit3d_ns.runs import find_checkpoint, find_runs, read_config
@@ -161,7 +162,7 @@ def source_from_ply(path: Path, data: Optional[Path], suffix: str, output_dir: O
     if data is None or not data.expanduser().exists():
         raise UserError(f"The scene {data} does not exist: --ply needs the photos and poses of the splat with --data.")
     path, data = path.expanduser().absolute(), data.expanduser().absolute()
-    gaussians = read_ply(path)
+    gaussians = splatfacto_parameters(read_ply(path))
     configs = []
     for parser in _dataparsers(data):
         config = _empty_config()
