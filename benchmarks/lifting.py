@@ -170,7 +170,7 @@ def main(settings: Benchmark) -> None:
 def lift_row(bench: Bench, dim: int, lift: LiftSettings, grid: str = "fast") -> dict[str, Any]:
     """Lifts once, then measures; time and memory are those of the lift, with a selection its measurements included."""
     operator, selects = bench.operator(grid), lift.select != "fixed"
-    lift = replace(lift, views_per_batch=bench.settings.views_per_batch, evaluate=selects)
+    lift = replace(lift, views_per_batch=bench.settings.views_per_batch, evaluate=selects, report_dims=())
     # Two views load and start every kernel and library that this row needs.
     warm = replace(lift, refinements=min(1, lift.steps()), select="fixed", unseen="zero", evaluate=False)
     lift_features(operator, LiftScene(bench.scene.training[:2], [], []), bench.width, dim, warm)

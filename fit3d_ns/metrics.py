@@ -5,6 +5,7 @@ different views: a feature that belongs to a point of the surface, not to a pict
 Mean cosine of matched points is no such measure, because features that are alike everywhere score high on it.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,13 +15,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fit3d_ns.view_geometry import Correspondences, View, correspondences
+from fit3d_ns.view_geometry import Correspondences, View, ViewStack, correspondences
 
 MATCH_RADIUS = 1.5
 """Distance, in patches, up to which a nearest neighbour counts as the true one."""
 
 _SIMILARITIES_PER_STEP = 1 << 22
 """Cosines held at a time by `match_rate`: 16 MiB in float32."""
+
+_POINTS_PER_STEP = 1 << 17
+"""Points that `choose_pairs` follows at a time; each takes about 1 kB."""
 
 
 def feature_l1(
@@ -145,19 +149,12 @@ def choose_pairs(
     considered = _evenly_spaced(list(range(len(views))), max_views)
     # A third of the grid in each direction estimates the overlap well enough, nine times as fast.
     coarse = [(max(1, round(h / 3)), max(1, round(w / 3))) for h, w in grids]
-    surface = {a: max(1, len(correspondences(views[a], views[a], coarse[a], coarse[a]))) for a in considered}
+    overlap, displacement = _overlaps([views[a] for a in considered], [(coarse[a], grids[a]) for a in considered])
     eligible = []
-    for position, a in enumerate(considered):
-        for b in considered[position + 1 :]:
-            overlap = 1.0
-            for first, second in ((a, b), (b, a)):
-                points = correspondences(views[first], views[second], coarse[first], coarse[second])
-                overlap = min(overlap, len(points) / surface[first])
-                displacement = _displacement(points, coarse[first], grids[second], coarse[second])
-                if overlap < min_overlap or displacement < min_displacement:
-                    break
-            else:
-                eligible.append((-overlap, a, b))
+    for (i, a), (j, b) in itertools.combinations(enumerate(considered), 2):
+        least = min(overlap[i][j], overlap[j][i])
+        if least >= min_overlap and min(displacement[i][j], displacement[j][i]) >= min_displacement:
+            eligible.append((-least, a, b))
     return sorted((a, b) for _, a, b in _evenly_spaced(sorted(eligible), max_pairs))
 
 
@@ -218,17 +215,38 @@ def _unit_features(feature_map: Float[Tensor, "C h w"]) -> Float[Tensor, "hw C"]
     return torch.nn.functional.normalize(features, dim=1)
 
 
-def _displacement(
-    points: Correspondences, grid_a: tuple[int, int], patches_b: tuple[int, int], grid_b: tuple[int, int]
-) -> float:
-    """Median shift of points between two images laid over each other, in patches of the grid ``patches_b``."""
-    if len(points) == 0:
-        return 0.0
-    source = torch.stack([points.patch_index % grid_a[1], points.patch_index // grid_a[1]], -1) + 0.5
-    in_a = source / source.new_tensor([grid_a[1], grid_a[0]])
-    in_b = points.target / points.target.new_tensor([grid_b[1], grid_b[0]])
-    shift = (in_b - in_a) * in_b.new_tensor([patches_b[1], patches_b[0]])
-    return float(shift.norm(dim=-1).median())
+def _overlaps(
+    views: Sequence[View], grids: Sequence[tuple[tuple[int, int], tuple[int, int]]]
+) -> tuple[list[list[float]], list[list[float]]]:
+    """Compares all views with all others.
+
+    Args:
+        views: V views.
+        grids: (h, w) of the grid that each is looked at on, and of its own patch grid.
+
+    Returns:
+        For views a and b, which share of the surface that a sees b sees too, and the median shift of the shared points
+        between the two images laid over each other, in patches of b; 0 where there is none.
+    """
+    if not views:
+        return [], []
+    stack, looked_at = ViewStack(views), [grid for grid, _ in grids]
+    counts = torch.zeros(len(views), len(views), dtype=torch.float64, device=views[0].depth.device)
+    shifts = torch.zeros_like(counts)
+    patches = torch.tensor([(w, h) for _, (h, w) in grids], dtype=torch.float64, device=counts.device)
+    widths = torch.tensor([(w, h) for h, w in looked_at], dtype=torch.float64, device=counts.device)
+    for grid in dict.fromkeys(looked_at):
+        height, width = grid
+        place = torch.arange(height * width, device=counts.device)
+        start = (torch.stack([place % width, place // width], -1) + 0.5) / widths.new_tensor([width, height])
+        firsts = torch.tensor([index for index, other in enumerate(looked_at) if other == grid], device=counts.device)
+        pairs = torch.cartesian_prod(firsts, torch.arange(len(views), device=counts.device))
+        for a, b in (part.unbind(1) for part in pairs.split(max(1, _POINTS_PER_STEP // (height * width)))):
+            valid, target = stack.follow(a, b, grid, looked_at)
+            shift = ((target / widths[b, None] - start) * patches[b, None]).norm(dim=-1)
+            counts[a, b] = valid.sum(1).to(counts)
+            shifts[a, b] = torch.where(valid, shift, torch.nan).nanmedian(1).values.nan_to_num(0)
+    return (counts / counts.diagonal().clamp_min(1)[:, None]).tolist(), shifts.tolist()
 
 
 def _evenly_spaced(items: list, count: int) -> list:

@@ -174,15 +174,18 @@ class Fit3DPipeline(VanillaPipeline):
             self._lift(trainer.base_dir if last else None)
 
     def _lift(self, folder: Optional[Path] = None) -> None:
+        from fit3d_ns.lifting.report import lift_report
         from fit3d_ns.lifting.scene import lift_scene, write_record
         from fit3d_ns.lifting.views import resident_scene
 
         settings, was_training = self.fit3d_model.config.lift, self.training
         self.eval()
-        lift = lift_scene(self.fit3d_model, resident_scene(self.datamanager, self.fit3d_model), settings)
-        self.train(was_training)
+        scene = resident_scene(self.datamanager, self.fit3d_model)
+        lift = lift_scene(self.fit3d_model, scene, settings)
         if folder is not None:
-            write_record(folder, lift, settings)
+            report = lift_report(self.fit3d_model, scene, lift, self.datamanager.teacher_info.name)
+            write_record(folder, lift, settings, report)
+        self.train(was_training)
 
     def _restore(self) -> None:
         """Puts a resumed run's random, sampler and strategy states in place, once."""

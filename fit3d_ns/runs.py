@@ -124,7 +124,8 @@ def read_config(path: Path) -> Any:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"The configuration {path} cannot be read ({error}): check the path.") from error
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"The configuration {path} cannot be read ({reason}): check the path.") from error
     try:
         config = yaml.load(text, Loader=_ConfigLoader)  # noqa: S506  a SafeLoader with few additions
     except _Forbidden as error:

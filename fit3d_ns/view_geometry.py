@@ -5,6 +5,8 @@ covers x in [j, j + 1) * width / w. Patch coordinates are (x * w / width, y * h 
 at (j + 0.5, i + 0.5).
 """
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Optional
 
@@ -72,12 +74,7 @@ def correspondences(
     min_accumulation: float = 0.5,
     max_round_trip: float = 0.5,
 ) -> Correspondences:
-    """Finds the patches of view a whose centre's surface point view b sees too.
-
-    A patch centre counts if the surface there is smooth and opaque in a, if it projects into b in front of the camera
-    and inside the image, if b's own depth there (likewise smooth and opaque) agrees, and if b's surface point, brought
-    back to a, lands where it started. So a point hidden from b, or floating in front of what b sees,
-    is left out.
+    """Finds the patches of view a whose centre's surface point view b sees too (see `ViewStack.follow`).
 
     Args:
         view_a: the view whose patch centres are followed.
@@ -92,81 +89,150 @@ def correspondences(
     Returns:
         The points, in order of their patches, on the device of ``view_a.depth``.
     """
-    device = view_a.depth.device
-    height, width = grid_a
-    row, column = torch.meshgrid(
-        torch.arange(height, device=device, dtype=torch.float64) + 0.5,
-        torch.arange(width, device=device, dtype=torch.float64) + 0.5,
-        indexing="ij",
+    valid, target = ViewStack([view_a, view_b]).follow(
+        torch.tensor([0]),
+        torch.tensor([1]),
+        grid_a,
+        [grid_a, grid_b],
+        relative_depth_tolerance=relative_depth_tolerance,
+        min_accumulation=min_accumulation,
+        max_round_trip=max_round_trip,
     )
-    centres = torch.stack([column, row], -1).reshape(-1, 2)
-    patch_a = torch.tensor([view_a.width / width, view_a.height / height], dtype=torch.float64, device=device)
-    patch_b = torch.tensor([view_b.width / grid_b[1], view_b.height / grid_b[0]], dtype=torch.float64, device=device)
-
-    depth_a, valid = _surface_depth(view_a, centres * patch_a, relative_depth_tolerance, min_accumulation)
-    points = _unproject(view_a, centres * patch_a, depth_a)
-    in_b, z_in_b = _project(view_b, points)
-    depth_b, valid_b = _surface_depth(view_b, in_b, relative_depth_tolerance, min_accumulation)
-    # Never true behind b, where z is not above 0 and the depth is.
-    agrees = (z_in_b - depth_b).abs() <= relative_depth_tolerance * z_in_b
-    back_in_a, _ = _project(view_a, _unproject(view_b, in_b, depth_b))
-    returns = (back_in_a / patch_a - centres).norm(dim=-1) <= max_round_trip
-    valid = valid & valid_b & agrees & returns
-    index = valid.nonzero()[:, 0]
-    return Correspondences(index, (in_b / patch_b)[index].float())
+    index = valid[0].nonzero()[:, 0]
+    return Correspondences(index, target[0, index].float())
 
 
-def _surface_depth(
-    view: View, pixels: Float[Tensor, "M 2"], tolerance: float, min_accumulation: float
-) -> tuple[Float[Tensor, "M"], Bool[Tensor, "M"]]:
-    """Depth at image positions (x, y), and whether a smooth, opaque surface is there.
+class ViewStack:
+    """Several views side by side, so that surface points are followed between many pairs of them at once.
 
-    Between the four depths around a position, the inverse depth is interpolated: it is linear in the image on any
-    plane, so planes come out exactly. Across an edge nothing is interpolated: such a position is not valid.
+    Args:
+        views: V views, whose depth maps may differ in size; the first one's device is that of the stack.
     """
-    depth = view.depth.to(pixels.device)
-    rows, columns = depth.shape
-    size = torch.tensor([view.width, view.height], dtype=pixels.dtype, device=pixels.device)
-    inside = (torch.isfinite(pixels) & (pixels >= 0) & (pixels < size)).all(-1)
-    scale = torch.tensor([columns / view.width, rows / view.height], dtype=pixels.dtype, device=pixels.device)
-    position = torch.where(inside[:, None], pixels * scale, 0.5) - 0.5
-    # Beside the outermost pixel centres the last two are continued, so the fraction may lie a little outside [0, 1].
-    column = position[:, 0].floor().clamp(0, max(0, columns - 2)).long()
-    row = position[:, 1].floor().clamp(0, max(0, rows - 2)).long()
-    fraction_x, fraction_y = position[:, 0] - column, position[:, 1] - row
-    next_column, next_row = (column + 1).clamp_max(columns - 1), (row + 1).clamp_max(rows - 1)
-    corner_rows = torch.stack([row, row, next_row, next_row])
-    corner_columns = torch.stack([column, next_column, column, next_column])
-    corners = depth[corner_rows, corner_columns].to(pixels.dtype)
-    known = (torch.isfinite(corners) & (corners > 0)).all(0)
-    if view.accumulation is not None:
-        opacity = view.accumulation.to(pixels.device)[corner_rows, corner_columns]
-        known = known & (opacity >= min_accumulation).all(0)
-    corners = torch.where(known, corners, 1.0)
-    smooth = corners.amax(0) - corners.amin(0) <= tolerance * corners.amin(0)
-    weights = torch.stack(
-        [
-            (1 - fraction_x) * (1 - fraction_y),
-            fraction_x * (1 - fraction_y),
-            (1 - fraction_x) * fraction_y,
-            fraction_x * fraction_y,
-        ]
-    )
-    return 1 / (weights / corners).sum(0), inside & known & smooth
 
+    def __init__(self, views: Sequence[View]) -> None:
+        device = views[0].depth.device
+        kind = {"dtype": torch.float64, "device": device}
+        self._K = torch.stack([view.K.to(**kind) for view in views])
+        self._viewmat = torch.stack([view.viewmat.to(**kind) for view in views])
+        self._K_inverse, self._camera_to_world = torch.linalg.inv(self._K), torch.linalg.inv(self._viewmat)
+        self._size = torch.tensor([[view.width, view.height] for view in views], **kind)
+        shapes = [(view.depth.shape[0], view.depth.shape[1]) for view in views]
+        self._shape = torch.tensor(shapes, device=device)
+        counts = [rows * columns for rows, columns in shapes]
+        self._start = torch.tensor([0, *itertools.accumulate(counts)][:-1], device=device)
+        self._depth = torch.cat([view.depth.to(device).flatten() for view in views])
+        self._opacity = None
+        if any(view.accumulation is not None for view in views):
+            opacities = (
+                torch.ones_like(view.depth) if view.accumulation is None else view.accumulation for view in views
+            )
+            self._opacity = torch.cat([opacity.to(self._depth).flatten() for opacity in opacities])
 
-def _unproject(view: View, pixels: Float[Tensor, "M 2"], depth: Float[Tensor, "M"]) -> Float[Tensor, "M 3"]:
-    K, viewmat = view.K.to(pixels), view.viewmat.to(pixels)
-    homogeneous = torch.cat([pixels, torch.ones_like(pixels[:, :1])], -1)
-    in_camera = (homogeneous @ torch.linalg.inv(K).T) * depth[:, None]
-    camera_to_world = torch.linalg.inv(viewmat)
-    return in_camera @ camera_to_world[:3, :3].T + camera_to_world[:3, 3]
+    def follow(
+        self,
+        first: Int[Tensor, "P"],
+        second: Int[Tensor, "P"],
+        grid: tuple[int, int],
+        grids: Sequence[tuple[int, int]],
+        *,
+        relative_depth_tolerance: float = 0.03,
+        min_accumulation: float = 0.5,
+        max_round_trip: float = 0.5,
+    ) -> tuple[Bool[Tensor, "P M"], Float[Tensor, "P M 2"]]:
+        """Looks for the patches of one view, for each of P pairs, whose centre's surface point the other sees too.
 
+        A patch centre counts if the surface there is smooth and opaque in the first view, if it projects into the
+        second in front of the camera and inside the image, if that view's own depth there (likewise smooth and opaque)
+        agrees, and if its surface point, brought back to the first, lands where it started. So a point hidden from the
+        second view, or floating in front of what it sees, is left out.
 
-def _project(view: View, points: Float[Tensor, "M 3"]) -> tuple[Float[Tensor, "M 2"], Float[Tensor, "M"]]:
-    """Image positions (x, y) and z-depths; positions mean nothing where the depth is not above 0."""
-    K, viewmat = view.K.to(points), view.viewmat.to(points)
-    in_camera = points @ viewmat[:3, :3].T + viewmat[:3, 3]
-    z = in_camera[:, 2]
-    homogeneous = in_camera @ K.T
-    return homogeneous[:, :2] / torch.where(z > 0, z, 1.0)[:, None], z
+        Args:
+            first: Positions of the views whose patch centres are followed.
+            second: Positions of the views they are looked for in.
+            grid: (h, w) of the patch grid of the first views, the same for all of them; M = h w.
+            grids: (h, w) of every view's patch grid; used for the second views.
+            relative_depth_tolerance: As `correspondences`, and so the others.
+            min_accumulation: Likewise.
+            max_round_trip: Likewise.
+
+        Returns:
+            Which patches of the first views, row by row, are seen in the second; and where, (x, y) in patches of the
+            second view's grid, meaningless for the others.
+        """
+        device, (height, width) = self._depth.device, grid
+        first, second = first.to(device), second.to(device)
+        row, column = torch.meshgrid(
+            torch.arange(height, device=device, dtype=torch.float64) + 0.5,
+            torch.arange(width, device=device, dtype=torch.float64) + 0.5,
+            indexing="ij",
+        )
+        centres = torch.stack([column, row], -1).reshape(1, -1, 2)
+        patch_a = self._size[first, None] / torch.tensor([width, height], dtype=torch.float64, device=device)
+        sizes_b = torch.tensor([(w, h) for h, w in grids], dtype=torch.float64, device=device)
+        patch_b = (self._size / sizes_b)[second, None]
+
+        depth_a, valid = self._surface_depth(first, centres * patch_a, relative_depth_tolerance, min_accumulation)
+        points = self._unproject(first, centres * patch_a, depth_a)
+        in_b, z_in_b = self._project(second, points)
+        depth_b, valid_b = self._surface_depth(second, in_b, relative_depth_tolerance, min_accumulation)
+        # Never true behind the second view, where z is not above 0 and the depth is.
+        agrees = (z_in_b - depth_b).abs() <= relative_depth_tolerance * z_in_b
+        back_in_a, _ = self._project(first, self._unproject(second, in_b, depth_b))
+        returns = (back_in_a / patch_a - centres).norm(dim=-1) <= max_round_trip
+        return valid & valid_b & agrees & returns, in_b / patch_b
+
+    def _surface_depth(
+        self, index: Int[Tensor, "P"], pixels: Float[Tensor, "P M 2"], tolerance: float, min_accumulation: float
+    ) -> tuple[Float[Tensor, "P M"], Bool[Tensor, "P M"]]:
+        """Depth at image positions (x, y), and whether a smooth, opaque surface is there.
+
+        Between the four depths around a position, the inverse depth is interpolated: it is linear in the image on any
+        plane, so planes come out exactly. Across an edge nothing is interpolated: such a position is not valid.
+        """
+        size = self._size[index, None]
+        rows, columns = self._shape[index].unbind(1)
+        inside = (torch.isfinite(pixels) & (pixels >= 0) & (pixels < size)).all(-1)
+        scale = torch.stack([columns, rows], -1)[:, None] / size
+        position = torch.where(inside[..., None], pixels * scale, 0.5) - 0.5
+        # Beside the outermost pixel centres the last two are continued: the fraction may lie a little outside [0, 1].
+        last_row, last_column = (rows - 1)[:, None], (columns - 1)[:, None]
+        column = position[..., 0].floor().long().clamp_min(0).minimum((last_column - 1).clamp_min(0))
+        row = position[..., 1].floor().long().clamp_min(0).minimum((last_row - 1).clamp_min(0))
+        fraction_x, fraction_y = position[..., 0] - column, position[..., 1] - row
+        next_column, next_row = (column + 1).minimum(last_column), (row + 1).minimum(last_row)
+        corner_rows = torch.stack([row, row, next_row, next_row])
+        corner_columns = torch.stack([column, next_column, column, next_column])
+        places = self._start[index, None] + corner_rows * columns[:, None] + corner_columns
+        corners = self._depth[places].double()
+        known = (torch.isfinite(corners) & (corners > 0)).all(0)
+        if self._opacity is not None:
+            known = known & (self._opacity[places] >= min_accumulation).all(0)
+        corners = torch.where(known, corners, 1.0)
+        smooth = corners.amax(0) - corners.amin(0) <= tolerance * corners.amin(0)
+        weights = torch.stack(
+            [
+                (1 - fraction_x) * (1 - fraction_y),
+                fraction_x * (1 - fraction_y),
+                (1 - fraction_x) * fraction_y,
+                fraction_x * fraction_y,
+            ]
+        )
+        return 1 / (weights / corners).sum(0), inside & known & smooth
+
+    def _unproject(
+        self, index: Int[Tensor, "P"], pixels: Float[Tensor, "P M 2"], depth: Float[Tensor, "P M"]
+    ) -> Float[Tensor, "P M 3"]:
+        homogeneous = torch.cat([pixels, torch.ones_like(pixels[..., :1])], -1)
+        in_camera = (homogeneous @ self._K_inverse[index].mT) * depth[..., None]
+        camera_to_world = self._camera_to_world[index]
+        return in_camera @ camera_to_world[:, :3, :3].mT + camera_to_world[:, None, :3, 3]
+
+    def _project(
+        self, index: Int[Tensor, "P"], points: Float[Tensor, "P M 3"]
+    ) -> tuple[Float[Tensor, "P M 2"], Float[Tensor, "P M"]]:
+        """Image positions (x, y) and z-depths; positions mean nothing where the depth is not above 0."""
+        viewmat = self._viewmat[index]
+        in_camera = points @ viewmat[:, :3, :3].mT + viewmat[:, None, :3, 3]
+        z = in_camera[..., 2]
+        homogeneous = in_camera @ self._K[index].mT
+        return homogeneous[..., :2] / torch.where(z > 0, z, 1.0)[..., None], z

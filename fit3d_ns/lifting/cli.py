@@ -2,9 +2,10 @@
 
 import gc
 import random
+import re
 import time
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, Optional
 
@@ -92,7 +93,7 @@ def run_lift(command: LiftCommand) -> list[Path]:
     if len(named) != 1:
         raise UserError("Name what to lift onto with one of --load-config, --runs and --ply.")
     if command.runs is None:
-        return [lift_source(_source(command, command.load_config), command)]
+        return [_lift(command, command.load_config)]
     if command.data is not None:
         raise UserError("--data names one scene, and --runs many: use --load-config for a run whose scene moved.")
     from fit3d_ns.lifting.sources import runs_below
@@ -104,12 +105,16 @@ def run_lift(command: LiftCommand) -> list[Path]:
     for number, path in enumerate(paths, start=1):
         _say(f"[{number}/{len(paths)}] {path.parent}")
         try:
-            done.append(lift_source(_source(command, path), command))
+            done.append(_lift(command, path))
         except Exception as error:  # other scenes go on, whatever one of them holds
             reason = str(error).strip().splitlines()
             prefix = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
             failures[path.parent] = prefix + (reason[0] if reason else "no reason given")
             _say(f"Failed: {failures[path.parent]}")
+        # Pipelines refer to themselves: without this, the next scene would find the memory of this one taken.
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
     _say(f"{len(done)} of {len(paths)} runs are lifted.")
     if failures:
         listed = " | ".join(f"{run}: {reason}" for run, reason in failures.items())
@@ -130,6 +135,7 @@ def lift_source(source: Any, command: LiftCommand) -> Path:
     Raises:
         UserError: If scene, teacher or geometry cannot be used, or the run cannot be written.
     """
+    from fit3d_ns.lifting.report import lift_report
     from fit3d_ns.lifting.run_writer import finished_request, write_run
     from fit3d_ns.lifting.scene import lift_scene
     from fit3d_ns.lifting.views import streamed_scene
@@ -160,13 +166,26 @@ def lift_source(source: Any, command: LiftCommand) -> Path:
     provenance = {"request": request, "training_views": len(scene.training), "held_out_views": len(scene.held_out)}
     if cuda:
         provenance["peak_memory_mb"] = torch.cuda.max_memory_allocated() / 2**20
-    path = write_run(pipeline, config, source.step, lift, command.lift, provenance)
+    report = lift_report(
+        pipeline.fit3d_model, scene, lift, pipeline.datamanager.teacher_info.name, provenance.get("peak_memory_mb")
+    )
+    path = write_run(pipeline, config, source.step, lift, command.lift, report, provenance)
     _summarize(lift, time.perf_counter() - start, path)
-    del pipeline, scene, lift
-    gc.collect()
-    if cuda:
-        torch.cuda.empty_cache()
     return path
+
+
+def _lift(command: LiftCommand, run: Optional[Path]) -> Path:
+    """Lifts one splat; what goes wrong is said with this command's flags, which lack the prefixes of ns-train's."""
+    try:
+        return lift_source(_source(command, run), command)
+    except UserError as error:
+        own = {item.name.replace("_", "-") for item in fields(command)}
+        sentence = re.sub(
+            r"--pipeline\.(?:datamanager|model)\.([a-z-]+)",
+            lambda flag: f"--{flag[1]}" if flag[1] in own else flag[0],
+            str(error),
+        )
+        raise UserError(sentence) from error.__cause__
 
 
 def _source(command: LiftCommand, run: Optional[Path]) -> Any:
@@ -261,6 +280,8 @@ def _seed(seed: int) -> None:
 
 
 def _summarize(lift: Any, seconds: float, path: Path) -> None:
+    from fit3d_ns.lifting.scene import REPORT
+
     stages = ", ".join(f"{name} {value:.1f}" for name, value in lift.seconds.items())
     _say(f"Lifted {len(lift.values):,} Gaussians in {seconds:.1f} s ({stages}), {lift.refinements} refinement steps.")
     names = {
@@ -272,7 +293,7 @@ def _summarize(lift: Any, seconds: float, path: Path) -> None:
     numbers = ", ".join(f"{text} {lift.metrics[name]:.3f}" for name, text in names.items() if name in lift.metrics)
     unseen = lift.summary(LiftSettings())["unseen_gaussians"]
     _say(f"{numbers or 'Not measured'}; views disagree by {lift.disagreement:.0%}, {unseen:,} Gaussians unseen.")
-    _say(f"Run: {path}")
+    _say(f"Run: {path}\nReport: {path.parent / REPORT}")
 
 
 def _say(sentence: str) -> None:

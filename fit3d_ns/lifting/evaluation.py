@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Optional
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from fit3d_ns.decoder import FeatureDecoder
@@ -26,10 +26,12 @@ class EvaluationView:
     Attributes:
         view: Its camera and the teacher's map of it.
         surface: Renders the surface that it sees.
+        photo: Returns its photo, [H, W, 3], as 8-bit RGB.
     """
 
     view: LiftView
     surface: Callable[[], View]
+    photo: Callable[[], UInt8[Tensor, "H W 3"]]
 
 
 class MatchedViews:
@@ -89,24 +91,16 @@ class LiftEvaluation:
 
     def fidelity(self, values: Float[Tensor, "N D"], decoder: FeatureDecoder) -> dict[str, float]:
         """Returns ``feature_cosine`` and ``feature_l1`` to the teacher, averaged over the held-out views."""
-        scores = []
-        for held_out in self._held_out:
-            view, decoded, teacher = held_out.view, self._decode(held_out.view, values, decoder), held_out.view.load()
-            scores.append(
-                (
-                    float(feature_cosine(decoded, teacher, view.weights)),
-                    float(feature_l1(decoded, teacher, view.weights)),
-                )
-            )
-        known = [score for score in scores if not math.isnan(score[0])]
-        if not known:
-            return {}
-        cosine, l1 = torch.tensor(known, dtype=torch.float64).mean(0).tolist()
-        return {"feature_cosine": cosine, "feature_l1": l1}
+        scores = _Fidelity()
+        for item in self._held_out:
+            scores.add(decode_view(self._operator, item.view, values, decoder), item.view)
+        return scores.mean()
 
     def consistency(self, values: Float[Tensor, "N D"], decoder: FeatureDecoder) -> Optional[float]:
         """Returns ``view_match`` of the decoded maps, in [0, 1]; None where no two views share enough surface."""
-        return self._matched.match([self._decode(item.view, values, decoder) for item in self._matched.views])
+        return self._matched.match(
+            [decode_view(self._operator, item.view, values, decoder) for item in self._matched.views]
+        )
 
     def teacher_consistency(self) -> Optional[float]:
         """Returns ``view_match`` of the teacher's own maps on the same pairs."""
@@ -120,7 +114,68 @@ class LiftEvaluation:
             measured["view_match_lifted"] = match
         return measured
 
-    def _decode(self, view: LiftView, values: Float[Tensor, "N D"], decoder: FeatureDecoder) -> Float[Tensor, "C h w"]:
-        with torch.no_grad():
-            low = self._operator.low_maps([view.camera], values)[0]
-            return decoder.decode_patches(low, self._operator.feature_grid, view.camera.grid)
+    def by_dimension(
+        self, values: Float[Tensor, "N D"], basis: Float[Tensor, "C D"], dims: Sequence[int]
+    ) -> list[dict[str, float]]:
+        """Measures what would have been lifted with fewer channels, with one render of every view for all of them.
+
+        Lifting commutes with the projection onto a basis, and so does rendering: with fewer channels, features would
+        be the first ones of these.
+
+        Args:
+            values: [N, D] lifted features.
+            basis: [C, D] directions that bring them back to the teacher's width, ordered by what they hold.
+            dims: Numbers of channels, at most D.
+
+        Returns:
+            For each of them, ``dim`` and the numbers of `measure`.
+        """
+        scores = {dim: _Fidelity() for dim in dims}
+        for item in self._held_out:
+            low = self._patches(item.view, values)
+            for dim in dims:
+                scores[dim].add(_expand(low, basis, dim), item.view)
+        lows = [self._patches(item.view, values) for item in self._matched.views]
+        measured = []
+        for dim in dims:
+            numbers = {"dim": dim, **scores[dim].mean()}
+            match = self._matched.match([_expand(low, basis, dim) for low in lows])
+            measured.append(numbers if match is None else {**numbers, "view_match_lifted": match})
+        return measured
+
+    def _patches(self, view: LiftView, values: Float[Tensor, "N D"]) -> Float[Tensor, "D h w"]:
+        """What the centre tap of a decoder reads."""
+        low = self._operator.low_maps([view.camera], values)[0]
+        return self._operator.feature_grid.windows(low, view.camera.grid)[:, 4].clone()
+
+
+@torch.no_grad()
+def decode_view(
+    operator: FeatureOperator, view: LiftView, values: Float[Tensor, "N D"], decoder: FeatureDecoder
+) -> Float[Tensor, "C h w"]:
+    """Returns a view's lifted features on the teacher's patch grid, as evaluation and distillation read them."""
+    low = operator.low_maps([view.camera], values)[0]
+    return decoder.decode_patches(low, operator.feature_grid, view.camera.grid)
+
+
+class _Fidelity:
+    """Averages over views; views that are masked out altogether do not count."""
+
+    def __init__(self) -> None:
+        self._scores: list[tuple[float, float]] = []
+
+    def add(self, decoded: Float[Tensor, "C h w"], view: LiftView) -> None:
+        teacher = view.load()
+        cosine = float(feature_cosine(decoded, teacher, view.weights))
+        if not math.isnan(cosine):
+            self._scores.append((cosine, float(feature_l1(decoded, teacher, view.weights))))
+
+    def mean(self) -> dict[str, float]:
+        if not self._scores:
+            return {}
+        cosine, l1 = torch.tensor(self._scores, dtype=torch.float64).mean(0).tolist()
+        return {"feature_cosine": cosine, "feature_l1": l1}
+
+
+def _expand(low: Float[Tensor, "D h w"], basis: Float[Tensor, "C D"], dim: int) -> Float[Tensor, "C h w"]:
+    return torch.einsum("cd,dhw->chw", basis[:, :dim], low[:dim])

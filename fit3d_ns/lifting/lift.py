@@ -58,6 +58,7 @@ class Lift:
         refinements: Steps taken.
         metrics: Fidelity and consistency of the outcome, and ``view_match_teacher``.
         curve: The same after each number of steps, where a selection measured them.
+        dim_curve: The same for several numbers of channels, always with the basis as the decoder.
         feature_energy: Mean squared length of the teacher's features.
         basis_share: Share of it that the D directions hold.
         seconds: Time of each stage.
@@ -70,6 +71,7 @@ class Lift:
     refinements: int
     metrics: dict[str, Any]
     curve: list[dict[str, Any]]
+    dim_curve: list[dict[str, Any]]
     feature_energy: float
     basis_share: float
     seconds: dict[str, float] = field(default_factory=dict)
@@ -92,6 +94,7 @@ class Lift:
             "disagreement": self.disagreement,
             "metrics": self.metrics,
             "curve": self.curve,
+            "dim_curve": self.dim_curve,
             "seconds": self.seconds,
         }
 
@@ -168,6 +171,10 @@ def lift_features(
     if settings.unseen == "nearest":
         with clock("unseen"):
             values = fill_unseen(values, operator.geometry.means, aggregate.seen)
+    dim_curve: list[dict[str, Any]] = []
+    if settings.evaluate and evaluation is not None:
+        with clock("evaluation"):
+            dim_curve = _compare_dims(operator, scene, width, evaluation, settings, steps, values, decoder)
     if settings.decoder == "fit":
         with clock("decoder"):
             decoder.weight.data = fit_decoder(
@@ -176,7 +183,11 @@ def lift_features(
     metrics: dict[str, Any] = {}
     if evaluation is not None:
         with clock("evaluation"):
-            metrics = {**evaluation.measure(values, decoder), "view_match_split": scene.matched.split}
+            # With the basis as the decoder, the outcome is a point of the curve.
+            points = [point for point in dim_curve if point["dim"] == dim and settings.decoder == "pca"]
+            measured_last = points[0] if points else evaluation.measure(values, decoder)
+            metrics = {name: value for name, value in measured_last.items() if name != "dim"}
+            metrics["view_match_split"] = scene.matched.split
             teacher = evaluation.teacher_consistency()
             if teacher is not None:
                 metrics["view_match_teacher"] = teacher
@@ -188,10 +199,33 @@ def lift_features(
         refinements=steps,
         metrics=metrics,
         curve=curve,
+        dim_curve=dim_curve,
         feature_energy=basis.total_variance,
         basis_share=basis.explained_fraction,
         seconds=clock.seconds,
     )
+
+
+def _compare_dims(
+    operator: FeatureOperator,
+    scene: LiftScene,
+    width: int,
+    evaluation: LiftEvaluation,
+    settings: LiftSettings,
+    steps: int,
+    values: Float[Tensor, "N D"],
+    decoder: FeatureDecoder,
+) -> list[dict[str, Any]]:
+    """Measures several numbers of channels; those beyond D are lifted once more, together."""
+    dims = settings.compared_dims(values.shape[1])
+    narrow = [dim for dim in dims if dim <= values.shape[1]]
+    wide = [dim for dim in dims if dim > values.shape[1]]
+    curve = evaluation.by_dimension(values, decoder.weight.data[:, :, 1, 1], narrow)
+    if wide:
+        plain = replace(settings, select="fixed", refinements=steps, decoder="pca", evaluate=False)
+        lift = lift_features(operator, scene, width, wide[-1], plain)
+        curve += evaluation.by_dimension(lift.values, lift.decoder.weight.data[:, :, 1, 1], wide)
+    return curve
 
 
 def teacher_basis(
@@ -269,6 +303,8 @@ def select_steps(
 def _check(scene: LiftScene, settings: LiftSettings, dim: int, width: int) -> None:
     if not 1 <= dim <= width:
         raise UserError(f"--feature-dim {dim} is out of range: this teacher has {width} channels.")
+    if max(settings.report_dims or (0,)) > width:
+        raise UserError(f"--report-dims goes beyond the {width} channels of this teacher: leave out what is larger.")
     if not scene.training:
         raise UserError("The scene has no training view to lift features from: leave some for training.")
     if settings.select != "fixed" and not scene.held_out:

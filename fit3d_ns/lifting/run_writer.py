@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Optional
 
@@ -13,6 +14,7 @@ from fit3d_ns.lifting.lift import Lift
 from fit3d_ns.lifting.scene import RECORD, write_record
 from fit3d_ns.lifting.settings import LiftSettings
 from fit3d_ns.pipeline import Fit3DPipeline
+from fit3d_ns.report import Report
 from fit3d_ns.trainer import Fit3DTrainerConfig
 
 
@@ -40,6 +42,7 @@ def write_run(
     step: int,
     lift: Lift,
     settings: LiftSettings,
+    report: Report,
     provenance: dict[str, Any],
 ) -> Path:
     """Writes everything that nerfstudio's commands need to open the scene.
@@ -52,6 +55,7 @@ def write_run(
         step: Number of the last training step that the geometry has behind it.
         lift: The outcome.
         settings: The user's choices.
+        report: About it.
         provenance: What was asked for and where the geometry came from, as plain JSON values.
 
     Returns:
@@ -75,9 +79,11 @@ def write_run(
             pipeline.datamanager.train_dataparser_outputs.save_dataparser_transform(temporary)
         with atomic_path(checkpoint) as temporary:
             torch.save(state, temporary)
-        write_record(folder, lift, settings, provenance)
+        write_record(folder, lift, settings, report, provenance)
         config.save_config()
     except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError on a full disk
+        with suppress(OSError):
+            checkpoint.unlink()  # large, and nothing without the rest
         if isinstance(error, UserError):
             raise
         raise UserError(

@@ -14,9 +14,12 @@ from fit3d_ns.lifting.operator import FeatureOperator
 from fit3d_ns.lifting.settings import LiftSettings
 from fit3d_ns.lifting.views import model_geometry
 from fit3d_ns.model import FEATURES, Fit3DSplatModel
+from fit3d_ns.report import Report
 
 RECORD = "lift.json"
 """What was lifted, how, and how well; written last, so a run that has it is whole."""
+REPORT = "lift.html"
+"""What was lifted as pictures, tables and curves."""
 VARIANCE = "lift.safetensors"
 """Per-Gaussian tensors beside the checkpoint: ``fit3d_variance`` and ``fit3d_coverage``, both [N] float32."""
 
@@ -51,13 +54,16 @@ def lift_scene(model: Fit3DSplatModel, scene: LiftScene, settings: LiftSettings)
     return lift
 
 
-def write_record(folder: Path, lift: Lift, settings: LiftSettings, provenance: Optional[dict[str, Any]] = None) -> None:
+def write_record(
+    folder: Path, lift: Lift, settings: LiftSettings, report: Report, provenance: Optional[dict[str, Any]] = None
+) -> None:
     """Writes what is worth knowing about a lift beside its checkpoint.
 
     Args:
         folder: Of the run.
         lift: The outcome.
         settings: The user's choices.
+        report: Of `fit3d_ns.lifting.report.lift_report`.
         provenance: Where the geometry came from.
 
     Raises:
@@ -67,4 +73,5 @@ def write_record(folder: Path, lift: Lift, settings: LiftSettings, provenance: O
     atomic_write_bytes(
         folder / VARIANCE, save({name: tensor.float().cpu().contiguous() for name, tensor in tensors.items()})
     )
+    report.write(folder / REPORT)
     atomic_write_json(folder / RECORD, {**(provenance or {}), **lift.summary(settings)})

@@ -36,6 +36,9 @@ class LiftSettings:
     """Most views rendered in one call; less where that many do not fit in memory."""
     evaluate: bool = True
     """Whether the held-out views are measured and reported after lifting."""
+    report_dims: Optional[tuple[int, ...]] = None
+    """Numbers of channels whose quality the report compares. Without it 16, 32, 64 ... up to --feature-dim, which cost
+    next to nothing; larger ones take another lift, of the largest."""
 
     def steps(self) -> int:
         """Returns the most refinement steps taken.
@@ -47,8 +50,20 @@ class LiftSettings:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UserError(f"--{name.replace('_', '-')} {value} is too small: at least {least}.")
+        if any(dim < 1 for dim in self.report_dims or ()):
+            raise UserError(f"--report-dims {' '.join(map(str, self.report_dims or ()))} is out of range: at least 1.")
         if not 0 <= self.decoder_ridge < float("inf"):
             raise UserError(f"--decoder-ridge {self.decoder_ridge} is out of range: at least 0.")
         if self.refinements is not None:
             return self.refinements
         return DEFAULT_REFINEMENTS if self.select == "fixed" else LARGEST_REFINEMENTS
+
+    def compared_dims(self, dim: int) -> list[int]:
+        """Returns the numbers of channels that the report compares, in rising order.
+
+        Args:
+            dim: Channels that are lifted.
+        """
+        if self.report_dims is not None:
+            return sorted({*self.report_dims, dim}) if self.report_dims else []
+        return [*(power for power in (16, 32, 64, 128, 256, 512) if power < dim), dim]

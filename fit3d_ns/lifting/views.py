@@ -180,7 +180,16 @@ def streamed_scene(datamanager: Fit3DDataManager, model: Fit3DSplatModel) -> Lif
 
         name = names[id(split)]
         camera = split.cameras[index].to(model.device)
-        views[name].append(_evaluation_view(model, camera, load, split.weights[index], training=name == "train"))
+        views[name].append(
+            _evaluation_view(
+                model,
+                camera,
+                load,
+                split.weights[index],
+                training=name == "train",
+                photo=lambda split=split, index=index: split.reader.read(index).image,
+            )
+        )
     return _scene(datamanager, views)
 
 
@@ -203,7 +212,16 @@ def resident_scene(datamanager: Fit3DDataManager, model: Fit3DSplatModel) -> Lif
             def load(split: Any = split, index: int = index) -> Float[Tensor, "C h w"]:
                 return datamanager.teacher_map(split, index)
 
-            views[split].append(_evaluation_view(model, camera, load, weights, training=split == "train"))
+            views[split].append(
+                _evaluation_view(
+                    model,
+                    camera,
+                    load,
+                    weights,
+                    training=split == "train",
+                    photo=lambda photo=photo: composite_on_black(photo["image"]),
+                )
+            )
     return _scene(datamanager, views)
 
 
@@ -223,12 +241,13 @@ def _evaluation_view(
     load: Callable[[], Float[Tensor, "C h w"]],
     weights: Optional[Tensor],
     training: bool,
+    photo: Callable[[], UInt8[Tensor, "H W 3"]],
 ) -> EvaluationView:
     size: tuple[int, int] = camera.metadata["image_size"]  # type: ignore[index]
     viewmat, intrinsics = model.view_matrices(camera, optimized=training)
     patch_camera = PatchCamera(viewmat, intrinsics, size, model.patch_grid(*size))
     view = LiftView(patch_camera, load, None if weights is None else weights.to(model.device))
-    return EvaluationView(view, lambda: model.surface_view(camera))
+    return EvaluationView(view, lambda: model.surface_view(camera), photo)
 
 
 def _scene(datamanager: Fit3DDataManager, views: dict[str, list[EvaluationView]]) -> LiftScene:

@@ -1,8 +1,11 @@
 """``fit3d-lift`` and ``--pipeline.model.features lift`` on the tiny room: runs in, runs out."""
 
+import base64
 import errno
+import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -27,9 +30,12 @@ from scipy.spatial.transform import Rotation
 from fit3d_ns.bundle_runs import bundle_run, choose_runs
 from fit3d_ns.errors import UserError
 from fit3d_ns.lifting.cli import LiftCommand, run_lift
+from fit3d_ns.lifting.operator import FeatureOperator
 from fit3d_ns.lifting.ply import read_ply
+from fit3d_ns.lifting.report import disagreement_map
+from fit3d_ns.lifting.scene import lift_scene
 from fit3d_ns.lifting.settings import LiftSettings
-from fit3d_ns.lifting.views import resident_scene, streamed_scene
+from fit3d_ns.lifting.views import model_geometry, resident_scene, streamed_scene
 from fit3d_ns.runs import find_checkpoint
 
 STEPS = 12
@@ -192,6 +198,41 @@ def test_streamed_views_are_those_of_the_data_manager(feature_run, scene):
         torch.testing.assert_close(left.camera.viewmat, right.camera.viewmat)
         torch.testing.assert_close(left.camera.K, right.camera.K)
         assert (left.camera.image_size, left.camera.grid) == (right.camera.image_size, right.camera.grid)
+
+
+def test_report_shows_views_where_they_disagree_and_what_was_measured(feature_run, command, scene):
+    trainer = feature_run(steps=40)
+    lift = LiftSettings(select="fidelity", refinements=3, report_dims=(4, 16))
+    (config,) = run_lift(command(load_config=trainer.base_dir, lift=lift))
+    page, record = (config.parent / "lift.html").read_text(), json.loads((config.parent / "lift.json").read_text())
+    pictures = [re.search(r"src='data:image/png;base64,([^']+)'", figure) for figure in page.split("<figure")[1:]]
+    decoded = [np.asarray(Image.open(io.BytesIO(base64.b64decode(found[1])))) for found in pictures if found]
+    assert len(decoded) == 12  # photo, teacher, lifted and heat map of three views
+    photo, teacher, lifted, heat = decoded[:4]
+    assert photo.shape == (72, 96, 3) and teacher.shape == lifted.shape == (5, 6, 3) and heat.shape == (20, 24, 3)
+    with Image.open(scene / "images" / "frame_00001.png") as first:
+        assert np.array_equal(photo, np.asarray(first.convert("RGB")))  # interval of 4: the first view is held out
+    assert all(len(np.unique(picture)) > 20 for picture in decoded)
+    assert [point["dim"] for point in record["dim_curve"]] == [4, 8, 16]
+    for point in [*record["curve"], *record["dim_curve"]]:
+        assert f"{point['feature_cosine']:.4g}" in page
+    assert all(stage in page for stage in ("teacher", "aggregation", "refinement", "evaluation"))
+
+
+def test_heat_map_is_bright_where_views_disagree(feature_run, command):
+    trainer = feature_run(steps=2)
+    pipeline = trainer.pipeline
+    pipeline.eval()
+    scene = resident_scene(pipeline.datamanager, pipeline.model)
+    lift = lift_scene(pipeline.model, scene, LiftSettings())
+    camera = scene.held_out[0].view.camera
+    operator = FeatureOperator(model_geometry(pipeline.model), pipeline.model.feature_grid)
+    x = (pipeline.model.means @ camera.viewmat[:3, :3].T + camera.viewmat[:3, 3])[:, 0]
+    lift.variance = torch.where(x < 0, lift.feature_energy, 0.0)  # by as much as features are long, on the left
+    heat = disagreement_map(operator, scene.held_out[0], lift)
+    left, right = heat[:, : heat.shape[1] // 3], heat[:, -heat.shape[1] // 3 :]
+    alpha = operator.low_maps([camera], torch.ones(len(x), 1))[0, 0].detach().numpy()
+    assert left.mean() > 0.8 * alpha[:, : heat.shape[1] // 3].mean() > 0 and right.mean() < 0.2 * left.mean()
 
 
 def test_finished_lift_is_skipped_and_other_settings_ask_first(splatfacto_run, command):

@@ -73,7 +73,8 @@ def surface_of(camera):
 
 
 def to_evaluate(views):
-    return [EvaluationView(view, lambda view=view: surface_of(view.camera)) for view in views]
+    black = torch.zeros(*SIZE, 3, dtype=torch.uint8)
+    return [EvaluationView(view, lambda view=view: surface_of(view.camera), lambda: black) for view in views]
 
 
 def field(geometry, channels=8, seed=1):
@@ -176,6 +177,30 @@ def test_basis_then_lift_equals_lift_then_basis():
     wide_values = wide.refine(lifted.values, lifted.coverage)
     narrow_values = narrow.refine(projected.values, projected.coverage)
     torch.testing.assert_close(basis.project(wide_values), narrow_values, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", [LiftSettings(refinements=2), LiftSettings(decoder="fit", unseen="nearest")])
+def test_quality_against_channels_is_that_of_lifts_with_so_many_channels(settings):
+    operator = FeatureOperator(make_geometry(), FEATURE_GRIDS["fast"])
+    views = views_of(operator, make_cameras(10), field(operator.geometry, channels=12), noise=0.3)
+    scene = LiftScene(views[2:], to_evaluate(views[:2]), to_evaluate(views[2:]))
+    lift = lift_features(operator, scene, 12, 6, replace(settings, report_dims=(3, 9)))
+    assert [point["dim"] for point in lift.dim_curve] == [3, 6, 9]
+    for point in lift.dim_curve:
+        own = lift_features(operator, scene, 12, point["dim"], replace(settings, decoder="pca"))
+        for name in ("feature_cosine", "feature_l1"):
+            assert point[name] == pytest.approx(own.metrics[name], abs=2e-5), (name, point["dim"])
+    plain = lift_features(operator, scene, 12, 6, settings)
+    assert torch.equal(lift.values, plain.values) and torch.equal(lift.decoder.weight, plain.decoder.weight)
+    assert [point["dim"] for point in plain.dim_curve] == [6]
+
+
+def test_channels_compared_by_default_and_by_choice():
+    assert LiftSettings().compared_dims(64) == [16, 32, 64]
+    assert LiftSettings().compared_dims(100) == [16, 32, 64, 100]
+    assert LiftSettings().compared_dims(8) == [8]
+    assert LiftSettings(report_dims=(384, 16)).compared_dims(64) == [16, 64, 384]
+    assert LiftSettings(report_dims=()).compared_dims(64) == []
 
 
 def test_robust_passes_disregard_a_view_that_disagrees():
@@ -345,6 +370,8 @@ def test_settings_out_of_range():
     for settings, dim, pattern in (
         (LiftSettings(refinements=-1), 4, "--refinements -1 is too small"),
         (LiftSettings(), 9, "--feature-dim 9 is out of range: this teacher has 8"),
+        (LiftSettings(report_dims=(4, 9)), 4, "--report-dims goes beyond the 8 channels"),
+        (LiftSettings(report_dims=(0,)), 4, "--report-dims 0 is out of range"),
         (LiftSettings(select="fidelity"), 4, "--select fidelity needs held-out views"),
     ):
         with pytest.raises(UserError, match=pattern):
