@@ -2,6 +2,8 @@
 
 import random
 import re
+import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Optional
@@ -15,6 +17,43 @@ from fit3d_ns.files import atomic_path
 SCHEMA = 1
 FOLDER = "checkpoints"
 _NAME = re.compile(r"step-(\d+)\.pt")
+
+
+def check_writable(output_dir: Path) -> None:
+    """Makes a training's folder and checks that files can be written there.
+
+    Raises:
+        UserError: If not.
+    """
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output_dir):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"The folder {output_dir} cannot be written to ({error.strerror}): choose another --output-dir."
+        ) from error
+
+
+def check_space(output_dir: Path, checkpoint_bytes: int, result_bytes: int, keep: int) -> None:
+    """Checks that checkpoints and result have room.
+
+    Args:
+        output_dir: The training's folder.
+        checkpoint_bytes: Size of one checkpoint.
+        result_bytes: Size of the weights that are written at the end.
+        keep: Newest checkpoints that stay; one more exists while it is written.
+
+    Raises:
+        UserError: If they have not.
+    """
+    missing = max(keep + 1 - len(list_checkpoints(output_dir)), 1)
+    needed, free = missing * checkpoint_bytes + result_bytes, shutil.disk_usage(output_dir).free
+    if needed > free:
+        raise UserError(
+            f"Checkpoints and weights need {needed / 1e9:.2f} GB and {output_dir} has {free / 1e9:.2f} GB left: free "
+            "some space, choose another --output-dir, or lower --keep-checkpoints."
+        )
 
 
 def save_checkpoint(output_dir: Path, state: Mapping[str, Any], keep: int) -> Path:
@@ -37,7 +76,8 @@ def save_checkpoint(output_dir: Path, state: Mapping[str, Any], keep: int) -> Pa
             torch.save({"schema": SCHEMA, **state}, temporary)
         except RuntimeError as error:  # torch's writer wraps the operating system's error
             raise OSError(str(error).splitlines()[0]) from error
-    for old in list_checkpoints(output_dir)[: -max(keep, 1)]:
+    # The temporary files are those of a process that was killed while it wrote: only one process writes here.
+    for old in [*list_checkpoints(output_dir)[: -max(keep, 1)], *path.parent.glob(".*.tmp")]:
         old.unlink(missing_ok=True)
     return path
 

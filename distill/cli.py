@@ -1,19 +1,19 @@
 """The command ``fit3d-distill``: scenes in, a fine-tuned backbone out."""
 
 import copy
-import os
 import sys
 from pathlib import Path
 
 import torch
 import tyro
 
-from distill.config import DistillConfig
+from distill.checkpoint import check_writable
+from distill.config import DistillConfig, check_choices
 from distill.evaluation import SceneResult, measure_scene
 from distill.feed import Feed
 from distill.photo_store import PhotoStore
 from distill.report import write_metrics, write_report
-from distill.result import check_dinov2, make_card, push_to_hub, write_result
+from distill.result import check_dinov2, check_hub, make_card, push_to_hub, write_result
 from distill.sampler import Sampler
 from distill.scene_bank import SceneBank
 from distill.scenes import Scene, make_bundles, open_scenes
@@ -71,13 +71,16 @@ class _Session:
             resident_bytes=memory,
         )
         self.bank = SceneBank(
-            scenes, device, config.scene_placement, config.scene_memory, num_processes=_processes_here(world)
+            scenes, device, config.scene_placement, config.scene_memory, num_processes=world.local_size
         )
         world.say(self.bank.describe())
         self.lifted = LiftedTargets(scenes, self.bank, device, config.accumulation, config.min_accumulation)
         self.targets: TargetSource = self.lifted
         if config.targets == "control":
-            teacher = load_teacher(scenes, device).requires_grad_(False)
+            # Where student and teacher are the same, the file that the user names for one serves for both.
+            same = config.student is None and config.student_layer is None
+            weights = config.student_weights if same else None
+            teacher = load_teacher(scenes, device, weights).requires_grad_(False)
             if teacher.info.patch_size != self.original.info.patch_size:
                 raise UserError("--targets control needs a student with the teacher's patch size: leave --student out.")
             self.targets = ControlTargets(scenes, self.bank, self.photos, teacher, device)
@@ -100,14 +103,17 @@ class _Session:
         try:
             decoded = self.photos.fill(world.rank, world.size, show=world.is_main)
             world.wait()
-            self.photos.fill(show=False)  # where another machine's share went to a disk of its own
+            if world.local_size < world.size:  # another machine's share may have gone to a disk of its own
+                decoded += self.photos.fill(world.local_rank, world.local_size, show=False)
+                world.wait()
             if decoded:
                 world.say(f"Decoded {decoded} photos; the next start finds them.")
-            num_steps, views = self.trainer.num_steps, self.sampler.num_views
+            num_steps, views, scenes = self.trainer.num_steps, self.sampler.num_views, len(self.scenes)
+            kind = world.device.type.upper()
             world.say(
                 f"{self.original.info.name}, layer {self.original.info.layer}: {self.trainer.num_parameters:,} weights "
-                f"to train, {views} views of {len(self.scenes)} scenes, {num_steps} steps of {config.batch_size} on "
-                f"{world.size} {world.device.type.upper()} process{'es' if world.size > 1 else ''}."
+                f"to train, {views} views of {scenes} scene{'s' if scenes > 1 else ''}, {num_steps} steps of "
+                f"{config.batch_size} on {world.size} {kind} process{'es' if world.size > 1 else ''}."
             )
             advice = advice_for_few_views(config, views, num_steps)
             if advice:
@@ -155,22 +161,12 @@ class _Session:
 
 
 def _check(config: DistillConfig, world: World) -> None:
-    """Refuses choices that cannot be carried out."""
-    parts = world.size * config.accumulate
-    if config.batch_size < 1 or config.accumulate < 1 or config.batch_size % parts:
-        raise UserError(
-            f"--batch-size {config.batch_size} cannot be cut into {world.size} processes x {config.accumulate} parts: "
-            f"choose a multiple of {max(parts, 1)}."
-        )
-    for name in ("views_per_render", "render_ahead", "save_every", "keep_checkpoints", "log_every", "report_views"):
-        if getattr(config, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: give at least 1.")
-    if config.lr <= 0 or not 0 <= config.ema_decay < 1 or not 0 <= config.flip <= 1:
-        raise UserError("--lr must be above 0, --ema-decay from 0 to below 1, --flip from 0 to 1.")
-    if (config.steps is not None and config.steps < 1) or config.epochs <= 0:
-        raise UserError("--steps must be at least 1 and --epochs above 0.")
-    if config.data_root is not None and not config.data_root.is_dir():
-        raise UserError(f"--data-root {config.data_root} is no folder: name the one that holds the photos.")
+    """Refuses what cannot be carried out, as far as that can be known before any scene is opened."""
+    check_choices(config, world.size)
+    if world.is_main and not config.bundles_only:
+        check_writable(config.output_dir)
+        if config.push_to_hub is not None:
+            check_hub(config.push_to_hub)
 
 
 def _scenes(config: DistillConfig, world: World) -> list[Scene]:
@@ -191,10 +187,6 @@ def _photo_memory(config: DistillConfig, device: torch.device) -> int:
     if device.type == "cuda":
         return int(0.15 * torch.cuda.mem_get_info(device)[0])
     return 2_000_000_000
-
-
-def _processes_here(world: World) -> int:
-    return int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
 """Everything a user can choose about distillation; the defaults are the paper's."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Optional, Tuple
 
 import tyro
 from typing_extensions import Annotated
+
+from fit3d_ns.errors import UserError
 
 
 @dataclass
@@ -119,3 +122,42 @@ class DistillConfig:
     """Also write backbone_dinov2.safetensors, with the keys of facebookresearch/dinov2 (DINOv2 backbones only)."""
     push_to_hub: Annotated[Optional[str], tyro.conf.arg(metavar="USER/REPO")] = None
     """Upload the result to this repository of the Hugging Face hub; needs a login."""
+
+
+_AT_LEAST_ZERO = "lora_rank weight_decay clip warmup_steps seed photo_memory workers report_scenes".split()
+_AT_LEAST_ONE = (
+    "batch_size accumulate steps views_per_render render_ahead save_every keep_checkpoints log_every report_views"
+).split()
+_ABOVE_ZERO = "lr epochs scene_memory".split()
+_SHARES = "min_accumulation flip".split()
+
+
+def check_choices(config: DistillConfig, num_processes: int) -> None:
+    """Refuses choices that make no sense.
+
+    Args:
+        config: The user's choices.
+        num_processes: Processes that share a batch.
+
+    Raises:
+        UserError: If one is out of its range, or a batch cannot be cut evenly.
+    """
+    ranges = {
+        **{name: (0.0, math.inf, "at least 0") for name in _AT_LEAST_ZERO},
+        **{name: (1.0, math.inf, "at least 1") for name in _AT_LEAST_ONE},
+        **{name: (math.ulp(0.0), math.inf, "a number above 0") for name in _ABOVE_ZERO},
+        **{name: (0.0, 1.0, "0 to 1") for name in _SHARES},
+        "ema_decay": (0.0, math.nextafter(1.0, 0.0), "0 to below 1"),
+    }
+    for name, (lowest, highest, wanted) in ranges.items():
+        value = getattr(config, name)
+        if value is not None and not (math.isfinite(value) and lowest <= value <= highest):
+            raise UserError(f"--{name.replace('_', '-')} {value}: give {wanted}.")
+    parts = num_processes * config.accumulate
+    if config.batch_size % parts:
+        raise UserError(
+            f"--batch-size {config.batch_size} cannot be cut into {num_processes} processes x {config.accumulate} "
+            f"parts: choose a multiple of {parts}."
+        )
+    if config.data_root is not None and not config.data_root.is_dir():
+        raise UserError(f"--data-root {config.data_root} is no folder: name the one that holds the photos.")

@@ -63,7 +63,8 @@ def write_report(
         f"the maps of {card['teacher']['name']} itself, passed through each scene's low-dimensional basis: no 3D is in "
         "them, so whatever improves here is not owed to lifting"
         if control
-        else f"features of {card['teacher']['name']} that were lifted into {len(results)} scenes and rendered back"
+        else f"features of {card['teacher']['name']} that were lifted into {len(results)} "
+        f"scene{'s' if len(results) > 1 else ''} and rendered back"
     )
     report.add_text(
         f"{card['student']['name']} learnt {learnt}. {card['steps']} steps of {settings['batch_size']} views, learning "
@@ -96,7 +97,9 @@ def write_report(
         (result.scene, "yes" if result.held_out else "no", *(result.metrics.get(name) for name in columns))
         for result in results
     ]
-    report.add_table(table, header=("scene", "held out", *(name.replace("_", " ") for name in columns)))
+    report.add_table(
+        table, header=("scene", "held out", *(name.replace("view_", "").replace("_", " ") for name in columns))
+    )
     report.add_heading("Use it")
     report.add_text(
         "From this folder, the original's features beside the fine-tuned backbone's, as the paper evaluates them. "

@@ -140,6 +140,29 @@ def to_dinov2_layout(weights: Mapping[str, Tensor], timm_id: str) -> dict[str, T
     return converted
 
 
+def check_hub(repository: str) -> None:
+    """Checks, before any long work, that there is someone to upload as.
+
+    Args:
+        repository: ``user/name``.
+
+    Raises:
+        UserError: If the name is none, the hub cannot be reached, or nobody is logged in.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repository)
+        HfApi().whoami()
+    except Exception as error:  # as below
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"--push-to-hub {repository} will fail ({reason}): log in with `hf auth login`, or leave it out and upload "
+            "the files later."
+        ) from error
+
+
 def push_to_hub(repository: str, files: Sequence[Path]) -> str:
     """Uploads the result to the Hugging Face hub.
 

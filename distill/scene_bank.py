@@ -4,6 +4,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Literal, Optional
 
 import torch
@@ -19,6 +20,8 @@ _DEVICE_SHARE = 0.55
 _HOST_SHARE = 0.5
 """Of the machine's memory, over all its processes."""
 _UPLOADS_AT_ONCE = 4
+_MEMORY_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+"""Where Linux says how much of the machine's memory a container may use."""
 
 
 class SceneBank:
@@ -174,4 +177,10 @@ def _free_bytes(device: torch.device) -> int:
 
 
 def _host_bytes() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for path in _MEMORY_LIMITS:
+        try:
+            return min(machine, int(path.read_text()))
+        except (OSError, ValueError):  # another kind of system, or no limit
+            continue
+    return machine

@@ -77,13 +77,30 @@ def make_bundles(config: DistillConfig, say: Callable[[str], None]) -> List[Path
         for note in notes:
             say(note)
         for number, run in enumerate(runs, start=1):
-            folder = None
-            if config.bundle_dir is not None:
-                folder = config.bundle_dir / f"{run.name}-{run.config_path.parent.name}"
+            folder = None if config.bundle_dir is None else _bundle_folder(config.bundle_dir, run)
             bundle, reused = bundle_run(run, folder, config.data_root)
             say(f"Scene {number}/{len(runs)} {run.name}: bundle {'found' if reused else 'made'} in {bundle.folder}")
             folders.append(bundle.folder)
     return list(dict.fromkeys(folder.absolute() for folder in folders))
+
+
+def _bundle_folder(bundle_dir: Path, run: Any) -> Path:
+    """A folder for a run's bundle, named after scene and run, that is not of another run of the same name."""
+    name = f"{run.name}-{run.config_path.parent.name}"
+    folder, number = bundle_dir / name, 1
+    while _is_of_another_run(folder, run):
+        number += 1
+        folder = bundle_dir / f"{name}-{number}"
+    return folder
+
+
+def _is_of_another_run(folder: Path, run: Any) -> bool:
+    try:
+        config = Path(SceneBundle(folder).info.source.get("config", ""))
+    except UserError:
+        return False
+    # Where that run is gone, it has moved, most likely to where this one is.
+    return config != run.config_path and config.is_file()
 
 
 def open_scenes(folders: List[Path], data_root: Optional[Path]) -> List[Scene]:
@@ -134,5 +151,9 @@ def _compare(first: Scene, other: Scene, what: str, mine: Any, theirs: Any) -> N
     if mine != theirs:
         raise UserError(
             f"The scenes {first.name} ({first.bundle.folder}) and {other.name} ({other.bundle.folder}) differ in the "
-            f"{what} ({mine} and {theirs}): distil them apart, or lift one of them again."
+            f"{what} ({_short(mine)} and {_short(theirs)}): distil them apart, or lift one of them again."
         )
+
+
+def _short(value: Any) -> str:
+    return f"{value[:12]}..." if isinstance(value, str) and len(value) == 64 else str(value)  # hashes

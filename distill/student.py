@@ -4,6 +4,7 @@ import copy
 import functools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Optional
 
@@ -17,6 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from distill.config import DistillConfig
 from distill.scenes import Scene
 from fit3d_ns.backbones import Backbone, BackboneSpec, load_backbone, spec_of_identity
+from fit3d_ns.backbones.architecture import BACKBONE_FLAG, LAYER_FLAG
+from fit3d_ns.backbones.state_dicts import WEIGHTS_FLAG
 from fit3d_ns.errors import UserError
 
 
@@ -39,8 +42,8 @@ def load_teacher(scenes: Sequence[Scene], device: torch.device, weights: Optiona
     """
     spec = teacher_spec(scenes)
     if weights is not None:
-        spec = BackboneSpec(spec.name, weights, spec.layer, spec.norm, spec.normalization)
-    teacher = load_backbone(spec, device)
+        spec = replace(spec, weights=weights)
+    teacher = _load(spec, device)
     expected, found = scenes[0].info.teacher["weights_sha256"], teacher.identity["weights_sha256"]
     if expected != found:
         raise UserError(
@@ -65,11 +68,10 @@ def load_student(config: DistillConfig, scenes: Sequence[Scene], device: torch.d
         return load_teacher(scenes, device, config.student_weights)
     teacher = teacher_spec(scenes)
     if config.student is None:
-        weights = config.student_weights or teacher.weights
-        spec = BackboneSpec(teacher.name, weights, config.student_layer, teacher.norm, teacher.normalization)
+        spec = replace(teacher, weights=config.student_weights or teacher.weights, layer=config.student_layer)
     else:
         spec = BackboneSpec(config.student, config.student_weights, config.student_layer, teacher.norm)
-    student = load_backbone(spec, device)
+    student = _load(spec, device)
     width = scenes[0].info.teacher["width"]
     if student.info.width != width:
         raise UserError(
@@ -77,6 +79,15 @@ def load_student(config: DistillConfig, scenes: Sequence[Scene], device: torch.d
             f"choose a backbone of that width, or leave --student out to fine-tune {teacher.name}."
         )
     return student
+
+
+def _load(spec: BackboneSpec, device: torch.device) -> Backbone:
+    try:
+        return load_backbone(spec, device)
+    except UserError as error:
+        # The backbones name the flags of `ns-train`, which are called otherwise here.
+        message = str(error).replace(WEIGHTS_FLAG, "--student-weights").replace(LAYER_FLAG, "--student-layer")
+        raise UserError(message.replace(BACKBONE_FLAG, "--student")) from error
 
 
 def prepare_training(student: Backbone, config: DistillConfig) -> list[nn.Parameter]:
@@ -98,7 +109,13 @@ def prepare_training(student: Backbone, config: DistillConfig) -> list[nn.Parame
         generator = torch.Generator().manual_seed(config.seed)
         model: Any = student.model
         for block in model.blocks[: student.info.layer + 1]:
-            for layer in (block.attn.qkv, block.attn.proj):
+            for name in ("qkv", "proj"):
+                layer = getattr(block.attn, name, None)
+                if layer is None:
+                    raise UserError(
+                        f"--lora-rank {config.lora_rank}: the attention of {student.info.name} has no single layer "
+                        f"{name}: leave it out to train all weights."
+                    )
                 rows, columns = layer.weight.shape
                 update = LowRankUpdate(rows, columns, config.lora_rank, generator).to(layer.weight.device)
                 parametrize.register_parametrization(layer, "weight", update)

@@ -12,7 +12,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from distill.checkpoint import list_checkpoints, load_checkpoint, random_state, restore_random_state, save_checkpoint
+from distill.checkpoint import (
+    check_space,
+    list_checkpoints,
+    load_checkpoint,
+    random_state,
+    restore_random_state,
+    save_checkpoint,
+)
 from distill.config import DistillConfig
 from distill.feed import Feed
 from distill.sampler import Batch, Sampler
@@ -85,6 +92,8 @@ class Trainer:
         self._step = 0
         self._stop_asked = False
         self._saved = -1
+        if world.is_main:
+            self._check_space()
         if resumed is not None:
             self._resume(resumed)
         self._runner = self._make_runner()
@@ -144,6 +153,14 @@ class Trainer:
         speed = trained / (end - begin) if begin is not None and trained else 0.0
         model = self._student.model if self._average is None else self._average
         return TrainingResult(model, self._losses, self.num_steps, end - start, speed)
+
+    def _check_space(self) -> None:
+        config = self._config
+        weights = sum(tensor.numel() * tensor.element_size() for tensor in self._student.model.state_dict().values())
+        moments = 2 * sum(parameter.numel() * parameter.element_size() for parameter in self._parameters)
+        checkpoint = weights * (1 if self._average is None else 2) + moments
+        result = weights * (1 + 0.5 * config.half + config.dinov2_layout)
+        check_space(config.output_dir, checkpoint, int(result), config.keep_checkpoints)
 
     def _make_runner(self) -> StepRunner:
         config, world = self._config, self._world

@@ -27,6 +27,10 @@ class World:
     """Number of processes."""
     device: torch.device
     """Where this process computes."""
+    local_rank: int = 0
+    """Number of this process on its machine, from 0."""
+    local_size: int = 1
+    """Number of processes on this machine."""
 
     @property
     def is_main(self) -> bool:
@@ -76,7 +80,8 @@ def join_world(device: str) -> Iterator[World]:
                 "--nproc-per-node."
             )
         torch.cuda.set_device(local_rank)
-    world = World(rank, size, torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu"))
+    here = torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu")
+    world = World(rank, size, here, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", size)))
     if size == 1:
         yield world
         return

@@ -54,7 +54,7 @@ th { color: var(--quiet); font-weight: 600; white-space: nowrap; }
 .pictures { display: flex; flex-wrap: wrap; gap: 12px; margin: 0 0 16px; align-items: flex-start; }
 figure { margin: 0; max-width: 100%; width: min-content; cursor: zoom-in; outline: none; }
 .pictures img { display: block; width: auto; max-width: calc(100vw - 48px); object-fit: contain; border-radius: 6px;
-  background: var(--card); height: clamp(112px, 30vw, var(--height)); }
+  background: var(--card); height: var(--height); }
 .pictures img.patches { image-rendering: pixelated; }
 figure:focus { width: 100%; cursor: zoom-out; }
 figure:focus img { width: 100%; height: auto; max-width: 100%; }
@@ -125,11 +125,14 @@ class Report:
         """
         images = [(caption, _to_uint8(image)) for caption, image in pictures]
         aspects = sum(image.shape[1] / image.shape[0] for _, image in images)
-        height = int(np.clip((_CONTENT_WIDTH - 12 * (len(images) - 1)) / max(aspects, 1e-6), 112, 320))
+        gaps, aspects = 12 * (len(images) - 1), max(aspects, 1e-6)
+        height = int(np.clip((_CONTENT_WIDTH - gaps) / aspects, 112, 320))
+        # As high as lets the row fit the window, whose width is less by margins and a scroll bar; then it wraps.
+        fitting = f"clamp(112px, calc((100vw - {64 + gaps}px) / {aspects:.3f}), {height}px)"
         if title is not None:
             self._parts.append(f"<h3>{html.escape(title)}</h3>")
         figures = "".join(_figure(caption, image) for caption, image in images)
-        self._parts.append(f"<div class='pictures' style='--height:{height}px'>{figures}</div>")
+        self._parts.append(f"<div class='pictures' style='--height:{fitting}'>{figures}</div>")
 
     def add_curve(
         self, title: str, curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], xlabel: str, ylabel: str

@@ -1,6 +1,9 @@
 """One sentence for each mistake, before any long work."""
 
+import json
+import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -65,11 +68,63 @@ def test_a_student_of_another_width(make_scene, make_config):
     refused(make_config(make_scene(), student="dinov2_small_focus"), "384 channels.*features have 64")
 
 
+def test_a_student_that_cannot_be_had_names_this_commands_flags(make_scene, make_config, tmp_path):
+    folder = make_scene()
+    refused(make_config(folder, student="nonsense"), "^--student nonsense: neither")
+    refused(make_config(folder, student_layer=40), "^--student-layer 40: .* has 6 layers")
+    refused(make_config(folder, student_weights=tmp_path / "gone.pth"), "gone.pth: check --student-weights")
+    info = json.loads((folder / "scene.json").read_text())
+    info["info"]["teacher_weights"] = str(tmp_path / "moved.safetensors")
+    (folder / "scene.json").write_text(json.dumps(info))
+    refused(make_config(folder), "moved.safetensors: check --student-weights")
+
+
+def test_an_output_folder_that_cannot_take_the_result(make_scene, make_config, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    # Said before bundles are made, of which there are none here.
+    refused(
+        make_config(output_dir=tmp_path / "file" / "out", runs=(tmp_path,)),
+        "file/out cannot be written to .*--output-dir",
+    )
+    folder, usage = make_scene(), shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10**6))
+    refused(make_config(folder), r"Checkpoints and weights need .* has 0\.00 GB left: .*--output-dir")
+
+
+def test_a_repository_that_cannot_be_pushed_to(make_scene, make_config, monkeypatch):
+    import huggingface_hub
+
+    folder = make_scene()
+    refused(make_config(folder, push_to_hub="not a name"), "--push-to-hub not a name")
+
+    def refuse(self):
+        raise OSError("no token")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "whoami", refuse)
+    refused(make_config(folder, push_to_hub="me/it"), r"--push-to-hub me/it.*no token.*hf auth login")
+
+
 def test_values_that_make_no_sense(make_scene, make_config, tmp_path):
     folder = make_scene()
-    refused(make_config(folder, steps=0), "--steps must be at least 1")
-    refused(make_config(folder, lr=0.0), "--lr must be above 0")
-    refused(make_config(folder, save_every=0), "--save-every 0: give at least 1")
+    for field, value, sentence in (
+        ("steps", 0, "--steps 0: give at least 1"),
+        ("epochs", 0.0, "--epochs 0.0: give a number above 0"),
+        ("epochs", math.inf, "--epochs inf: give a number above 0"),
+        ("lr", math.nan, "--lr nan: give a number above 0"),
+        ("weight_decay", -1.0, "--weight-decay -1.0: give at least 0"),
+        ("clip", -1.0, "--clip -1.0: give at least 0"),
+        ("ema_decay", 1.0, "--ema-decay 1.0: give 0 to below 1"),
+        ("flip", 1.5, "--flip 1.5: give 0 to 1"),
+        ("min_accumulation", 3.0, "--min-accumulation 3.0: give 0 to 1"),
+        ("seed", -1, "--seed -1: give at least 0"),
+        ("workers", -1, "--workers -1: give at least 0"),
+        ("lora_rank", -1, "--lora-rank -1: give at least 0"),
+        ("warmup_steps", -3, "--warmup-steps -3: give at least 0"),
+        ("scene_memory", -1.0, "--scene-memory -1.0: give a number above 0"),
+        ("photo_memory", -1.0, "--photo-memory -1.0: give at least 0"),
+        ("save_every", 0, "--save-every 0: give at least 1"),
+    ):
+        refused(make_config(folder, **{field: value}), sentence)
     refused(make_config(folder, data_root=tmp_path / "nowhere"), "--data-root .* is no folder")
     refused(make_config(folder, dinov2_layout=True), "--dinov2-layout is for DINOv2")
     refused(make_config(folder, acceleration="graph"), "--acceleration graph needs CUDA")

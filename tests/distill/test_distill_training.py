@@ -96,8 +96,11 @@ def test_killed_and_resumed_is_the_same_to_the_last_bit(make_scene, make_config,
 
 def test_checkpoints_are_pruned_and_torn_ones_named(make_scene, make_config):
     config = make_config(make_scene(), steps=6, save_every=1, keep_checkpoints=2)
+    (config.output_dir / "checkpoints").mkdir(parents=True)
+    (config.output_dir / "checkpoints" / ".step-00000003.pt.12-ab.tmp").write_bytes(b"killed while writing")
     distil(config)
     assert [path.name for path in list_checkpoints(config.output_dir)] == ["step-00000005.pt", "step-00000006.pt"]
+    assert len(list((config.output_dir / "checkpoints").iterdir())) == 2  # also what a killed write had left
     last = list_checkpoints(config.output_dir)[-1]
     last.write_bytes(last.read_bytes()[:1000])
     config.resume, config.steps = True, 8
@@ -215,8 +218,12 @@ def test_memory_and_speed_options_change_little(make_scene, make_config, tmp_pat
     assert losses[1] == pytest.approx(losses[0], rel=tolerance)
 
 
-def test_the_control_trains_on_the_teacher_alone(make_scene, make_config):
-    config = make_config(make_scene(), targets="control", steps=4)
+def test_the_control_trains_on_the_teacher_alone(make_scene, make_config, teacher_weights, tmp_path):
+    folder = make_scene()
+    info = json.loads((folder / "scene.json").read_text())
+    info["info"]["teacher_weights"] = str(tmp_path / "moved.safetensors")  # as on another machine
+    (folder / "scene.json").write_text(json.dumps(info))
+    config = make_config(folder, targets="control", steps=4, student_weights=teacher_weights)
     distil(config)
     assert metrics_of(config)["targets"] == "control"
     assert "control" in (config.output_dir / "report.html").read_text()

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 from copy import deepcopy
 from pathlib import Path
@@ -62,6 +63,22 @@ def test_runs_become_bundles_and_bundles_a_backbone(run, make_config, tmp_path, 
         for name in ("from-runs", "from-bundles")
     ]
     assert hashes[0] == hashes[1]
+
+
+def test_bundles_of_runs_of_one_name_do_not_replace_each_other(run, tmp_path, make_config, capsys):
+    other = Path(shutil.copytree(run, tmp_path / "other" / "outputs"))
+    config = next(other.rglob("config.yml"))
+    config.write_text(re.sub("( *)- room\n", r"\1- twin\n\1- room\n", config.read_text()))  # another scene called room
+    shutil.copytree(tmp_path / "room", tmp_path / "twin" / "room")
+    bundles = tmp_path / "bundles"
+    distil(make_config(runs=(run, other), bundle_dir=bundles, bundles_only=True))
+    distil(make_config(runs=(other, run), bundle_dir=bundles, bundles_only=True))
+    assert sorted(path.name for path in bundles.iterdir()) == ["room-run", "room-run-2"]
+    assert capsys.readouterr().out.count("bundle found in") == 2
+    moved = Path(shutil.copytree(run, tmp_path / "moved"))
+    next(run.rglob("config.yml")).unlink()
+    distil(make_config(runs=(moved,), bundle_dir=bundles, bundles_only=True))
+    assert len(list(bundles.iterdir())) == 2  # the bundle of a run that moved is made anew in its place
 
 
 def test_a_run_that_was_never_lifted_is_refused(run, make_config):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from distill import scene_bank
 from distill.scene_bank import SceneBank
 from distill.scenes import open_scenes
 from fit3d_ns.errors import UserError
@@ -54,3 +55,12 @@ def test_what_cannot_fit_is_said(scenes):
         SceneBank(scenes, CPU, "device", 1e-6)
     with pytest.raises(UserError, match="One scene takes.*raise --scene-memory"):
         SceneBank(scenes, CPU, "disk", 1e-6)
+
+
+def test_memory_of_a_container_is_not_that_of_its_machine(tmp_path, monkeypatch):
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(scene_bank, "_MEMORY_LIMITS", (tmp_path / "absent", limit))
+    limit.write_text("max\n")
+    machine = scene_bank._host_bytes()
+    limit.write_text(f"{machine // 4}\n")
+    assert scene_bank._host_bytes() == machine // 4
