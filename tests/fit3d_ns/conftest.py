@@ -103,3 +103,68 @@ def fill_hub_cache(tmp_path):
             shutil.copy(path, snapshot / name)
 
     return fill
+
+
+@pytest.fixture
+def parser():
+    """Every fourth view held out."""
+    from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
+
+    return NerfstudioDataParserConfig(load_3D_points=True, eval_mode="interval", eval_interval=4)
+
+
+@pytest.fixture
+def splatfacto_run(scene, make_config, make_trainer, parser):
+    """Trains a run of upstream's splatfacto; returns its config.yml."""
+    from lifted_runs import STEPS
+    from nerfstudio.data.datamanagers.full_images_datamanager import FullImageDatamanagerConfig
+    from nerfstudio.pipelines.base_pipeline import VanillaPipelineConfig
+    from plain_splatfacto import PlainSplatfacto
+
+    def make(name="plain", steps=STEPS):
+        config = make_config(scene, method="splatfacto", steps=steps)
+        config.timestamp = name
+        config.pipeline = VanillaPipelineConfig(
+            datamanager=FullImageDatamanagerConfig(
+                data=scene, cache_images="gpu", cache_images_type="uint8", dataparser=parser
+            ),
+            model=config.pipeline.model,
+        )
+        stored = deepcopy(config)
+        config.pipeline.model._target = PlainSplatfacto
+        trainer = make_trainer(config)
+        trainer.train()
+        stored.experiment_name = config.experiment_name
+        stored.save_config()
+        return config.get_base_dir() / "config.yml"
+
+    return make
+
+
+@pytest.fixture
+def feature_run(scene, make_config, make_trainer, parser):
+    """Trains a run of fit3d-splat; keyword arguments set fields of the model."""
+    from lifted_runs import STEPS
+
+    def make(name="joint", steps=STEPS, **fields):
+        config = make_config(scene, steps=steps, **fields)
+        config.timestamp, config.pipeline.datamanager.dataparser = name, parser
+        config.save_config()
+        trainer = make_trainer(config)
+        trainer.train()
+        return trainer
+
+    return make
+
+
+@pytest.fixture
+def lift_command(teacher_weights):
+    """Builds a command of fit3d-lift with the tiny teacher."""
+    from fit3d_ns.lifting.cli import LiftCommand
+    from fit3d_ns.lifting.settings import LiftSettings
+
+    def make(lift=None, **fields):
+        teacher = {"backbone": "test_vit", "backbone_weights": teacher_weights, "feature_dim": 8}
+        return LiftCommand(**{**teacher, **fields}, lift=lift or LiftSettings())
+
+    return make

@@ -1,0 +1,62 @@
+"""``fit3d-lift --ply``: splats that other programs trained."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from lifted_runs import opened, splat_of, write_ply
+from scipy.spatial.transform import Rotation
+
+from fit3d_ns.lifting.cli import run_lift
+from fit3d_ns.lifting.ply import read_ply
+
+
+def test_ply_round_trip(tmp_path, splatfacto_run):
+    splat = splat_of(splatfacto_run())
+    write_ply(tmp_path / "splat.ply", splat)
+    for name, tensor in read_ply(tmp_path / "splat.ply").items():
+        assert torch.equal(tensor, splat[name]), name
+
+
+def as_colmap(scene, folder):
+    """Writes the scene as COLMAP's text files, in a folder of its own."""
+    transforms = json.loads((scene / "transforms.json").read_text())
+    shutil.copytree(scene / "images", folder / "images")
+    model = folder / "sparse" / "0"
+    model.mkdir(parents=True)
+    values = [transforms[name] for name in ("w", "h", "fl_x", "fl_y", "cx", "cy")]
+    (model / "cameras.txt").write_text("1 PINHOLE " + " ".join(map(str, values)) + "\n")
+    lines = []
+    for number, frame in enumerate(transforms["frames"], start=1):
+        to_world = np.array(frame["transform_matrix"]) @ np.diag([1.0, -1, -1, 1])  # OpenGL to OpenCV axes
+        to_camera = np.linalg.inv(to_world)
+        x, y, z, w = Rotation.from_matrix(to_camera[:3, :3]).as_quat()
+        numbers = " ".join(map(str, (w, x, y, z, *to_camera[:3, 3])))
+        lines += [f"{number} {numbers} 1 {Path(frame['file_path']).name}", ""]
+    (model / "images.txt").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.mark.parametrize("coordinates", ["nerfstudio", "scene", "colmap"])
+def test_ply_in_either_coordinates(tmp_path, scene, splatfacto_run, lift_command, coordinates):
+    """ns-export writes nerfstudio's turned and scaled world, 3DGS that of the scene's files."""
+    run = splatfacto_run(steps=40)
+    splat = splat_of(run)
+    if coordinates != "nerfstudio":
+        stored = json.loads((run.parent / "dataparser_transforms.json").read_text())
+        transform, scale = torch.tensor(stored["transform"]), stored["scale"]
+        rotation = transform[:, :3]
+        splat["means"] = (splat["means"] / scale - transform[:, 3]) @ rotation
+        splat["scales"] = splat["scales"] - torch.log(torch.tensor(scale))
+    write_ply(tmp_path / "splat.ply", splat)
+    data = as_colmap(scene, tmp_path / "colmap" / "scene") if coordinates == "colmap" else scene
+    (config,) = run_lift(lift_command(ply=tmp_path / "splat.ply", data=data, output_dir=tmp_path / "from_ply"))
+    assert config == tmp_path / "from_ply" / "scene" / "fit3d-splat" / "splat-lift" / "config.yml"
+    loaded, pipeline = opened(config)
+    parser = loaded.pipeline.datamanager.dataparser
+    assert (parser.orientation_method == "none") == (coordinates != "nerfstudio")
+    assert torch.equal(pipeline.model.means.detach(), splat["means"])
+    assert pipeline.get_average_eval_image_metrics()["feature_cosine"] > 0.3
