@@ -13,6 +13,7 @@ import torch
 
 from fit3d_ns.errors import UserError
 from fit3d_ns.files import atomic_path
+from fit3d_ns.runs import refusal_reason
 
 SCHEMA = 1
 FOLDER = "checkpoints"
@@ -107,17 +108,18 @@ def load_checkpoint(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a different kind for each sort of damage
         raise UserError(
-            f"The checkpoint {path} cannot be read ({str(error).splitlines()[0]}): delete it to go on from the one "
-            "before, or start anew in another --output-dir."
+            f"The checkpoint {path} cannot be read ({refusal_reason(error)}): delete it to go on from the one before, "
+            "or start anew in another --output-dir."
         ) from error
     if not isinstance(state, dict) or state.get("schema") != SCHEMA:
         raise UserError(f"{path} is not a checkpoint that this version of fit3d-distill wrote: start anew.")
     saved = state["settings"]
-    if saved.get("student") != settings["student"]:
+    before, now = saved.get("student", {}), settings["student"]
+    if before != now:
+        name = next(name for name in (*now, *before) if before.get(name) != now.get(name))
         raise UserError(
-            f"The checkpoint {path} is of another backbone ({saved.get('student', {}).get('name')}, not "
-            f"{settings['student']['name']}, or other weights or layer): resume with the same, or use another "
-            "--output-dir."
+            f"The checkpoint {path} is of another backbone ({name}: {before.get(name)}, now {now.get(name)}): resume "
+            "with the same, or use another --output-dir."
         )
     differing = [name for name in settings if saved.get(name) != settings[name]]
     if differing:

@@ -17,9 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from distill.config import DistillConfig
 from distill.scenes import Scene
-from fit3d_ns.backbones import Backbone, BackboneSpec, load_backbone, spec_of_identity
-from fit3d_ns.backbones.architecture import BACKBONE_FLAG, LAYER_FLAG
-from fit3d_ns.backbones.state_dicts import WEIGHTS_FLAG
+from fit3d_ns.backbones import Backbone, BackboneSpec, flags_named, load_backbone, spec_of_identity
 from fit3d_ns.errors import UserError
 
 
@@ -82,12 +80,8 @@ def load_student(config: DistillConfig, scenes: Sequence[Scene], device: torch.d
 
 
 def _load(spec: BackboneSpec, device: torch.device) -> Backbone:
-    try:
+    with flags_named("--student", "--student-weights", "--student-layer"):
         return load_backbone(spec, device)
-    except UserError as error:
-        # The backbones name the flags of `ns-train`, which are called otherwise here.
-        message = str(error).replace(WEIGHTS_FLAG, "--student-weights").replace(LAYER_FLAG, "--student-layer")
-        raise UserError(message.replace(BACKBONE_FLAG, "--student")) from error
 
 
 def prepare_training(student: Backbone, config: DistillConfig) -> list[nn.Parameter]:

@@ -73,12 +73,23 @@ def read_checkpoint(checkpoint: Path) -> Dict[str, Any]:
         state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises a different kind for each sort of damage
         raise UserError(
-            f"The checkpoint {checkpoint} could not be read (truncated, or not written by nerfstudio): "
-            f"use another checkpoint of that run. ({str(error).splitlines()[0]})"
+            f"The checkpoint {checkpoint} cannot be read ({refusal_reason(error)}): use another checkpoint of that run."
         ) from error
     if not isinstance(state, dict) or "pipeline" not in state:
         raise UserError(f"{checkpoint} is not a nerfstudio checkpoint: it holds no `pipeline` entry.")
     return state
+
+
+def refusal_reason(error: Exception) -> str:
+    """Says why torch's restricted loader gave a file up, without torch's advice to load it unrestricted.
+
+    Args:
+        error: What ``torch.load(..., weights_only=True)`` raised.
+    """
+    asked_for = re.search(r"GLOBAL (\S+)", str(error))
+    if asked_for is not None:
+        return f"it asks for `{asked_for[1]}`, which is neither a tensor nor a plain value, and was not loaded"
+    return f"it is damaged or was not written by torch, {type(error).__name__}"
 
 
 def find_runs(root: Path) -> List[Path]:

@@ -111,6 +111,25 @@ def test_checkpoints_are_pruned_and_torn_ones_named(make_scene, make_config):
     assert metrics_of(config)["steps"] == 8
 
 
+def test_a_checkpoint_that_would_run_a_command_is_refused_by_name(make_scene, make_config, tmp_path):
+    config = make_config(make_scene(), steps=2, resume=True)
+    mark = tmp_path / "executed"
+
+    class Planted:
+        def __reduce__(self):
+            return os.system, (f"touch {mark}",)
+
+    path = config.output_dir / "checkpoints" / "step-00000001.pt"
+    path.parent.mkdir(parents=True)
+    torch.save({"schema": 1, "model": Planted()}, path)
+    with pytest.raises(
+        UserError, match=rf"{path.name} cannot be read \(it asks for `\w+.system`, .* not loaded"
+    ) as error:
+        distil(config)
+    assert "\n" not in str(error.value) and "False" not in str(error.value)
+    assert not mark.exists()
+
+
 def test_a_checkpoint_of_another_training_is_refused(make_scene, make_config):
     folders = [make_scene("a"), make_scene("b", seed=1)]
     config = make_config(*folders, steps=2)
@@ -119,7 +138,7 @@ def test_a_checkpoint_of_another_training_is_refused(make_scene, make_config):
     for change, sentence in (
         ({"lr": 2e-3}, r"other settings, lr \(0.001, now 0.002\)"),
         ({"bundles": tuple(folders[:1])}, "other settings, scenes"),
-        ({"student_layer": 2}, "of another backbone"),
+        ({"student_layer": 2}, r"of another backbone \(layer: 5, now 2\)"),
     ):
         with pytest.raises(UserError, match=sentence):
             distil(make_config(*folders, **{"steps": 2, "resume": True, **change}))

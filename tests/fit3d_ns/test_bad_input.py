@@ -167,7 +167,7 @@ def test_checkpoint_that_is_missing_or_torn(tmp_path):
     assert find_checkpoint(tmp_path) == torn
     with pytest.raises(UserError, match="of step 3, only of 7"):
         find_checkpoint(tmp_path, 3)
-    with pytest.raises(UserError, match="could not be read") as caught:
+    with pytest.raises(UserError, match="cannot be read") as caught:
         read_checkpoint(torn)
     assert "\n" not in str(caught.value)
 
@@ -181,8 +181,12 @@ def test_checkpoint_that_would_run_code_is_not_run(tmp_path):
             return os.mkdir, (str(tmp_path / "executed"),)
 
     path = tmp_path / "step-000000001.ckpt"
+    torch.save({"pipeline": {"weight": torch.ones(2), "evil": Evil()}}, path)
+    with pytest.raises(UserError, match=r"cannot be read \(it asks for `posix.mkdir`") as caught:
+        read_checkpoint(path)
+    assert "\n" not in str(caught.value)
     path.write_bytes(pickle.dumps({"pipeline": Evil()}))
-    with pytest.raises(UserError, match="could not be read"):
+    with pytest.raises(UserError, match="cannot be read"):
         read_checkpoint(path)
     assert not (tmp_path / "executed").exists()
 
