@@ -60,7 +60,7 @@ def choose_runs(paths: List[Path], all_runs: bool = False) -> Tuple[List[Run], L
         method = _METHOD_LINE.search(config_path.read_text(errors="replace"))
         if method is None or method[1] != METHOD:
             found = method[1] if method else "an unknown method"
-            notes.append(f"{config_path} is a run of {found}, not of {METHOD}: left out (fit3d-lift makes one of it).")
+            notes.append(f"{config_path} is a run of {found}, not of {METHOD}: left out.")
             continue
         config = read_config(config_path)
         checkpoint = find_checkpoint(config_path)
@@ -72,8 +72,11 @@ def choose_runs(paths: List[Path], all_runs: bool = False) -> Tuple[List[Run], L
         runs[config_path] = Run(config_path, checkpoint, Path(config.pipeline.datamanager.data))  # type: ignore[attr-defined]
     if not runs:
         listed = " ".join(str(path) for path in paths)
-        reason = f" ({notes[0]})" if notes else ""
-        raise UserError(f"No finished run of {METHOD} below {listed}{reason}: train one with ns-train {METHOD}.")
+        reason = f" ({notes[0].removesuffix('.')})" if notes else ""
+        raise UserError(
+            f"No finished run of {METHOD} below {listed}{reason}: train one with ns-train {METHOD}, or lift features "
+            "into a splatfacto run with fit3d-lift."
+        )
     found = sorted(runs.values(), key=lambda run: (str(run.data), run.checkpoint.stat().st_mtime_ns))
     if not all_runs:
         newest = {run.data: run for run in found}
@@ -195,11 +198,17 @@ def _read_scene(state: Dict[str, Tensor], checkpoint: Path) -> SceneTensors:
 
 def _datamanager(config: Any, data_root: Optional[Path]) -> Any:
     """The run's own data manager, on the CPU."""
+    from fit3d_ns.scene_checks import SCENE_ADVICE  # imports nerfstudio
+
     settings = config.pipeline.datamanager
     settings.data = locate(Path(settings.data), data_root)
     settings.dataparser.data = settings.data
     settings.cache_images, settings.cache_images_type = "gpu", "uint8"
-    return settings.setup(device="cpu", test_mode="val", world_size=1, local_rank=0)
+    try:
+        return settings.setup(device="cpu", test_mode="val", world_size=1, local_rank=0)
+    except UserError as error:
+        advice = f"restore what the run was trained on, or check {DATA_ROOT_FLAG}."
+        raise UserError(str(error).replace(SCENE_ADVICE, advice)) from error
 
 
 def _check_coordinates(run: Run, datamanager: Any) -> None:

@@ -11,6 +11,9 @@ from PIL import Image
 
 from fit3d_ns.errors import UserError
 
+SCENE_ADVICE = "check --data, and the dataparser named at the end of the command (nerfstudio-data, colmap, ...)."
+"""What to do about a scene that cannot be read; commands that take runs put their own in its place."""
+
 
 @contextmanager
 def explain_unreadable_scene(data: Optional[Path]) -> Iterator[None]:
@@ -44,8 +47,7 @@ def explain_unreadable_scene(data: Optional[Path]) -> Iterator[None]:
             _check_frames(Path(data), frames)
         detail = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"The scene {data} could not be read ({type(error).__name__}: {detail}): check --data, and the dataparser "
-            "named at the end of the command (nerfstudio-data, colmap, ...)."
+            f"The scene {data} could not be read ({type(error).__name__}: {detail}): {SCENE_ADVICE}"
         ) from error
 
 

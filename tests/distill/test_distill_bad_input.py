@@ -42,7 +42,10 @@ def test_runs_of_other_methods_and_unfinished_runs(make_config, tmp_path):
     (run / "nerfstudio_models").mkdir(parents=True)
     (run / "nerfstudio_models" / "step-000000010.ckpt").write_bytes(b"")
     (run / "config.yml").write_text("!!python/object/apply:os.system ['echo hacked']\nmethod_name: nerfacto\n")
-    refused(make_config(runs=(tmp_path / "outputs",)), r"No finished run.*is a run of nerfacto, not of fit3d-splat")
+    refused(
+        make_config(runs=(tmp_path / "outputs",)),
+        r"No finished run.*is a run of nerfacto, not of fit3d-splat: left out\): train",
+    )
 
 
 def test_scenes_that_do_not_belong_together(make_scene, make_config, teacher_weights):

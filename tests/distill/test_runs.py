@@ -65,6 +65,20 @@ def test_runs_become_bundles_and_bundles_a_backbone(run, make_config, tmp_path, 
     assert hashes[0] == hashes[1]
 
 
+def test_a_scene_that_is_gone_or_broken_is_named_with_this_commands_flags(run, tmp_path, make_config):
+    room = (tmp_path / "room").rename(tmp_path / "elsewhere")
+    (tmp_path / "empty").mkdir()
+    for root, sentence in ((None, "room is missing: .*--data-root"), ("empty", "could not be read .*--data-root")):
+        config = make_config(runs=(run,), data_root=root and tmp_path / root, bundles_only=True)
+        with pytest.raises(UserError, match=sentence) as error:
+            distil(config)
+        assert "--data," not in str(error.value) and "\n" not in str(error.value)
+    photo = next((room / "images").iterdir())
+    photo.write_bytes(photo.read_bytes()[:200])
+    with pytest.raises(UserError, match=f"{photo.name}"):
+        distil(make_config(runs=(run,), data_root=room, bundles_only=True))
+
+
 def test_bundles_of_runs_of_one_name_do_not_replace_each_other(run, tmp_path, make_config, capsys):
     other = Path(shutil.copytree(run, tmp_path / "other" / "outputs"))
     config = next(other.rglob("config.yml"))
