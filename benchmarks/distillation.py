@@ -128,6 +128,7 @@ def _measure(
         save_every=10**9,
         device=benchmark.device,
     )
+    config.output_dir.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     bank = SceneBank(scenes, device, benchmark.scene_placement, benchmark.scene_memory, world.size)
     _wait(device)
