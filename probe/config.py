@@ -169,7 +169,9 @@ class CorrespondenceConfig(FeatureConfig):
     matches: int = 1000
     """Best matches by ratio test that are evaluated, per pair."""
     grid_scale: float = 0.25
-    """Of the photo's size: where features and depth are sampled."""
+    """Of the photo's size: the grid on which features and depth are sampled, and in whose pixels errors count."""
+    long_side: int = 640
+    """Photos are shrunk to this long side at most, pixels; Probe3D's have 640x480."""
     min_overlap: float = 0.4
     """Least share of a view's surface that the other view sees."""
 

@@ -15,6 +15,7 @@ from probe.metrics import DepthMetric, NormalMetric, evaluation_mask
 from probe.normals import normals_from_depth
 from probe.palette import depth_colors
 from probe.recipes import DepthRecipe
+from probe.resizing import resize_maps
 from probe.task import Batch, Task
 
 
@@ -63,7 +64,7 @@ class DepthTask(_TokenAndClassTask):
 
     def loss(self, head: nn.Module, features: BackboneOutput, target: Tensor, step: int) -> Tensor:
         """Scale-invariant loss of the depth at the truth's resolution, plus the gradient loss if asked for."""
-        depth = _resize(self._depth_map(head, features), (target.shape[-2], target.shape[-1]))[:, 0]
+        depth = resize_maps(self._depth_map(head, features), (target.shape[-2], target.shape[-1]))[:, 0]
         loss = scale_invariant(depth, target, self.recipe.loss_group, step >= self.recipe.sigma_warmup)
         if self.recipe.gradient_loss:
             loss = loss + self.recipe.gradient_loss * log_gradient(depth, target)
@@ -105,11 +106,11 @@ class DepthTask(_TokenAndClassTask):
         # The linear map commutes with the upsampling of its input, which has 1.5 to 6 times as many channels.
         logits = head(features)
         size = tuple(side * self.recipe.upsample for side in logits.shape[-2:])
-        return expected_depth(_resize(logits, size), self.recipe.min_depth, self.data.max_depth)
+        return expected_depth(resize_maps(logits, size), self.recipe.min_depth, self.data.max_depth)
 
     def _test_depth(self, head: nn.Module, features: BackboneOutput, size: tuple[int, int]) -> Tensor:
         depth = self._depth_map(head, features).clamp(self.recipe.min_depth, self.data.max_depth)
-        return _resize(depth, size)[:, 0]
+        return resize_maps(depth, size)[:, 0]
 
 
 class NormalsTask(_TokenAndClassTask):
@@ -140,7 +141,7 @@ class NormalsTask(_TokenAndClassTask):
 
     def loss(self, head: nn.Module, features: BackboneOutput, target: Tensor, step: int) -> Tensor:
         """1 - cosine, at the truth's resolution."""
-        normals = _resize(head(features), (target.shape[1], target.shape[2]))
+        normals = resize_maps(head(features), (target.shape[1], target.shape[2]))
         return normal_distance(normals, target.permute(0, 3, 1, 2))
 
     def sampled_loss(self, head: nn.Module, features: BackboneOutput, values: Tensor, step: int) -> Tensor:
@@ -153,13 +154,13 @@ class NormalsTask(_TokenAndClassTask):
         Returns:
             Unit vectors [H, W, 3].
         """
-        both = F.normalize(_resize(head(features), size), dim=1)
+        both = F.normalize(resize_maps(head(features), size), dim=1)
         mirrored = both[1].flip(-1) * both.new_tensor([-1.0, 1.0, 1.0])[:, None, None]
         return F.normalize(both[0] + mirrored, dim=0).permute(1, 2, 0)
 
     def predict_whole(self, head: nn.Module, features: BackboneOutput, size: tuple[int, int]) -> Tensor:
         """Predicts unit vectors [H, W, 3] from one view."""
-        return F.normalize(_resize(head(features), size)[0], dim=0).permute(1, 2, 0)
+        return F.normalize(resize_maps(head(features), size)[0], dim=0).permute(1, 2, 0)
 
     def new_metric(self) -> NormalMetric:
         """Makes an empty metric."""
@@ -176,7 +177,3 @@ class NormalsTask(_TokenAndClassTask):
         # Towards the camera is -z, which is shown light as in most papers.
         shown = (array * np.array([1, -1, -1], np.float32) + 1) / 2
         return np.where(known, np.round(shown * 255), 0).astype(np.uint8)
-
-
-def _resize(maps: Tensor, size: tuple[int, ...]) -> Tensor:
-    return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)

@@ -58,6 +58,16 @@ def process_group(device: str) -> Iterator[torch.device]:
         dist.destroy_process_group()
 
 
+def require_one_process(probe: str) -> None:
+    """Checks that a probe that has nothing to share is not started by torchrun.
+
+    Raises:
+        UserError: If it is.
+    """
+    if world_size() > 1:
+        raise UserError(f"{probe} runs in one process: start it without torchrun.")
+
+
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Replaces gradients by their mean over all processes."""
     if world_size() == 1:
@@ -87,6 +97,22 @@ def wait_for_all() -> None:
         dist.barrier()
 
 
+class _SumOverProcesses(torch.autograd.Function):
+    """The sum of all processes' tensors; its gradient is the sum of their gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor) -> torch.Tensor:
+        total = value.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        total = gradients[0].clone()
+        dist.all_reduce(total)
+        return total
+
+
 class SyncedBatchNorm(nn.BatchNorm2d):
     """Batch norm over the batches of all processes, on any device; in one process, torch's own.
 
@@ -98,13 +124,11 @@ class SyncedBatchNorm(nn.BatchNorm2d):
         """Normalizes [B, C, h, w]."""
         if not self.training or world_size() == 1:
             return super().forward(input)
-        from torch.distributed.nn.functional import all_reduce
-
         count = torch.tensor([input.numel() / input.shape[1]], device=input.device)
         dist.all_reduce(count)
-        mean = all_reduce(input.sum((0, 2, 3))) / count
+        mean = _SumOverProcesses.apply(input.sum((0, 2, 3))) / count
         centred = input - mean[None, :, None, None]
-        variance = all_reduce(centred.square().sum((0, 2, 3))) / count
+        variance = _SumOverProcesses.apply(centred.square().sum((0, 2, 3))) / count
         if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
             momentum = self.momentum or 0.0
             with torch.no_grad():

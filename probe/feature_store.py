@@ -26,7 +26,7 @@ from probe.features import FrozenBackbones
 from probe.progress import progress
 from probe.stream import ordered_samples
 
-SCHEMA = 1
+SCHEMA = 2
 """Raise it when the same question comes to be answered in another way."""
 SHARD = 16
 _TARGET = "target"
@@ -45,7 +45,8 @@ class FeatureStore:
             mirrored: Whether there is a second map for each photo, of its mirror image.
         """
         files = [(str(path.resolve()), *_stamp(path)) for sample in samples for path in (sample.image, sample.target)]
-        content = json.dumps([SCHEMA, SHARD, mirrored, description, files], sort_keys=True)
+        lenses = [sample.intrinsics for sample in samples]
+        content = json.dumps([SCHEMA, SHARD, mirrored, description, files, lenses], sort_keys=True)
         self._folder = folder / hashlib.blake2b(content.encode(), digest_size=12).hexdigest()
         self._count = len(samples)
         self._mirrored = mirrored

@@ -71,6 +71,22 @@ def choose_rows(assemblies: Optional[Sequence[str]], tuned: bool, control: bool)
     return tuple(rows)
 
 
+def choose_untrained_rows(
+    assemblies: Optional[Sequence[str]], tuned: bool, control: bool, probe: str
+) -> tuple[Row, ...]:
+    """Returns the rows of a probe that trains nothing; arguments and errors as for `choose_rows`.
+
+    By default without `linear`, which is trained, and `duplicate`, whose cosines are the original's.
+
+    Raises:
+        UserError: If `linear` is asked for.
+    """
+    if assemblies and "linear" in assemblies:
+        raise UserError(f"--assemblies linear is trained with a head, and {probe} trains none: leave it out.")
+    names = ("original", "tuned", "add", "concat") if tuned else ("original",)
+    return choose_rows(assemblies or names, tuned, control)
+
+
 class FrozenBackbones:
     """The original and the fine-tuned backbones, run once per batch whatever the number of rows."""
 
@@ -118,12 +134,18 @@ def centre_pad(
 ) -> Float[Tensor, "B 3 H2 W2"]:
     """Pads images to multiples of the patch size, half on each side, with a colour."""
     height, width = images.shape[-2:]
-    rows, columns = -height % patch_size, -width % patch_size
+    (top, rows), (left, columns) = even_padding(height, patch_size), even_padding(width, patch_size)
     if not rows and not columns:
         return images
     padded = fill.expand(images.shape[0], -1, height + rows, width + columns).clone()
-    padded[..., rows // 2 : rows // 2 + height, columns // 2 : columns // 2 + width] = images
+    padded[..., top : top + height, left : left + width] = images
     return padded
+
+
+def even_padding(side: int, patch_size: int) -> tuple[int, int]:
+    """Returns the pixels that `centre_pad` puts before a side, and before and after together."""
+    total = -side % patch_size
+    return total // 2, total
 
 
 def load_backbones(

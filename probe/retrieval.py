@@ -17,11 +17,12 @@ from fit3d_ns.errors import UserError
 from probe.config import RetrievalConfig
 from probe.datasets import IGNORE, ProbeData, Sample, check_data, load_data, read_sample
 from probe.datasets.checks import spread
-from probe.distributed import process_group
-from probe.features import FrozenBackbones, Row, choose_rows, load_backbones, row_features
+from probe.distributed import process_group, require_one_process
+from probe.features import FrozenBackbones, Row, choose_untrained_rows, load_backbones, row_features
 from probe.geometry import resize_image
 from probe.progress import progress
 from probe.recipes import Optimization, SegmentationRecipe
+from probe.resizing import resize_maps
 from probe.results import ResultFolder, provenance
 from probe.segmentation import SegmentationTask
 from probe.stream import ordered_samples
@@ -50,12 +51,8 @@ def run_retrieval(config: RetrievalConfig) -> None:
 
 @torch.no_grad()
 def _run(config: RetrievalConfig, device: torch.device, console: Console) -> None:
-    chosen = config.assemblies or tuple(
-        name for name in ("original", "tuned", "add", "concat") if config.tuned is not None or name == "original"
-    )
-    if "linear" in chosen:
-        raise UserError("--assemblies linear is trained with a head, and retrieval trains none: leave it out.")
-    rows = choose_rows(chosen, config.tuned is not None, config.control is not None)
+    require_one_process("retrieval")
+    rows = choose_untrained_rows(config.assemblies, config.tuned is not None, config.control is not None, "retrieval")
     data = load_data(config.choice("segmentation"))
     checked = check_data(data)
     backbones = load_backbones(
@@ -84,8 +81,7 @@ def _run(config: RetrievalConfig, device: torch.device, console: Console) -> Non
                 tokens = row_features(row, features).patch_tokens[0]
                 votes = retrieve(tokens, *memory[row.name], config.neighbours, config.temperature)
                 size = (target.shape[0], target.shape[1])
-                resized = F.interpolate(votes[None], size=size, mode="bilinear", align_corners=False)
-                prediction = resized[0].argmax(0)
+                prediction = resize_maps(votes[None], size)[0].argmax(0)
                 task.update(metrics[row.name], prediction, target)
                 if place in places:
                     results.write_panel(place, row.name, task.picture(prediction))

@@ -69,7 +69,7 @@ def _run(config: TrainedProbeConfig, kind: Kind, device: torch.device) -> None:
     recipe, fast = choose_recipe(kind, config.dataset), choose_fast_recipe(kind) if config.fast else None
     base = fast.optimization if fast else recipe.optimization
     optimization = override(base, config.iterations, config.batch_size, config.learning_rates)
-    check_batch_size(optimization.batch_size)
+    check_batch_size(optimization.batch_size, recipe.loss_group if isinstance(recipe, DepthRecipe) else 1)
     if isinstance(config, DepthConfig) and isinstance(recipe, DepthRecipe):
         if config.gradient_loss and fast:
             raise UserError("--gradient-loss needs whole crops: it cannot be combined with --fast.")

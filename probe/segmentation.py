@@ -2,7 +2,6 @@
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fit3d_ns.backbones import BackboneOutput
@@ -14,6 +13,7 @@ from probe.losses import cross_entropy
 from probe.metrics import SegmentationMetric
 from probe.palette import class_colors
 from probe.recipes import SegmentationRecipe
+from probe.resizing import resize_maps
 from probe.task import Batch, Task
 
 
@@ -55,7 +55,7 @@ class SegmentationTask(Task[SegmentationRecipe]):
 
     def loss(self, head: nn.Module, features: BackboneOutput, target: Tensor, step: int) -> Tensor:
         """Cross-entropy of the logits at the labels' resolution."""
-        return cross_entropy(_resize(head(features), (target.shape[-2], target.shape[-1])), target)
+        return cross_entropy(resize_maps(head(features), (target.shape[-2], target.shape[-1])), target)
 
     def sampled_loss(self, head: nn.Module, features: BackboneOutput, values: Tensor, step: int) -> Tensor:
         """Cross-entropy of the logits at some pixels."""
@@ -76,17 +76,17 @@ class SegmentationTask(Task[SegmentationRecipe]):
         scaled = scaled_size(*size, self.recipe.long_side, self.recipe.short_side)
         windows = sliding_windows(scaled, self.recipe.window, self.recipe.stride)
         rows, columns = windows[0]
-        logits = _resize(head(features), (rows.stop - rows.start, columns.stop - columns.start))
+        logits = resize_maps(head(features), (rows.stop - rows.start, columns.stop - columns.start))
         total = logits.new_zeros(logits.shape[1], *scaled)
         count = logits.new_zeros(scaled)
         for (rows, columns), window in zip(windows, logits):
             total[:, rows, columns] += window
             count[rows, columns] += 1
-        return _resize((total / count)[None], size)[0].argmax(0)
+        return resize_maps((total / count)[None], size)[0].argmax(0)
 
     def predict_whole(self, head: nn.Module, features: BackboneOutput, size: tuple[int, int]) -> Tensor:
         """Resizes the logits of the whole photo to the truth and takes the largest."""
-        return _resize(head(features), size)[0].argmax(0)
+        return resize_maps(head(features), size)[0].argmax(0)
 
     def new_metric(self) -> SegmentationMetric:
         """Makes an empty confusion matrix."""
@@ -113,7 +113,3 @@ def sliding_windows(size: tuple[int, int], window: int, stride: int) -> list[tup
         starts.append([max(min(k * stride + window, length) - window, 0) for k in range(count)])
     height, width = (min(window, length) for length in size)
     return [(slice(top, top + height), slice(left, left + width)) for top in starts[0] for left in starts[1]]
-
-
-def _resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Optional
@@ -108,13 +108,17 @@ class CachedSource(Source):
         Returns:
             Bytes on disk.
         """
-        description = {**description, "size": list(self._size), "kind": self._task.data.kind}
+        data = self._task.data
+        # Name and fit decide how photos are cut and resized, the rest how the truth, stored beside them, is read.
+        description = {**description, "size": list(self._size), "kind": data.kind, "data": [data.name, data.fit]}
+        truth = {"labels": asdict(data.labels) if data.labels else None, "depth_scale": data.depth_scale}
         for split in ("train", "validation", "test"):
             samples = _split(self._task, split)
             if not samples:
                 continue
             training = split == "train"
-            store = FeatureStore(folder, description, samples, mirrored=training and self._recipe.flip)
+            question = {**description, **truth} if training else description
+            store = FeatureStore(folder, question, samples, mirrored=training and self._recipe.flip)
             read = partial(_whole_sample, self._task, samples, self._size, training)
             store.fill(read, backbones, self._device, self._workers, console, f"features ({split})")
             self._stores[split] = store

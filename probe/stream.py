@@ -35,15 +35,22 @@ def local_numbers(step: int, batch_size: int) -> list[int]:
     return list(range(first, first + share))
 
 
-def check_batch_size(batch_size: int) -> None:
+def check_batch_size(batch_size: int, group: int) -> None:
     """Checks that a batch can be shared out.
+
+    Args:
+        batch_size: Samples in a step.
+        group: Samples that a loss takes together, and that must not be torn apart.
 
     Raises:
         UserError: If it cannot.
     """
-    if batch_size % world_size():
+    unit = world_size() * group
+    if world_size() > 1 and batch_size % unit:
+        together = f" in groups of {group}" if group > 1 else ""
         raise UserError(
-            f"--batch-size {batch_size} cannot be shared by {world_size()} processes: give a multiple of that."
+            f"--batch-size {batch_size} cannot be shared by {world_size()} processes{together}: give a multiple of "
+            f"{unit}."
         )
 
 

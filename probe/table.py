@@ -1,7 +1,7 @@
 """The table, the numbers behind it and the page around it."""
 
 from collections.abc import Sequence
-from typing import Any, Optional
+from typing import Any
 
 import numpy as np
 
@@ -133,16 +133,15 @@ def _write_page(
     if task.data.classes:
         report.add_heading("IoU of every class")
         rows = [
-            [name, *(_mean(numbers[row]["iou"][name]) for row in numbers)]
+            [name, *(format_summary(numbers[row]["iou"][name]) for row in numbers)]
             for name in task.data.classes
-            if any(_mean(numbers[row]["iou"][name]) is not None for row in numbers)
+            if any(numbers[row]["iou"][name]["mean"] is not None for row in numbers)
         ]
         report.add_table(rows, ("class", *numbers))
     if any(values["validation"] and values["validation"][0] for values in numbers.values()):
         report.add_heading("Learning rates")
-        report.add_text(
-            f"Chosen for each seed by {task.headline} on held-out training samples, never on the test split."
-        )
+        metric = dict(COLUMNS[task.data.kind])[task.headline]
+        report.add_text(f"Chosen for each seed by {metric} on held-out training samples, never on the test split.")
         report.add_table(
             [[name, ", ".join(f"{rate:g}" for rate in values["learning_rates"])] for name, values in numbers.items()],
             ("features", "chosen, by seed"),
@@ -165,7 +164,3 @@ def _add_pictures(report: Report, results: ResultFolder, task: Task, numbers: di
         row: list[tuple[str, np.ndarray]] = [("photo", pictures["photo"]), ("truth", pictures["truth"])]
         row += [(name, pictures[name]) for name in names if name in pictures]
         report.add_pictures(row, title=task.data.test[place].name)
-
-
-def _mean(value: dict[str, Any]) -> Optional[float]:
-    return value["mean"]

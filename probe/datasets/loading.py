@@ -51,6 +51,7 @@ def load_data(choice: DataChoice, validation_share: float = 0.0) -> ProbeData:
     if loader is None:
         able = ", ".join(name for name, kind in _LOADERS if kind == choice.kind)
         raise UserError(f"--dataset {choice.dataset} has no {choice.kind} probe: choose one of {able}.")
+    _check_options(choice)
     if not choice.data.is_dir():
         raise UserError(f"There is no folder {choice.data}: check --data.")
     data = loader(choice)
@@ -64,6 +65,21 @@ def load_data(choice: DataChoice, validation_share: float = 0.0) -> ProbeData:
         "held out of training."
     )
     return replace(data, train=train, validation=held_out, notes=(*data.notes, note))
+
+
+def _check_options(choice: DataChoice) -> None:
+    """Refuses options that the data set would not heed."""
+    own, public = ("folder", "rooms"), tuple(name for name in DATASETS if name not in ("folder", "rooms"))
+    for flag, given, datasets in (
+        ("--split-file", choice.split_file is not None, public),
+        ("--depth-scale", choice.depth_scale is not None, own),
+        ("--max-depth", choice.max_depth is not None, own),
+        ("--classes", choice.classes != "paper", ("scannet",)),
+        ("--scannetpp-labels", choice.scannetpp_labels != "shifted", ("scannetpp",)),
+        ("--class-names", choice.class_names is not None, ("folder",)),
+    ):
+        if given and choice.dataset not in datasets:
+            raise UserError(f"{flag} is for --dataset {', '.join(datasets)}, not for {choice.dataset}: leave it out.")
 
 
 def _hold_out(samples: Sequence[Sample], share: float) -> tuple[Sequence[Sample], Sequence[Sample]]:

@@ -23,8 +23,6 @@ def folder(choice: DataChoice) -> ProbeData:
     """``SPLIT/`` photos beside ``SPLITannot/`` (segmentation) or ``SPLITdepth/``, for train, test and maybe val."""
     suffix = "annot" if choice.kind == "segmentation" else "depth"
     layout = f"DATA/{{train,test}}/ photos beside DATA/{{train,test}}{suffix}/ PNGs of the same names; val is optional"
-    if choice.split_file is not None:
-        raise UserError("--split-file is not for --dataset folder: its folders are the splits.")
     splits: dict[str, list[Sample]] = {}
     for split in ("train", "test", "val"):
         if split != "val" or (choice.data / "val").is_dir():

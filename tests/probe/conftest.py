@@ -1,4 +1,4 @@
-"""Tiny backbones and tiny data in official layouts, made by the tests themselves."""
+"""A tiny backbone and a tiny data set, made by the tests themselves."""
 
 from pathlib import Path
 
@@ -6,10 +6,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from probe_files import TINY, save_png
 from safetensors.torch import save_file
-
-TINY = "test_vit"
-"""A timm ViT of 64 channels with patches of 16 pixels, made for tests."""
 
 
 @pytest.fixture(scope="session")
@@ -39,19 +37,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-def save_photo(path: Path, size: tuple[int, int] = (40, 56), seed: int = 0) -> None:
-    """Writes a photo of random blocks, [height, width]."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    blocks = np.random.default_rng(seed).integers(0, 256, (5, 7, 3), dtype=np.uint8)
-    Image.fromarray(blocks).resize((size[1], size[0]), Image.Resampling.NEAREST).save(path, quality=95)
-
-
-def save_png(path: Path, values: np.ndarray) -> None:
-    """Writes an index or depth PNG; uint8 or uint16."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(values).save(path)
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import save_photo, save_png
+from probe_files import save_photo, save_png
 
 from fit3d_ns.errors import UserError
 from probe.datasets import DataChoice, Kind, LabelRule, check_data, load_data, read_sample
@@ -244,6 +244,14 @@ def test_what_is_wrong_is_said_with_the_file(tmp_path, colored_blocks):
         load_data(DataChoice("kitti", root, "segmentation"))
     with pytest.raises(UserError, match="--class-names"):
         load_data(DataChoice("folder", root, "segmentation", class_names=tmp_path / "nope.txt"))
+    for flag, choice in (
+        ("--split-file", DataChoice("folder", root, "segmentation", split_file=(root, root))),
+        ("--classes", DataChoice("folder", root, "segmentation", classes="scannet20")),
+        ("--scannetpp-labels", DataChoice("folder", root, "segmentation", scannetpp_labels="toolkit")),
+        ("--depth-scale", DataChoice("nyuv2", root, "depth", depth_scale=5000.0)),
+    ):
+        with pytest.raises(UserError, match=f"{flag} is for --dataset .* not for {choice.dataset}: leave it out"):
+            load_data(choice)
     (tmp_path / "empty").mkdir()
     for name in ("ade20k", "voc", "nyuv2", "scannetpp"):
         with pytest.raises(UserError, match="layout expected is"):

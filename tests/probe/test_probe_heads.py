@@ -10,6 +10,7 @@ from probe.features import centre_pad, choose_rows, row_features
 from probe.heads import SegmentationHead, TokenAndClassHead, expected_depth, sample_map
 from probe.losses import cross_entropy
 from probe.recipes import Optimization
+from probe.resizing import resize_maps
 from probe.schedules import first_beta, learning_rate_factor
 from probe.training import HeadBank
 
@@ -122,6 +123,17 @@ def test_reading_between_patches_equals_resizing():
     rows, columns = torch.meshgrid(torch.arange(9), torch.arange(12), indexing="ij")
     positions = torch.stack([(columns + 0.5) / 12, (rows + 0.5) / 9], -1).reshape(1, -1, 2)
     torch.testing.assert_close(sample_map(values, positions), resized.flatten(2), rtol=1e-5, atol=1e-6)
+
+
+def test_resizing_equals_torchs_with_its_gradient():
+    maps = torch.randn(2, 3, 5, 7, dtype=torch.float64, requires_grad=True)
+    for size in ((5, 7), (17, 30), (3, 4), (20, 2)):
+        wanted = F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
+        found = resize_maps(maps, size)
+        torch.testing.assert_close(found, wanted)
+        upstream = torch.randn_like(wanted)
+        gradients = [torch.autograd.grad(value, maps, upstream)[0] for value in (found, wanted)]
+        torch.testing.assert_close(*gradients)
 
 
 def test_padding_is_even_and_vanishes_in_the_network():

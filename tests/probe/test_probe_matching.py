@@ -6,12 +6,18 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, save_photo, save_png
+from PIL import Image
+from probe_files import TINY, save_photo, save_png
 
+from fit3d_ns.backbones import BackboneInfo, BackboneOutput
 from fit3d_ns.errors import UserError
 from fit3d_ns.view_geometry import View
+from probe import correspondence as correspondence_module
 from probe.config import CorrespondenceConfig, RetrievalConfig
-from probe.correspondence import choose_pairs_by_angle, match_views, recall, relative_angle, run_correspondence
+from probe.correspondence import load_photos, run_correspondence
+from probe.datasets.posed_scene import read_posed_scene
+from probe.features import centre_pad
+from probe.matching import choose_pairs_by_angle, features_on_grid, match_views, recall, relative_angle
 from probe.retrieval import patch_labels, retrieve, run_retrieval
 
 FOCAL, HEIGHT, WIDTH = 60.0, 48, 64
@@ -43,7 +49,7 @@ def _view(angle: float) -> tuple[View, np.ndarray]:
 def _features(points: np.ndarray) -> torch.Tensor:
     """Features that tell world points apart: waves of several lengths along x and y."""
     waves = [wave(points[..., axis] * length) for axis in (0, 1) for length in (1, 2, 4) for wave in (np.sin, np.cos)]
-    return torch.from_numpy(np.stack(waves)).float()
+    return torch.from_numpy(np.stack(waves, -1)).float().flatten(0, 1)
 
 
 def test_features_of_world_points_are_found_again():
@@ -52,10 +58,23 @@ def test_features_of_world_points_are_found_again():
     matches = match_views(_features(points), _features(others), first, second, (HEIGHT, WIDTH), 500)
     assert len(matches.error) == 500
     assert float((matches.error <= 2).float().mean()) > 0.95
-    blind = match_views(torch.randn(8, HEIGHT, WIDTH), torch.randn(8, HEIGHT, WIDTH), first, second, (48, 64), 500)
+    blind = match_views(torch.randn(HEIGHT * WIDTH, 8), torch.randn(HEIGHT * WIDTH, 8), first, second, (48, 64), 500)
     assert float((blind.error <= 2).float().mean()) < 0.05
     # The mean is one over pairs, and pairs without a match are left out.
     assert recall([torch.tensor([0.0, 9.0]), torch.tensor([1.0]), torch.zeros(0)], 5.0) == pytest.approx(0.75)
+
+
+def test_features_are_read_where_they_lie_on_the_photo():
+    """Photos are padded to whole patches, half on each side: patch (0, 0) does not begin at the photo's corner."""
+    size, patch, grid = (100, 131), 16, (25, 33)
+    rows, columns = torch.meshgrid(torch.arange(7) + 0.5, torch.arange(9) + 0.5, indexing="ij")
+    # 112 and 144 pixels with padding, 6 of it before the photo.
+    patch_map = torch.stack([columns * patch - 6, rows * patch - 6])
+    found = features_on_grid(patch_map, size, patch, grid).reshape(*grid, 2)
+    y, x = torch.meshgrid((torch.arange(25) + 0.5) * 4, (torch.arange(33) + 0.5) * 131 / 33, indexing="ij")
+    # Beyond the centres of the outermost patches, their features go on unchanged.
+    torch.testing.assert_close(found[..., 0], x.clamp(2, 130), atol=1e-3, rtol=0)
+    torch.testing.assert_close(found[..., 1], y.clamp(2, 98), atol=1e-3, rtol=0)
 
 
 def test_pairs_are_chosen_by_angle_and_overlap():
@@ -88,6 +107,73 @@ def _write_scene(folder, angles) -> None:
     (folder / "transforms.json").write_text(json.dumps({**lens, "frames": frames}))
 
 
+ROOM = np.array([4.0, 2.5, 3.0])
+"""Metres; the room reaches from the origin to here."""
+
+
+class _Positions:
+    """A backbone whose features say where in the room a surface lies, which the photos' colours tell."""
+
+    info = BackboneInfo("positions", "positions", 9, 14, 1, 0, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), 0)
+    identities = {"original": {"name": "positions"}}
+
+    def __call__(self, images):
+        patch = self.info.patch_size
+        padded = centre_pad(images, patch, torch.zeros(1, 3, 1, 1))
+        place = torch.nn.functional.avg_pool2d(padded, patch)
+        waves = [wave(math.pi * place) for wave in (torch.sin, torch.cos)]
+        return {"original": BackboneOutput(torch.cat([*waves, place], 1), None)}
+
+
+def _look(position: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Camera to world, OpenCV axes, y down."""
+    forward = (target - position) / np.linalg.norm(target - position)
+    right = np.cross([0.0, 1.0, 0.0], forward)
+    right /= np.linalg.norm(right)
+    pose = np.eye(4)
+    pose[:3, :3] = np.stack([right, np.cross(forward, right), forward], 1)
+    pose[:3, 3] = position
+    return pose
+
+
+def _write_room(folder, size: tuple[int, int] = (240, 320), focal: float = 220.0) -> None:
+    """A box seen from inside: depth exact to a millimetre, colours that are positions."""
+    rng = np.random.default_rng(0)
+    frames = []
+    columns, rows = np.meshgrid(np.arange(size[1]) + 0.5, np.arange(size[0]) + 0.5)
+    rays = np.stack([(columns - size[1] / 2) / focal, (rows - size[0] / 2) / focal, np.ones_like(rows)], -1)
+    for index, angle in enumerate((0, 12, 24, 50, 75, 90)):
+        turn = math.radians(angle)
+        position = ROOM / 2 + [-1.2 * math.sin(turn), 0.2 * rng.standard_normal(), -0.9 * math.cos(turn)]
+        pose = _look(position, ROOM / 2 + [0.3 * math.sin(turn), 0.1, 0.5 * math.cos(turn)])
+        directions = rays @ pose[:3, :3].T
+        with np.errstate(divide="ignore"):
+            walls = np.where(directions > 0, (ROOM - position) / directions, -position / directions)
+        depth = walls.min(-1)
+        points = position + directions * depth[..., None]
+        (folder / "images").mkdir(parents=True, exist_ok=True)
+        Image.fromarray((points / ROOM * 255).round().astype(np.uint8)).save(folder / "images" / f"{index}.png")
+        save_png(folder / "depths" / f"{index}.png", np.round(depth * 1000).astype(np.uint16))
+        entry = {"file_path": f"images/{index}.png", "depth_file_path": f"depths/{index}.png"}
+        frames.append({**entry, "transform_matrix": (pose @ np.diag([1.0, -1, -1, 1])).tolist()})
+    lens = {"fl_x": focal, "fl_y": focal, "cx": size[1] / 2, "cy": size[0] / 2, "w": size[1], "h": size[0]}
+    (folder / "transforms.json").write_text(json.dumps({**lens, "frames": frames}))
+
+
+def test_recall_of_features_that_are_positions_is_complete(tmp_path, monkeypatch):
+    """The whole command on a room with exact depth and poses: whatever is missing would be a fault of the protocol."""
+    _write_room(tmp_path / "room")
+    monkeypatch.setattr(correspondence_module, "load_backbones", lambda *_: _Positions())
+    config = CorrespondenceConfig(tmp_path / "room", output_dir=tmp_path / "out", device="cpu", min_overlap=0.3)
+    run_correspondence(config)
+    numbers = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert all(count >= 2 for count in numbers["pairs_by_angle"])
+    row = numbers["rows"]["original"]
+    assert row["recall"]["5px"] > 0.97 and min(row["recall_10px_by_angle"].values()) > 0.97
+    # One pixel of the grid is four of the photo.
+    assert 0.9 < row["recall_in_photo_pixels"]["10px"] <= row["recall"]["5px"]
+
+
 def test_correspondence_command(tmp_path, weights):
     _write_scene(tmp_path / "scene", (0, 10, 20, 30))
     config = CorrespondenceConfig(
@@ -101,9 +187,12 @@ def test_correspondence_command(tmp_path, weights):
     config.assemblies = ("linear",)
     with pytest.raises(UserError, match="linear is trained with a head"):
         run_correspondence(config)
+    config.assemblies, config.long_side = None, 32
+    with pytest.raises(UserError, match="another probe.*settings"):
+        run_correspondence(config)
+    assert load_photos(read_posed_scene(tmp_path / "scene"), 32)[0].view.K[:2].tolist() == [[30, 0, 16], [0, 30, 12]]
     text = json.loads((tmp_path / "scene" / "transforms.json").read_text())
     (tmp_path / "scene" / "transforms.json").write_text(json.dumps({**text, "k1": 0.1}))
-    config.assemblies = None
     with pytest.raises(UserError, match="lens with distortion"):
         run_correspondence(config)
 

@@ -1,15 +1,20 @@
 """Losses and metrics against formulas written down a second time."""
 
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
+from fit3d_ns.errors import UserError
 from probe.losses import cross_entropy, log_gradient, normal_distance, scale_invariant
 from probe.metrics import DepthMetric, NormalMetric, SegmentationMetric, evaluation_mask
+from probe.stream import check_batch_size
 
 
 def _reference_segmentation(predictions, truths, classes):
@@ -50,6 +55,52 @@ def test_segmentation_scores_equal_the_reference():
     p, t = torch.from_numpy(np.stack(predictions)), torch.from_numpy(np.stack(truths)).long()
     assert scores["miou"] == pytest.approx(float(outside(p, t)), abs=1e-6)
     assert scores["aacc"] == pytest.approx(float(accuracy(p, t)), abs=1e-6)
+
+
+def _segmentation_images() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(5)
+    return [
+        (torch.randint(0, 3, (1, 9, 8), generator=generator), torch.randint(0, 3, (1, 9, 8), generator=generator))
+        for _ in range(3)
+    ]
+
+
+def _depth_images() -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(6)
+    depths = [(1 + torch.rand(2, 9, 8, generator=generator)).unbind() for _ in range(3)]
+    # The last has no valid pixel, and so counts nowhere.
+    return [(depth, truth, torch.full((9, 8), number < 2)) for number, (depth, truth) in enumerate(depths)]
+
+
+def _score(count: int, first: int, step: int) -> list[dict]:
+    segmentation, depth = SegmentationMetric(3), DepthMetric()
+    for image in _segmentation_images()[:count][first::step]:
+        segmentation.update(*image)
+    for image in _depth_images()[:count][first::step]:
+        depth.update(*image)
+    return [segmentation.scores(), depth.scores()]
+
+
+def _score_as_one_of_two(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    try:
+        scores = [_score(count, rank, 2) for count in (3, 1)]
+        with pytest.raises(UserError, match="--batch-size 6 cannot be shared by 2 processes in groups of 2"):
+            check_batch_size(6, 2)
+        check_batch_size(6, 1)
+        Path(folder, f"{rank}.json").write_text(json.dumps(scores))
+    finally:
+        dist.destroy_process_group()
+
+
+def test_scores_of_two_processes_count_every_image_once(tmp_path):
+    """Three images, and one, cannot be shared evenly: padding would count an image twice."""
+    torch.multiprocessing.spawn(_score_as_one_of_two, (str(tmp_path),), nprocs=2)
+    alone = [_score(count, 0, 1) for count in (3, 1)]
+    for rank in range(2):
+        for found, wanted in zip(json.loads((tmp_path / f"{rank}.json").read_text()), alone):
+            assert found[0] == wanted[0]
+            assert found[1] == pytest.approx(wanted[1], rel=1e-14)
 
 
 def test_depth_scores_equal_the_reference():

@@ -6,15 +6,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from conftest import TINY
+from PIL import Image
+from probe_files import TINY, save_png
 
 from fit3d_ns.errors import UserError
 from probe import run as run_module
 from probe.cli import main
 from probe.config import DepthConfig, SegmentationConfig
 from probe.datasets import Kind
+from probe.recipes import choose_recipe
 from probe.run import run_trained_probe
 
 
@@ -78,7 +81,7 @@ def test_fast_segmentation_learns_and_reports(make_config, weights, tmp_path):
     table = (folder / "table.md").read_text()
     assert "FAST" in table and "±" in table and "| duplicate | 128 |" in table and "held out of training" in table
     page = (folder / "report.html").read_text()
-    assert page.count("<img") == 3 * 5 and "class 2" in page and "torch" in page
+    assert page.count("<img") == 3 * 5 and "class 2" in page and "torch" in page and "by mIoU on held-out" in page
     numbers = json.loads((folder / "metrics.json").read_text())
     assert numbers["versions"]["timm"] and numbers["command"] and numbers["facts"]["labels_seen"] == 3
     assert (folder / "losses.jsonl").read_text().count("\n") >= 2
@@ -122,24 +125,62 @@ def test_full_segmentation_resumes_to_the_same_result(make_config, tmp_path, mon
 @pytest.mark.parametrize("fast", [False, True])
 def test_depth_runs_both_protocols(make_config, tmp_path, fast):
     config = make_config(
-        "depth", DepthConfig, fast=fast, iterations=160, learning_rates=(3e-2,), assemblies=("concat",)
+        "depth",
+        DepthConfig,
+        fast=fast,
+        iterations=160,
+        learning_rates=(3e-2,),
+        assemblies=("concat",),
+        vis="tensorboard",
     )
     run_trained_probe(config, "depth")
     scores = _rows(tmp_path / "depth")["concat"]
     # Depths are 1, 2 and 3 m by colour; a constant guess is off by .8 m.
     assert scores["rmse"]["mean"] < 0.7 and scores["d3"]["mean"] > 0.5
+    assert list((tmp_path / "depth" / "tensorboard").glob("events*"))
 
 
-def test_two_processes_equal_one(make_config, weights, tmp_path):
+def test_a_shared_cache_knows_how_the_truth_was_read(make_config, tmp_path):
+    """Features and truth lie in one store; the same files at another scale of depth are another truth."""
+    options = {"fast": True, "iterations": 3, "assemblies": ("original",), "cache_dir": tmp_path / "cache"}
+    run_trained_probe(make_config("metres", DepthConfig, **options), "depth")
+    run_trained_probe(make_config("halves", DepthConfig, depth_scale=2000.0, **options), "depth")
+    options.pop("cache_dir")
+    run_trained_probe(make_config("alone", DepthConfig, depth_scale=2000.0, **options), "depth")
+    assert _rows(tmp_path / "halves") == _rows(tmp_path / "alone")
+
+
+def test_the_test_split_chooses_nothing(make_config, tmp_path):
+    """With labels of the test split turned around, scores change, and neither heads nor learning rates do."""
+    options = {"fast": True, "iterations": 20, "learning_rates": (1e-4, 1e-3, 3e-2), "assemblies": ("original",)}
+    config = make_config("right", **options)
+    run_trained_probe(config, "segmentation")
+    for path in (config.data / "testannot").iterdir():
+        labels = np.array(Image.open(path))
+        save_png(path, np.where(labels == 255, 255, (labels + 1) % 3).astype(np.uint8))
+    run_trained_probe(make_config("turned", **options), "segmentation")
+    right, turned = (_rows(tmp_path / name)["original"] for name in ("right", "turned"))
+    assert right["learning_rates"] == turned["learning_rates"] and right["validation"] == turned["validation"]
+    assert right["miou"]["mean"] > turned["miou"]["mean"] + 0.1
+    states = [torch.load(tmp_path / name / "checkpoints/seed_0.pt", weights_only=True) for name in ("right", "turned")]
+    for head, state in states[0]["heads"].items():
+        assert all(torch.equal(value, states[1]["heads"][head][name]) for name, value in state.items())
+
+
+@pytest.mark.parametrize("protocol,iterations", [("--fast", 20), ("--no-fast", 3)])
+def test_two_processes_equal_one(make_config, weights, tmp_path, monkeypatch, protocol, iterations):
     """Batch norm, gradients and metrics over two processes; three test photos, so one process has one less."""
-    config = make_config("one", assemblies=("original", "linear"), fast=True, iterations=20)
+    monkeypatch.setattr(run_module, "choose_recipe", choose_recipe)
+    config = make_config(
+        "one", assemblies=("original", "linear"), fast=protocol == "--fast", iterations=iterations, batch_size=4
+    )
     run_trained_probe(config, "segmentation")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", "probe.cli", "segmentation"]
     command += ["--data", str(config.data), "--backbone", TINY, "--backbone-weights", str(weights["original"])]
-    command += ["--tuned", str(weights["tuned"]), "--output-dir", str(tmp_path / "two"), "--fast"]
-    command += ["--assemblies", "original", "linear", "--iterations", "20", "--batch-size", "4", "--device", "cpu"]
-    command += ["--learning-rates", "0.01", "--workers", "0"]
+    command += ["--tuned", str(weights["tuned"]), "--output-dir", str(tmp_path / "two"), protocol]
+    command += ["--assemblies", "original", "linear", "--iterations", str(iterations), "--batch-size", "4"]
+    command += ["--learning-rates", "0.01", "--workers", "0", "--device", "cpu"]
     done = subprocess.run(
         command,
         check=False,
@@ -157,6 +198,22 @@ def test_two_processes_equal_one(make_config, weights, tmp_path):
     for head, state in states[0]["heads"].items():
         for name, value in state.items():
             torch.testing.assert_close(states[1]["heads"][head][name], value, rtol=2e-3, atol=2e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision,tolerance", [("fp32", 0.02), ("bf16", 0.1)])
+def test_cuda_equals_cpu(make_config, tmp_path, precision, tolerance):
+    kinds: tuple[tuple[Kind, type, str], ...] = (
+        ("segmentation", SegmentationConfig, "miou"),
+        ("depth", DepthConfig, "rmse"),
+    )
+    for kind, config_type, metric in kinds:
+        found = []
+        for device in ("cpu", "cuda"):
+            config = make_config(f"{kind}_{device}", config_type, device=device, precision=precision, iterations=40)
+            run_trained_probe(config, kind)
+            found.append({row: values[metric]["mean"] for row, values in _rows(config.output_dir).items()})
+        assert len(found[0]) == 6 and found[1] == pytest.approx(found[0], abs=tolerance)
 
 
 def test_mistakes_are_said_in_one_sentence(make_config, weights, tmp_path, capsys):
