@@ -2,17 +2,20 @@
 
 Each measurement prints one line of JSON and is appended to the output file; nothing is asserted.
 
-    python benchmarks/probing.py throughput --device cuda --precision fp32
-    python benchmarks/probing.py throughput --kind depth --device cuda --precision bf16
+    python benchmarks/probing.py throughput --data photos --workers 14
+    python benchmarks/probing.py throughput --kind depth --precision bf16
+    torchrun --nproc-per-node 2 benchmarks/probing.py throughput --data photos --workers 14
     python benchmarks/probing.py feed --data photos --workers 14
     python benchmarks/probing.py random --backbone dinov2_small_focus --weights random.safetensors
     python benchmarks/probing.py difference --data camvid --backbone dinov2_small_focus --tuned tuned.safetensors
 
-`throughput` needs no data and no weights: features of noise cost what features of photos cost. It times the backbones
+`throughput` needs no weights and no data: features of noise cost what features of photos cost. It times the backbones
 alone, one row and all six in turn in one process, so that the ratios hold whatever else the machine does, and projects
-the whole recipe. `feed` times reading and augmentation alone. `difference` runs the fast and the full protocol with
-the same seeds and tabulates the difference row by row. `random` writes randomly initialised weights, for the row that
-shows what an architecture alone is worth: `fit3d-probe ... --backbone-weights random.safetensors`.
+the whole recipe. With `--data` it also times the six rows on photos that workers read and augment meanwhile, which is
+what a user gets. Under torchrun the batch is shared by the processes, as in the probe. `feed` times reading and
+augmentation alone. `difference` runs the fast and the full protocol with the same seeds and tabulates the difference
+row by row. `random` writes randomly initialised weights, for the row that shows what an architecture alone is worth:
+`fit3d-probe ... --backbone-weights random.safetensors`.
 """
 
 import json
@@ -31,14 +34,16 @@ from fit3d_ns.backbones import Backbone, BackboneSpec, describe_backbone
 from fit3d_ns.backbones.architecture import build_model, resolve_architecture
 from fit3d_ns.files import atomic_write_json
 from probe.config import DepthConfig, SegmentationConfig
-from probe.datasets import DataChoice, LabelRule, ProbeData, load_data
+from probe.datasets import DataChoice, LabelRule, ProbeData, load_data, read_image
 from probe.datasets.choice import DatasetName
 from probe.depth import DepthTask
+from probe.distributed import process_group, rank, wait_for_all, world_size
 from probe.features import FrozenBackbones, Row, choose_rows
-from probe.recipes import DepthRecipe, SegmentationRecipe, choose_recipe
+from probe.geometry import crop_size
+from probe.recipes import SegmentationRecipe, choose_recipe
 from probe.run import run_trained_probe
 from probe.segmentation import SegmentationTask
-from probe.sources import train_samples
+from probe.sources import OnlineSource, train_samples
 from probe.stream import training_batches
 from probe.task import Task
 from probe.training import HeadBank
@@ -53,16 +58,22 @@ class Throughput:
     backbone: str = "dinov2_small"
     """Architecture; its weights stay random."""
     classes: int = 150
-    """Of segmentation."""
+    """Of segmentation; those of the data set where one is given."""
+    data: Optional[Path] = None
+    """Data set, to time the whole pipeline too."""
+    dataset: DatasetName = "folder"
+    """Its layout."""
+    workers: int = 4
+    """Processes that read its photos."""
     steps: int = 30
     """Timed steps of each measurement."""
     warm_up: int = 5
     """Steps before."""
     batch_size: int = 16
-    """Photos per step."""
+    """Photos per step over all processes."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of the backbones on CUDA."""
-    device: str = "cuda"
+    device: str = "auto"
     """Where."""
     output: Path = Path("outputs/benchmarks/probing.json")
     """Where the lines are collected."""
@@ -100,8 +111,12 @@ class Difference:
     """Which probe."""
     backbone: str = "dinov2_small_focus"
     """Original."""
+    backbone_weights: Optional[Path] = None
+    """Local weights of the original."""
     iterations: Optional[int] = None
     """Of the full protocol, instead of the recipe's."""
+    fast_iterations: Optional[int] = None
+    """Of the fast protocol, likewise."""
     seeds: Tuple[int, ...] = (0, 1, 2)
     """Of both."""
     device: str = "auto"
@@ -126,29 +141,36 @@ class Random:
     """Of the weights."""
 
 
-def throughput(benchmark: Throughput) -> dict[str, Any]:
-    """Times steps on noise."""
-    device = torch.device(benchmark.device)
-    spec = BackboneSpec(benchmark.backbone, norm=benchmark.kind == "segmentation")
-    info = describe_backbone(spec)
+def throughput(benchmark: Throughput) -> Optional[dict[str, Any]]:
+    """Times steps on noise, and on photos if there are some; None in all processes but the first."""
+    with process_group(benchmark.device) as device:
+        line = _throughput(benchmark, device)
+        return None if rank() else line
+
+
+def _throughput(benchmark: Throughput, device: torch.device) -> dict[str, Any]:
+    info = describe_backbone(BackboneSpec(benchmark.backbone, norm=benchmark.kind == "segmentation"))
 
     def random_backbone() -> Backbone:
-        return (
-            Backbone(build_model(resolve_architecture(benchmark.backbone), device), info, spec.norm, {})
-            .to(device)
-            .eval()
-        )
+        model = build_model(resolve_architecture(benchmark.backbone), device)
+        return Backbone(model, info, benchmark.kind == "segmentation", {}).to(device).eval()
 
     both = FrozenBackbones({"original": random_backbone(), "tuned": random_backbone()}, benchmark.precision)
     alone = FrozenBackbones({"original": random_backbone()}, benchmark.precision)
-    task, size = _task(benchmark.kind, benchmark.classes)
-    generator = torch.Generator(device).manual_seed(0)
-    images = torch.rand(benchmark.batch_size, 3, *size, generator=generator, device=device)
-    shape = (benchmark.batch_size, *size)
+    task, size = _task(benchmark)
+    share = benchmark.batch_size // world_size()
+    generator = torch.Generator(device).manual_seed(rank())
+    images = torch.rand(share, 3, *size, generator=generator, device=device)
     if benchmark.kind == "segmentation":
-        target = torch.randint(0, benchmark.classes, shape, generator=generator, device=device)
+        classes = len(task.data.classes)
+        target = torch.randint(0, classes, (share, *size), generator=generator, device=device)
     else:
-        target = 0.5 + 9 * torch.rand(shape, generator=generator, device=device)
+        target = 0.5 + 9 * torch.rand(share, *size, generator=generator, device=device)
+    optimization = replace(task.recipe.optimization, batch_size=benchmark.batch_size)
+    rows = choose_rows(None, True, False)
+
+    def new_bank(chosen: tuple[Row, ...]) -> HeadBank:
+        return HeadBank(task, chosen, optimization, (info.width, info.width), 0, device)
 
     def seconds(step: Callable[[int], object]) -> float:
         for number in range(benchmark.warm_up):
@@ -160,8 +182,6 @@ def throughput(benchmark: Throughput) -> dict[str, Any]:
         _wait(device)
         return (time.perf_counter() - start) / benchmark.steps
 
-    optimization = replace(task.recipe.optimization, batch_size=benchmark.batch_size)
-    rows = choose_rows(None, True, False)
     measured: dict[str, float] = {
         "one_backbone": seconds(lambda _: alone(images)),
         "two_backbones": seconds(lambda _: both(images)),
@@ -172,23 +192,31 @@ def throughput(benchmark: Throughput) -> dict[str, Any]:
         ("six_rows", rows, both),
     )
     for name, chosen, backbones in tables:
-        bank = HeadBank(task, chosen, optimization, (info.width, info.width), 0, device)
+        bank = new_bank(chosen)
         # Late enough for the full loss.
         loss = partial(task.loss, target=target, step=10_000)
         measured[name] = seconds(lambda number: bank.step(number, backbones(images), loss))  # noqa: B023
-    memory = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
-    iterations = optimization.iterations
+    whole = measured["six_rows"]
+    if benchmark.data is not None:
+        fill = torch.tensor(info.mean, device=device).view(1, 3, 1, 1)
+        source = OnlineSource(task, both, device, benchmark.workers, fill)
+        bank = new_bank(rows)
+        batches = source.training(0, 0, benchmark.warm_up + benchmark.steps, benchmark.batch_size)
+        whole = measured["six_rows_on_photos"] = seconds(lambda number: bank.step(number, *next(batches)))
     return {
         "benchmark": "throughput",
-        **{key: value for key, value in asdict(benchmark).items() if key != "output"},
+        **{key: value for key, value in asdict(benchmark).items() if key not in ("output", "data")},
+        "data": task.data.name,
+        "classes": len(task.data.classes),
+        "processes": world_size(),
         "machine": _machine(device),
         "seconds_per_step": measured,
         "six_rows_over_row_concat": measured["six_rows"] / measured["row_concat"],
         "six_rows_over_row_original": measured["six_rows"] / measured["row_original"],
-        "images_per_second": benchmark.batch_size / measured["six_rows"],
-        "share_of_backbones_alone": measured["two_backbones"] / measured["six_rows"],
-        "projected_recipe_minutes": iterations * measured["six_rows"] / 60,
-        "peak_gib": memory,
+        "images_per_second": benchmark.batch_size / whole,
+        "share_of_backbones_alone": measured["two_backbones"] / whole,
+        "projected_recipe_minutes": optimization.iterations * whole / 60,
+        "peak_gib": torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None,
     }
 
 
@@ -222,10 +250,11 @@ def difference(benchmark: Difference) -> dict[str, Any]:
             data=benchmark.data,
             dataset=benchmark.dataset,
             backbone=benchmark.backbone,
+            backbone_weights=benchmark.backbone_weights,
             tuned=str(benchmark.tuned),
             seeds=benchmark.seeds,
             fast=fast,
-            iterations=None if fast else benchmark.iterations,
+            iterations=benchmark.fast_iterations if fast else benchmark.iterations,
             device=benchmark.device,
             workers=benchmark.workers,
             output_dir=benchmark.runs / f"{benchmark.kind}_{name}",
@@ -263,6 +292,8 @@ def main(benchmark: Union[Throughput, Feed, Difference, Random]) -> None:
         return
     if isinstance(benchmark, Throughput):
         line = throughput(benchmark)
+        if line is None:
+            return
     elif isinstance(benchmark, Feed):
         line = feed(benchmark)
     else:
@@ -272,20 +303,26 @@ def main(benchmark: Union[Throughput, Feed, Difference, Random]) -> None:
     atomic_write_json(benchmark.output, [*lines, line])
 
 
-def _task(kind: str, classes: int) -> tuple[Task, tuple[int, int]]:
-    """Returns a task without data, and the size of its training crops."""
-    if kind == "segmentation":
-        names = tuple(map(str, range(classes)))
-        data = ProbeData("noise", "segmentation", (), (), classes=names, labels=LabelRule(classes))
-        recipe = choose_recipe("segmentation", "folder")
-        assert isinstance(recipe, SegmentationRecipe)
+def _task(benchmark: Throughput) -> tuple[Task, tuple[int, int]]:
+    """Returns a task, without data if none are given, and the size of its training crops."""
+    if benchmark.kind == "segmentation":
+        names = tuple(map(str, range(benchmark.classes)))
+        data = ProbeData("noise", "segmentation", (), (), classes=names, labels=LabelRule(benchmark.classes))
+    else:
+        data = ProbeData("noise", "depth", (), ())
+    if benchmark.data is not None:
+        data = load_data(DataChoice(benchmark.dataset, benchmark.data, benchmark.kind))
+    recipe = choose_recipe(benchmark.kind, benchmark.dataset if benchmark.data else "nyuv2")
+    if isinstance(recipe, SegmentationRecipe):
         return SegmentationTask(data, recipe), (recipe.crop, recipe.crop)
-    recipe = choose_recipe("depth", "nyuv2")
-    assert isinstance(recipe, DepthRecipe) and recipe.crop is not None
-    return DepthTask(ProbeData("noise", "depth", (), ()), recipe), recipe.crop
+    if recipe.crop is not None:
+        return DepthTask(data, recipe), recipe.crop
+    height, width = read_image(data.train[0].image).shape[:2]
+    return DepthTask(data, recipe), crop_size(height, width, recipe)
 
 
 def _wait(device: torch.device) -> None:
+    wait_for_all()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
