@@ -20,7 +20,7 @@ $(VENV)/.complete: requirements.lock pyproject.toml setup/torchvision_cpu.py
 	touch $@
 
 demo: setup
-	$(BIN)/python -m fit3d_ns.demo --output-dir outputs/demo
+	$(BIN)/python -m demo
 
 test: setup
 	$(BIN)/ruff check .

@@ -1,0 +1,98 @@
+"""Command lines, carried out in this process: what takes seconds to import is imported once."""
+
+import shlex
+import sys
+from contextlib import contextmanager
+from importlib.metadata import entry_points
+from typing import Any, Iterator, Sequence
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from fit3d_ns.errors import UserError
+from fit3d_ns.runs import find_checkpoint
+
+
+def run_command_line(words: Sequence[str], console: Console) -> None:
+    """Does what typing the words in a shell would do.
+
+    Args:
+        words: The command's name and its arguments.
+        console: For progress.
+
+    Raises:
+        UserError: If there is no such command, or it ended with an error, which it has said itself.
+        SystemExit: If it was told to stop.
+    """
+    with _typed(words):
+        if words[0] == "ns-train":
+            _train(words[1:], console)
+            return
+        found = tuple(entry_points(group="console_scripts", name=words[0]))
+        if not found:
+            raise UserError(f"The command {words[0]} is not installed in this environment: run `make setup`.")
+        try:
+            found[0].load()()
+        except SystemExit as stop:
+            if stop.code in (None, 0):
+                return
+            if stop.code == 1:
+                raise UserError(f"The demo stopped, since this command ended with the error above: {shlex.join(words)}")
+            raise
+
+
+@contextmanager
+def _typed(words: Sequence[str]) -> Iterator[None]:
+    """Commands read their arguments from here, and note them in their results."""
+    before = sys.argv
+    sys.argv = list(words)
+    try:
+        yield
+    finally:
+        sys.argv = before
+
+
+def _train(words: Sequence[str], console: Console) -> None:
+    """``ns-train`` without its page of settings, going on from the run's own checkpoint, and ending when it is told to.
+
+    nerfstudio's command swallows Ctrl-C, and goes on from a checkpoint only where it is named.
+    """
+    import tyro
+    from nerfstudio.configs.method_configs import AnnotatedBaseConfigUnion
+    from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackLocation
+    from nerfstudio.scripts.train import _set_random_seed
+    from nerfstudio.utils import writer
+
+    config: Any = tyro.cli(AnnotatedBaseConfigUnion, prog="ns-train", args=list(words))
+    steps, config.pipeline.datamanager.data = config.max_num_iterations, config.data
+    config.logging.local_writer.enable = False
+    config.save_config()
+    done = 0
+    if any(config.get_checkpoint_dir().glob("step-*.ckpt")):
+        config.load_dir = config.get_checkpoint_dir()
+        done = int(find_checkpoint(config.load_dir).stem.removeprefix("step-")) + 1
+        if done >= steps:
+            return
+    _set_random_seed(config.machine.seed)
+    trainer = config.setup()
+    trainer.setup()
+    trainer.pipeline.fit3d_model.strategy.verbose = False
+    trainer.pipeline.datamanager.teacher_map("train", 0)  # fills the cache, under its own progress bar
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
+        task = progress.add_task("Training", total=steps, completed=done)
+
+        def advance(step: int) -> None:
+            # Lifting follows the last step, under a bar of its own.
+            progress.update(task, completed=step + 1)
+            if step + 1 == steps:
+                progress.stop()
+
+        trainer.callbacks.insert(0, TrainingCallback([TrainingCallbackLocation.AFTER_TRAIN_ITERATION], advance))
+        try:
+            trainer.train()
+        finally:
+            # They are global, and the next run's events would go to this run's log too.
+            for event_writer in writer.EVENT_WRITERS:
+                event_writer.tb_writer.close()
+            writer.EVENT_WRITERS.clear()

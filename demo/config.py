@@ -1,0 +1,94 @@
+"""What can be chosen about the demo, and the sizes that fit the machine."""
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Optional, Tuple
+
+from fit3d_ns.errors import UserError
+
+_MOST_ROOMS = 4
+"""`fit3d-probe` holds out a quarter of the rooms: exactly one of up to five."""
+
+
+@dataclass
+class DemoConfig:
+    """Lifts rooms, distils them, probes the result on a further room, and writes OUTPUT_DIR/report.html.
+
+    Stopped at any moment and started again, it goes on where it was. Sizes that are not given suit the machine: about
+    ten minutes on two CPU cores.
+    """
+
+    output_dir: Path = Path("outputs/demo")
+    """Where everything goes."""
+    backbone: Optional[str] = None
+    """Teacher and student; by default dinov2_small if its weights can be had, else dinov2_small_focus."""
+    backbone_weights: Optional[Path] = None
+    """Local weights of the backbone."""
+    rooms: int = 3
+    """Rooms that are lifted and distilled, 1 to 4; one more is made, and only probed on."""
+    views: Optional[int] = None
+    """Photos of each room."""
+    width: Optional[int] = None
+    """Of the photos, pixels."""
+    height: Optional[int] = None
+    """Of the photos, pixels."""
+    splat_steps: Optional[int] = None
+    """Training steps of each splat."""
+    distill_steps: Optional[int] = None
+    """Training steps of the backbone."""
+    probe_steps: Optional[int] = None
+    """Training steps of the linear heads."""
+    probe_seeds: Tuple[int, ...] = (0, 1, 2)
+    """Seeds of the heads; the tables show mean and spread over them."""
+    control: bool = True
+    """Whether a control is distilled without 3D, which tells what fine-tuning alone brings."""
+    seed: int = 1
+    """Of rooms, splats and distillation."""
+
+
+def complete(config: DemoConfig, cuda: bool) -> DemoConfig:
+    """Fills in the sizes that were not given.
+
+    Args:
+        config: The user's choices.
+        cuda: Whether there is a GPU.
+
+    Raises:
+        UserError: If a number is out of range.
+    """
+    sizes = _GPU_SIZES if cuda else _CPU_SIZES
+    config = replace(config, **{name: size for name, size in sizes.items() if getattr(config, name) is None})
+    for name, least in (("rooms", 1), ("views", 6), ("splat_steps", 10), ("distill_steps", 1), ("probe_steps", 1)):
+        if getattr(config, name) < least:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)} is too small: at least {least}.")
+    if config.rooms > _MOST_ROOMS:
+        raise UserError(f"--rooms {config.rooms} is too large: at most {_MOST_ROOMS}, so that one is held out.")
+    return config
+
+
+def settings(config: DemoConfig) -> dict[str, Any]:
+    """Returns everything that decides the outcome, as JSON values."""
+    values = {name: value for name, value in asdict(config).items() if name != "output_dir"}
+    values["probe_seeds"] = list(config.probe_seeds)
+    weights = config.backbone_weights
+    values["backbone_weights"] = None if weights is None else str(weights.expanduser().absolute())
+    return values
+
+
+# Measured so that two idle cores need about ten minutes (docs/benchmarks.md).
+_CPU_SIZES = {
+    "views": 30,
+    "width": 280,
+    "height": 210,
+    "splat_steps": 400,
+    "distill_steps": 200,
+    "probe_steps": 200,
+}
+_GPU_SIZES = {
+    "views": 40,
+    "width": 400,
+    "height": 300,
+    "splat_steps": 1500,
+    "distill_steps": 800,
+    "probe_steps": 600,
+}

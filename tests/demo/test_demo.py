@@ -1,0 +1,162 @@
+"""The demo as a user starts it: killed, finished, started again; its page and its numbers."""
+
+import html
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from demo.cli import run_demo
+from demo.config import DemoConfig
+from fit3d_ns.errors import UserError
+from fit3d_ns.rooms.dataset import RoomSettings, write_index
+
+ROOT = Path(__file__).parents[2]
+TINY_ROOM = ROOT / "tests" / "data" / "tiny_room"
+SETTINGS = RoomSettings(seed=3, views=16, width=96, height=72)
+
+
+def start(folder: Path, weights: Path, *more: str) -> subprocess.Popen:
+    """Starts a tiny demo: one room lifted, one held out."""
+    words = [sys.executable, "-m", "demo", "--output-dir", str(folder), "--rooms", "1", "--seed", str(SETTINGS.seed)]
+    words += ["--views", str(SETTINGS.views), "--width", str(SETTINGS.width), "--height", str(SETTINGS.height)]
+    words += ["--backbone", "test_vit", "--backbone-weights", str(weights), "--splat-steps", "40"]
+    words += ["--distill-steps", "60", "--probe-steps", "6", "--probe-seeds", "0", "1", *more]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "FIT3D_CACHE": str(folder / "cache"), "COLUMNS": "200"}
+    return subprocess.Popen(
+        words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def kill_when(process: subprocess.Popen, folder: Path, pattern: str) -> str:
+    """Kills the demo as soon as a file is there."""
+    until = time.monotonic() + 300
+    while not any(folder.glob(pattern)) and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    output, _ = process.communicate()
+    assert process.returncode == -signal.SIGKILL, output[-3000:]
+    return output
+
+
+def modified(folder: Path) -> dict[str, int]:
+    """When each file below a folder was written."""
+    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def tables(page: str) -> list[list[str]]:
+    """All rows of all tables of a page, as text."""
+    rows = re.findall(r"<tr>(.*?)</tr>", page, re.DOTALL)
+    return [[html.unescape(cell) for cell in re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row)] for row in rows]
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory, teacher_weights):
+    """A demo that was killed while it trained a splat, and came to its end when it was started again."""
+    folder = tmp_path_factory.mktemp("demo") / "out"
+    shutil.copytree(TINY_ROOM, folder / "rooms" / "room_000")  # a finished room of these settings
+    write_index(folder / "rooms", SETTINGS)
+    killed = kill_when(start(folder, teacher_weights), folder, "runs/*/*/*/nerfstudio_models/step-*.ckpt")
+    files = modified(folder / "rooms")
+    process = start(folder, teacher_weights)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output[-3000:]
+    return {"folder": folder, "killed": killed, "output": output, "rooms": files}
+
+
+def test_a_killed_demo_goes_on_where_it_was(demo):
+    folder = demo["folder"]
+    assert "1 of 8: Make 2 rooms (about" in demo["killed"]
+    assert "1 of 8: Make 2 rooms: done before" in demo["output"]
+    now = modified(folder / "rooms")
+    assert {name: now[name] for name in demo["rooms"]} == demo["rooms"]
+    assert re.search(r"Done loading Nerfstudio checkpoint\s+from\s+\S*step-0000000[123]0\.ckpt", demo["output"])
+    records = {path.stem: json.loads(path.read_text()) for path in (folder / "stages").glob("*.json")}
+    assert [name for name, record in records.items() if record["resumed"]] == ["train_room_000"]
+    assert all(record["seconds"] > 0 and record["cpu_seconds"] > 0 for record in records.values())
+    checkpoints = [path.name for path in folder.glob("runs/*/*/*/nerfstudio_models/*")]
+    assert checkpoints == ["step-000000039.ckpt"]
+
+
+def test_the_page_tells_the_whole_story(demo):
+    page = (demo["folder"] / "report.html").read_text()
+    headings = [html.unescape(text) for text in re.findall(r"<h2>(.*?)</h2>", page)]
+    assert headings == [
+        "In short: the held-out room",
+        "1. Photos",
+        "2. Features lifted into splats",
+        "3. Distillation",
+        "4. The held-out room through the backbones",
+        "5. Probe: segmentation",
+        "6. Probe: depth",
+        "Do it yourself",
+    ]
+    captions = re.findall(r"<figcaption>(.*?)</figcaption>", page)
+    for name, count in {"teacher": 2, "lifted": 2, "truth": 6, "original": 10, "tuned": 10, "control": 4}.items():
+        assert captions.count(name) == count, name
+    assert page.count("<svg") == 1
+    assert "The spread covers the heads only" in page
+
+
+def test_numbers_of_the_page_are_those_of_the_files(demo):
+    folder = demo["folder"]
+    rows = tables((folder / "report.html").read_text())
+    assert any("±" in cell for row in rows for cell in row)
+    found = json.loads((folder / "probes/correspondence/metrics.json").read_text())["rows"]
+    for kind, metric in (("segmentation", "miou"), ("depth", "rmse")):
+        metrics = json.loads((folder / f"probes/{kind}/metrics.json").read_text())["rows"]
+        assert list(metrics) == ["original", "duplicate", "tuned", "concat", "control", "control_concat"]
+        for name, values in metrics.items():
+            cell = f"{values[metric]['mean']:.4f} ± {values[metric]['spread']:.4f}"
+            matching = [row for row in rows if row[0] == name and cell in row]
+            assert len(matching) == 2, (kind, name)  # in short, and in the probe's own table
+            if name in found:
+                assert f"{found[name]['recall']['10px']:.4g}" in matching[0]
+    run = folder / "runs/room_000/fit3d-splat/demo"
+    scores, lift = json.loads((run / "eval.json").read_text())["results"], json.loads((run / "lift.json").read_text())
+    expected = [str(lift["gaussians"]), *(f"{scores[name]:.4g}" for name in ("psnr", "ssim", "feature_cosine"))]
+    assert any(row[:5] == ["room_000", *expected] for row in rows)
+    for name in ("tuned", "control"):
+        mean = json.loads((folder / name / "metrics.json").read_text())["mean"]
+        assert any(
+            row[:3] == [f"{name}, after", f"{mean['l1_after']:.4g}", f"{mean['cosine_after']:.4g}"] for row in rows
+        )
+
+
+def test_the_commands_of_the_page_can_be_typed(demo):
+    folder = demo["folder"]
+    commands = [html.unescape(text) for text in re.findall(r"<pre>(.*?)</pre>", (folder / "report.html").read_text())]
+    names = [command.split()[0] for command in commands]
+    assert names == [
+        *("fit3d-rooms", "ns-train", "ns-eval", "fit3d-distill", "fit3d-distill"),
+        *("fit3d-probe", "fit3d-probe", "fit3d-probe", ".venv/bin/ns-viewer"),
+    ]
+    metrics = folder / "probes/depth/metrics.json"
+    before = json.loads(metrics.read_text())
+    assert before["command"] == commands[7]
+    words = shlex.split(commands[7])
+    environment = {**os.environ, "FIT3D_CACHE": str(folder / "cache")}
+    command = [str(Path(sys.executable).parent / words[0]), *words[1:]]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=300)
+    assert json.loads(metrics.read_text())["rows"] == before["rows"]
+
+
+def test_a_finished_demo_does_nothing_again(demo, teacher_weights):
+    folder = demo["folder"]
+    before = modified(folder / "stages")
+    output, _ = start(folder, teacher_weights).communicate(timeout=300)
+    assert output.count("done before") == 8 and modified(folder / "stages") == before
+
+
+def test_a_folder_of_another_demo_is_refused(demo):
+    config = DemoConfig(output_dir=demo["folder"], rooms=1, splat_steps=41)
+    with pytest.raises(UserError, match="holds a demo with .* instead of .*: go on with the same settings"):
+        run_demo(config)

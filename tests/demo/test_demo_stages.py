@@ -1,0 +1,81 @@
+"""The demo's stages without the long work: what is run, what is skipped, what is refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from demo.config import DemoConfig, complete
+from demo.results import comparisons
+from demo.runner import hold, run_stages
+from demo.stages import Stage, stages
+from fit3d_ns.errors import UserError
+
+
+def test_sizes_suit_the_machine():
+    small, large = complete(DemoConfig(backbone="a"), cuda=False), complete(DemoConfig(backbone="a"), cuda=True)
+    assert small.splat_steps and large.splat_steps and small.splat_steps < large.splat_steps
+    assert complete(DemoConfig(views=8), cuda=True).views == 8
+    for bad in (DemoConfig(rooms=5), DemoConfig(rooms=0), DemoConfig(views=2)):
+        with pytest.raises(UserError, match="--(rooms|views)"):
+            complete(bad, cuda=False)
+
+
+def test_without_a_control_nothing_asks_for_one():
+    config = complete(DemoConfig(backbone="a", control=False), cuda=False)
+    words = [word for stage in stages(config, cuda=False) for word in stage.command]
+    assert "--tuned" in words and "--control" not in words and "control" not in words
+
+
+def test_paths_with_spaces_stay_whole():
+    config = complete(DemoConfig(output_dir=Path("my demo"), backbone="a", backbone_weights=Path("w w.pth")), False)
+    for stage in stages(config, cuda=False):
+        assert any(word.startswith("my demo/") for word in stage.command)
+        assert not any(word in ("my", "w", "w.pth") for word in stage.command)
+
+
+def test_only_the_same_command_counts_as_done(tmp_path, capsys):
+    # A command that refuses to run tells whether it was run.
+    stage = Stage("rooms", "Make rooms", ("fit3d-rooms", str(tmp_path / "rooms"), "--views", "1"), 1.0)
+    record = {"command": [*stage.command, "--seed", "7"], "seconds": 2.0, "cpu_seconds": 3.0, "resumed": False}
+    path = tmp_path / "stages" / "rooms.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(record))
+    with pytest.raises(UserError, match="ended with the error above: fit3d-rooms .*--views 1"):
+        run_stages(tmp_path, [stage], Console())
+    assert "--views 1 is too few" in capsys.readouterr().err
+    path.write_text(json.dumps({**record, "command": list(stage.command)}))
+    (done,) = run_stages(tmp_path, [stage], Console())
+    assert (done.seconds, done.cpu_seconds) == (2.0, 3.0)
+
+
+def test_a_command_that_is_not_installed_is_named(tmp_path):
+    with pytest.raises(UserError, match="fit3d-nothing is not installed"):
+        run_stages(tmp_path, [Stage("none", "None", ("fit3d-nothing",), 1.0)], Console())
+
+
+def test_two_demos_do_not_share_a_folder(tmp_path):
+    with hold(tmp_path / "out"):
+        with pytest.raises(UserError, match="Another demo is at work"):
+            hold(tmp_path / "out")
+    hold(tmp_path / "out").release()
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be used"):
+        hold(tmp_path / "file" / "out")
+
+
+@pytest.mark.parametrize(
+    ("gain", "spread", "verdict"),
+    [
+        (0.05, 0.01, "better"),
+        (-0.05, 0.01, "worse"),
+        (0.02, 0.01, "no clear difference"),
+        (0.05, None, "spread unknown"),
+    ],
+)
+def test_only_differences_above_the_spread_are_called_such(gain, spread, verdict):
+    means = {"original": 1.0, "tuned": 1.0 - gain}
+    rows = {name: {"rmse": {"mean": mean, "spread": spread}} for name, mean in means.items()}
+    (comparison,) = comparisons(rows, "rmse", higher_is_better=False)
+    assert comparison.gain == pytest.approx(gain) and comparison.verdict == verdict
