@@ -201,6 +201,11 @@ def add_solvers(bench: Bench, table: Table) -> None:
         variants[f"nearest for unseen, k = {k}"] = (LiftSettings(refinements=k, unseen="nearest"), "fast")
         variants[f"paper grid, k = {k}"] = (LiftSettings(refinements=k), "paper")
         variants[f"paper grid, 3x3 fit, k = {k}"] = (LiftSettings(refinements=k, decoder="fit"), "paper")
+    for ridge in (0.1, 0.001):  # how far fidelity goes
+        variants[f"3x3 fit, ridge {ridge:g}, k = 10"] = (
+            LiftSettings(refinements=10, decoder="fit", decoder_ridge=ridge),
+            "fast",
+        )
     if bench.scene.held_out:
         variants["--select fidelity"] = (LiftSettings(select="fidelity"), "fast")
         variants["--select consistency"] = (LiftSettings(select="consistency"), "fast")

@@ -160,7 +160,7 @@ def test_training_with_lifted_features(feature_run):
         assert torch.equal(left[f"_model.gauss_params.{name}"], right[f"_model.gauss_params.{name}"]), name
     assert right["_model.gauss_params.fit3d_features"].any()
     record = json.loads((lifted.base_dir / "lift.json").read_text())
-    assert record["refinements"] == 2
+    assert record["refinements"] == 2 and "where views disagree" in (lifted.base_dir / "lift.html").read_text()
     metrics = lifted.pipeline.get_average_eval_image_metrics()
     assert metrics["feature_cosine"] == pytest.approx(record["metrics"]["feature_cosine"], rel=1e-4)
     assert metrics["feature_cosine"] > joint.pipeline.get_average_eval_image_metrics()["feature_cosine"]

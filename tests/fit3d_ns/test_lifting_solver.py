@@ -179,6 +179,16 @@ def test_basis_then_lift_equals_lift_then_basis():
     torch.testing.assert_close(basis.project(wide_values), narrow_values, rtol=1e-4, atol=1e-5)
 
 
+def test_few_channels_keep_what_all_features_share():
+    """Decoders have no bias, so the mean of the features must be among the directions."""
+    shared = torch.tensor([3.0, -4.0, 0.0, 12.0, 0.0, 0.0])
+    opaque = replace(make_geometry(), opacities=torch.full((80,), 0.99), scales=torch.full((80, 3), 0.5))
+    operator = FeatureOperator(opaque, FEATURE_GRIDS["fast"])
+    views = views_of(operator, make_cameras(6), shared + 0.1 * field(opaque, channels=6))
+    lift = lift_features(operator, LiftScene(views, to_evaluate(views), []), 6, 2, LiftSettings())
+    assert lift.basis_share > 0.99 and lift.metrics["feature_cosine"] > 0.99
+
+
 @pytest.mark.parametrize("settings", [LiftSettings(refinements=2), LiftSettings(decoder="fit", unseen="nearest")])
 def test_quality_against_channels_is_that_of_lifts_with_so_many_channels(settings):
     operator = FeatureOperator(make_geometry(), FEATURE_GRIDS["fast"])
