@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from distill import trainer as trainer_module
 from distill.checkpoint import list_checkpoints
 from distill.cli import distil
 from distill.scenes import open_scenes
-from distill.step import DistillLoss, learning_rate
+from distill.step import DistillLoss, EagerStep, StepInput, learning_rate
 from distill.student import load_student, plain_state_dict, prepare_training
 from distill.trainer import advice_for_few_views
 from fit3d_ns.backbones import BackboneSpec, load, load_backbone
@@ -144,6 +145,13 @@ def test_a_checkpoint_of_another_training_is_refused(make_scene, make_config):
             distil(make_config(*folders, **{"steps": 2, "resume": True, **change}))
 
 
+def test_a_falling_learning_rate_is_not_resumed_over_another_length(make_scene, make_config):
+    folder = make_scene()
+    distil(make_config(folder, steps=2, schedule="cosine"))
+    with pytest.raises(UserError, match="falls over 2 steps, not 4"):
+        distil(make_config(folder, steps=4, schedule="cosine", resume=True))
+
+
 def test_a_broken_loss_names_the_batch_and_saves_nothing(make_scene, make_config, monkeypatch):
     config = make_config(make_scene(), steps=8, save_every=2)
     forward, calls = DistillLoss.forward, []
@@ -223,6 +231,49 @@ def test_low_rank_updates_merge_into_plain_weights(make_scene, make_config, teac
     with torch.no_grad():
         torch.testing.assert_close(merged(image).patch_tokens, changed, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(changed, before, atol=1e-2)
+
+
+def test_the_moving_average_is_what_is_saved(make_scene, make_config):
+    config = make_config(make_scene(), steps=3, ema_decay=0.25, save_every=1, keep_checkpoints=3)
+    distil(config)
+    models = [torch.load(path, weights_only=True)["model"] for path in list_checkpoints(config.output_dir)]
+    saved = weights_of(config)
+    for name, first in models[0].items():
+        average = first
+        for model in models[1:]:
+            average = 0.25 * average + 0.75 * model[name]
+        torch.testing.assert_close(saved[name], average, atol=1e-6, rtol=1e-5)
+    assert difference(saved, models[-1]) > 1e-5
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_gradient_is_cut_to_its_largest_norm(make_scene, make_config, accumulate):
+    config = make_config(make_scene(), clip=0.01, accumulate=accumulate)
+    student = load_student(config, open_scenes(list(config.bundles), None), torch.device("cpu"))
+    parameters = prepare_training(student, config)
+    before = [parameter.detach().clone() for parameter in parameters]
+    optimizer = torch.optim.SGD(parameters, lr=1.0)  # moves the weights by just the gradient
+    images = torch.randint(0, 256, (2, 3, 48, 64), dtype=torch.uint8)
+    inputs = StepInput(images, torch.randn(2, 64, 3, 4), torch.ones(2, 3, 4), torch.tensor(24.0))
+    EagerStep(DistillLoss(student, bf16=False), optimizer, parameters, config).run(inputs)
+    moved = torch.stack([(old - new).norm() for old, new in zip(before, parameters)]).norm()
+    assert float(moved) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_checkpointed_blocks_run_again_in_the_backward_pass(make_scene, make_config):
+    config = make_config(make_scene(), gradient_checkpointing=True)
+    student = load_student(config, open_scenes(list(config.bundles), None), torch.device("cpu"))
+    prepare_training(student, config)
+    runs: list[bool] = []
+    model: Any = student.model
+    model.blocks[2].attn.register_forward_hook(lambda *_: runs.append(True))
+    loss = student(torch.rand(1, 3, 48, 64)).patch_tokens.sum()
+    assert len(runs) == 1
+    loss.backward()
+    assert len(runs) == 2
+    with torch.no_grad():
+        student(torch.rand(1, 3, 48, 64))
+    assert len(runs) == 3
 
 
 @pytest.mark.parametrize("options", [{"gradient_checkpointing": True}, {"precision": "bf16"}])
