@@ -172,6 +172,9 @@ class CorrespondenceConfig(FeatureConfig):
     """Of the photo's size: the grid on which features and depth are sampled, and in whose pixels errors count."""
     long_side: int = 640
     """Photos are shrunk to this long side at most, pixels; Probe3D's have 640x480."""
+    final_norm: bool = False
+    """Whether features are taken after the backbone's final norm, as fit3d-distill trains them; Probe3D takes them
+    before."""
     min_overlap: float = 0.4
     """Least share of a view's surface that the other view sees."""
 

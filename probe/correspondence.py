@@ -62,7 +62,7 @@ def run_correspondence(config: CorrespondenceConfig) -> None:
         photos = load_photos(scene, config.long_side)
         pairs = choose_pairs_by_angle([photo.view for photo in photos], config.pairs_per_bin, config.min_overlap)
         backbones = load_backbones(
-            config.backbone_spec(norm=True), config.tuned, config.control, rows, config.precision, device
+            config.backbone_spec(config.final_norm), config.tuned, config.control, rows, config.precision, device
         )
         question = {
             "probe": "correspondence-v1",
@@ -201,7 +201,8 @@ def _write(
     title = f"Correspondence: {summary['backbone']['name']} on {summary['data']['name']}"
     height, width = summary["data"]["size"]
     sentence = (
-        f"{len(pairs)} pairs of views (in brackets: pairs by relative angle), {config.matches} best matches each by "
+        f"Features {'after' if config.final_norm else 'before'} the final norm; {len(pairs)} pairs of views (in "
+        f"brackets: pairs by relative angle), {config.matches} best matches each by "
         "ratio test; share of matches that land within 5, 10 or 20 pixels of the true place, averaged over pairs. "
         f"Pixels are those of the grid that is matched, as in Probe3D: each is {cell:g} pixels of a photo of "
         f"{width}x{height}."
