@@ -20,11 +20,21 @@ from probe.datasets.posed_scene import PosedScene, read_posed_scene
 from probe.datasets.samples import read_image, read_index
 from probe.distributed import process_group, require_one_process
 from probe.features import FrozenBackbones, Row, choose_untrained_rows, load_backbones, row_features
-from probe.matching import ANGLE_BINS, Matches, choose_pairs_by_angle, features_on_grid, match_views, recall
+from probe.matching import (
+    ANGLE_BINS,
+    Matches,
+    choose_pairs_by_angle,
+    features_on_grid,
+    match_views,
+    recall,
+    same_place_errors,
+)
 from probe.progress import progress
 from probe.results import ResultFolder, provenance
 from probe.table import markdown_table
 
+SAME_PLACE = "same place"
+"""Row of matches that stay where they are in the picture: what pairs that move little give away."""
 RECALL_PIXELS = (5, 10, 20)
 """Of the grid that is matched, as in Probe3D's script, which projects with intrinsics scaled to the grid."""
 
@@ -138,7 +148,7 @@ def _score(
     console: Console,
 ) -> tuple[dict[str, list[Tensor]], dict[str, Matches]]:
     """Returns the errors of every pair by row, and the matches of the pair that is shown."""
-    errors: dict[str, list[Tensor]] = {row.name: [] for row in rows}
+    errors: dict[str, list[Tensor]] = {name: [] for name in (*(row.name for row in rows), SAME_PLACE)}
     shown: dict[str, Matches] = {}
     features: dict[int, Any] = {}
     last_use = {index: number for number, (a, b, _) in enumerate(pairs) for index in (a, b)}
@@ -150,6 +160,7 @@ def _score(
                     features[index] = backbones(image[None].float() / 255)
             view_a, view_b = photos[a].view, photos[b].view
             grid = (max(2, round(view_a.height * config.grid_scale)), max(2, round(view_a.width * config.grid_scale)))
+            errors[SAME_PLACE].append(same_place_errors(view_a, view_b, grid))
             for row in rows:
                 on_grid = [
                     features_on_grid(
@@ -205,7 +216,7 @@ def _write(
         f"brackets: pairs by relative angle), {config.matches} best matches each by "
         "ratio test; share of matches that land within 5, 10 or 20 pixels of the true place, averaged over pairs. "
         f"Pixels are those of the grid that is matched, as in Probe3D: each is {cell:g} pixels of a photo of "
-        f"{width}x{height}."
+        f"{width}x{height}. '{SAME_PLACE}' matches every point with the same place of the other photo."
     )
     atomic_write_text(
         folder / "table.md", f"# {title}\n\n{sentence}\n\n{markdown_table(header, rows)}\n`{summary['command']}`\n"

@@ -85,6 +85,18 @@ def match_views(
     return Matches(source.float(), target.float(), error.float())
 
 
+def same_place_errors(a: View, b: View, grid: tuple[int, int]) -> Float[Tensor, "M"]:
+    """Returns the errors, in pixels, of matching every point with depth to the same place in the other photo.
+
+    Features that tell places of the picture rather than of the scene apart come close to this.
+    """
+    points, depth = _grid_depth(a, grid)
+    points, depth = points[depth > 0], depth[depth > 0]
+    true, in_front = _project(points, depth, a, b)
+    shift = torch.tensor([b.width / a.width, b.height / a.height], dtype=torch.float64)
+    return torch.where(in_front, (points * shift - true).norm(dim=-1), torch.inf).float()
+
+
 def features_on_grid(
     patch_map: Float[Tensor, "C h w"], size: tuple[int, int], patch_size: int, grid: tuple[int, int]
 ) -> Float[Tensor, "hw C"]:

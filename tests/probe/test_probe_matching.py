@@ -17,7 +17,14 @@ from probe.config import CorrespondenceConfig, RetrievalConfig
 from probe.correspondence import load_photos, run_correspondence
 from probe.datasets.posed_scene import read_posed_scene
 from probe.features import centre_pad
-from probe.matching import choose_pairs_by_angle, features_on_grid, match_views, recall, relative_angle
+from probe.matching import (
+    choose_pairs_by_angle,
+    features_on_grid,
+    match_views,
+    recall,
+    relative_angle,
+    same_place_errors,
+)
 from probe.retrieval import patch_labels, retrieve, run_retrieval
 
 FOCAL, HEIGHT, WIDTH = 60.0, 48, 64
@@ -58,6 +65,13 @@ def test_features_of_world_points_are_found_again():
     matches = match_views(_features(points), _features(others), first, second, (HEIGHT, WIDTH), 500)
     assert len(matches.error) == 500
     assert float((matches.error <= 2).float().mean()) > 0.95
+    # The plane's point (0, 0, 4) lies in the middle of the first photo, and 20 degrees further elsewhere.
+    stay = same_place_errors(first, second, (HEIGHT, WIDTH))
+    middle = (second.K @ (second.viewmat[:3, :3] @ torch.tensor([0.0, 0, 4]).double() + second.viewmat[:3, 3]))[:2]
+    depth = (second.viewmat @ torch.tensor([0.0, 0, 4, 1]).double())[2]
+    expected = float((middle / depth - torch.tensor([WIDTH / 2, HEIGHT / 2])).norm())
+    assert expected > 5 and float(stay[HEIGHT // 2 * WIDTH + WIDTH // 2]) == pytest.approx(expected, abs=1.0)
+    assert not same_place_errors(first, first, (HEIGHT, WIDTH)).max() > 1e-4
     blind = match_views(torch.randn(HEIGHT * WIDTH, 8), torch.randn(HEIGHT * WIDTH, 8), first, second, (48, 64), 500)
     assert float((blind.error <= 2).float().mean()) < 0.05
     # The mean is one over pairs, and pairs without a match are left out.
@@ -172,6 +186,7 @@ def test_recall_of_features_that_are_positions_is_complete(tmp_path, monkeypatch
     assert row["recall"]["5px"] > 0.97 and min(row["recall_10px_by_angle"].values()) > 0.97
     # One pixel of the grid is four of the photo.
     assert 0.9 < row["recall_in_photo_pixels"]["10px"] <= row["recall"]["5px"]
+    assert numbers["rows"]["same place"]["recall"]["10px"] < 0.3
 
 
 def test_correspondence_command(tmp_path, weights):
@@ -181,13 +196,16 @@ def test_correspondence_command(tmp_path, weights):
     )
     run_correspondence(config)
     numbers = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    assert list(numbers["rows"]) == ["original", "tuned", "add", "concat"]
+    assert list(numbers["rows"]) == ["original", "tuned", "add", "concat", "same place"]
     assert sum(numbers["pairs_by_angle"]) >= 3 and 0 <= numbers["rows"]["original"]["recall"]["20px"] <= 1
     assert "<img" in (tmp_path / "out" / "report.html").read_text()
     config.assemblies = ("linear",)
     with pytest.raises(UserError, match="linear is trained with a head"):
         run_correspondence(config)
-    config.assemblies, config.long_side = None, 32
+    config.assemblies, config.final_norm = None, True
+    with pytest.raises(UserError, match="another probe.*backbones"):
+        run_correspondence(config)
+    config.final_norm, config.long_side = False, 32
     with pytest.raises(UserError, match="another probe.*settings"):
         run_correspondence(config)
     assert load_photos(read_posed_scene(tmp_path / "scene"), 32)[0].view.K[:2].tolist() == [[30, 0, 16], [0, 30, 12]]
