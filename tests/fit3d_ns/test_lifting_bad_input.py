@@ -105,7 +105,7 @@ def test_other_scenes_go_on_and_the_end_says_which_failed_and_why(
     for run, reason in (
         (broken, "1 of .* Gaussians in .* have NaN or infinite `means`"),
         (gone, "The scene .*gone of the run .* does not exist"),
-        (damaged, "The checkpoint .* could not be read"),
+        (damaged, "The checkpoint .* cannot be read"),
     ):
         assert re.search(f"{run.parent}: {reason}", summary)
         assert not (run.parents[2] / "fit3d-splat" / f"{run.parent.name}-lift" / "config.yml").exists()
