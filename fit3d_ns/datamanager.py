@@ -118,6 +118,8 @@ class Fit3DDataManager(FullImageDatamanager):
     """
 
     config: Fit3DDataManagerConfig
+    absent: Optional[str] = None
+    """Why there are no photos, where there are none (`fit3d_ns.absent_scene`)."""
 
     def __init__(self, config: Fit3DDataManagerConfig, device: torch.device | str = "cpu", **kwargs: Any):
         self.teacher_info: BackboneInfo = describe_backbone(config.backbone_spec())
@@ -226,6 +228,10 @@ class Fit3DDataManager(FullImageDatamanager):
             check_image_files(dataset)
             raise UserError(f"The photos of {self.get_datapath()} could not be prepared: {error}") from error
 
+    def has_teacher_maps(self) -> bool:
+        """Tells whether ``teacher_map`` reads maps that are known to be there, as while training."""
+        return bool(self._keys)
+
     def open_feature_cache(self) -> FeatureCache:
         """Returns the store of the teacher's maps, without filling it.
 
@@ -233,16 +239,28 @@ class Fit3DDataManager(FullImageDatamanager):
             UserError: If the teacher's weights cannot be used.
         """
         if self._feature_cache is None:
-            config = self.config
-            data = Path(self.get_datapath())
-            scene = data if data.is_dir() else data.parent
-            self._feature_cache = FeatureCache(
-                directory=config.feature_cache_dir or scene / ".fit3d_cache",
-                spec=config.backbone_spec(),
-                max_size=config.backbone_max_size,
-                fallback_directory=None if config.feature_cache_dir else user_cache_directory() / "features",
-            )
+            self._feature_cache = self.feature_cache_of(None)
         return self._feature_cache
+
+    def feature_cache_of(self, identity: Optional[Dict[str, Any]]) -> FeatureCache:
+        """Returns the store of maps that a teacher made whose weights need not be here.
+
+        Args:
+            identity: Its `teacher_identity`, as a checkpoint notes it; None for the teacher that the flags describe.
+
+        Raises:
+            UserError: If there is no identity and the teacher's weights cannot be used.
+        """
+        config = self.config
+        data = Path(self.get_datapath())
+        scene = data if data.is_dir() else data.parent
+        return FeatureCache(
+            directory=config.feature_cache_dir or scene / ".fit3d_cache",
+            spec=config.backbone_spec(),
+            max_size=config.backbone_max_size,
+            fallback_directory=None if config.feature_cache_dir else user_cache_directory() / "features",
+            identity=identity,
+        )
 
     def _fill_feature_cache(self) -> None:
         """Makes the teacher's maps of all views, or finds them on disk. Draws no random number that training sees."""

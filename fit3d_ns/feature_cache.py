@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Optional, Union
+from typing import Any, Optional, Union
 
 import torch
 from jaxtyping import Float16, UInt8
@@ -81,6 +81,7 @@ class FeatureCache:
         spec: BackboneSpec,
         max_size: Optional[int],
         fallback_directory: Optional[Path] = None,
+        identity: Optional[dict[str, Any]] = None,
     ) -> None:
         """Names the folders; touches nothing on disk beside reading the teacher's weights to hash them.
 
@@ -89,11 +90,12 @@ class FeatureCache:
             spec: The teacher.
             max_size: Limit of the long side at which the teacher sees an image, pixels; None or 0: no limit.
             fallback_directory: Used when ``directory`` cannot be written to; None: that is an error.
+            identity: The teacher's `backbone_identity` where it is known, so that its weights are not needed.
 
         Raises:
             UserError: If the teacher's name, layer or weights are not usable; see `backbone_identity`.
         """
-        self.identity = backbone_identity(spec)
+        self.identity = backbone_identity(spec) if identity is None else identity
         self._max_size = max_size or None
         self._description = {"schema": CACHE_SCHEMA, "max_size": self._max_size, "teacher": self.identity}
         content = json.dumps(self._description, sort_keys=True).encode()
@@ -101,6 +103,11 @@ class FeatureCache:
         directories = [directory] if fallback_directory is None else [directory, fallback_directory]
         self._folders = [Path(place).expanduser().resolve() / self.teacher_id for place in directories]
         self._console = Console()
+
+    @property
+    def folder(self) -> Path:
+        """Where maps are looked for first."""
+        return self._folders[0]
 
     def fill(
         self,

@@ -7,6 +7,7 @@ from typing import Any, Dict, List, Literal, Optional, Tuple, Type
 import torch
 from jaxtyping import Float
 from nerfstudio.cameras.cameras import Cameras
+from nerfstudio.data.scene_box import OrientedBox
 from nerfstudio.models import splatfacto
 from nerfstudio.models.splatfacto import SplatfactoModel, SplatfactoModelConfig
 from nerfstudio.utils.rich_utils import CONSOLE
@@ -112,6 +113,9 @@ class Fit3DSplatModel(SplatfactoModel):
             features.normal_(std=0.1, generator=generator)
         self.gauss_params[FEATURES] = Parameter(features)
         self.fit3d_decoder = FeatureDecoder(self.config.feature_dim, teacher.width, generator)
+        from fit3d_ns.viewer.feature_view import FeatureView
+
+        self.feature_view = FeatureView(self)
 
     @property
     def frozen(self) -> bool:
@@ -152,6 +156,10 @@ class Fit3DSplatModel(SplatfactoModel):
         num_points = dict["gauss_params.means"].shape[0]
         for parameter in self.gauss_params.values():
             parameter.data = parameter.data.new_zeros(num_points, *parameter.shape[1:])
+        if self.num_train_data == 0:  # the run's photos are gone: what it learned about each is of its number of views
+            for name, parameter in self.named_parameters():
+                parameter.data = parameter.data.new_zeros(dict.get(name, parameter).shape)
+        self.feature_view.refresh()
         # LPIPS has no weights here (compat.LazyLpips); a splatfacto checkpoint may carry them.
         state = {name: value for name, value in dict.items() if not name.startswith("lpips.")}
         return super(SplatfactoModel, self).load_state_dict(state, **kwargs)
@@ -184,25 +192,39 @@ class Fit3DSplatModel(SplatfactoModel):
             outputs["fit3d_decoded"] = decoded
         return outputs
 
+    def get_outputs_for_camera(self, camera: Cameras, obb_box: Optional[OrientedBox] = None) -> Any:
+        """Renders splatfacto's outputs and the pictures of `fit3d_ns.viewer`, each computed only if it is looked at.
+
+        Args:
+            camera: One camera.
+            obb_box: Part of the scene to render; all of it if None.
+        """
+        visible = self.feature_view.visible(obb_box)
+        return self.feature_view.extend(super().get_outputs_for_camera(camera, visible), camera, visible)  # type: ignore[arg-type]
+
     def render_low(
-        self, camera: Cameras, values: Optional[Float[Tensor, "N D"]] = None
+        self,
+        camera: Cameras,
+        values: Optional[Float[Tensor, "N D"]] = None,
+        render_size: Optional[Tuple[int, int]] = None,
     ) -> Tuple[Float[Tensor, "D H W"], Float[Tensor, "1 H W"]]:
         """Renders the low-dimensional features, by the feature grid's rule and over detached geometry.
 
         Args:
             camera: One camera, at the photo's size.
             values: Other values to render instead of the features.
+            render_size: Height and width of the maps, instead of those of the grid's rule.
 
         Returns:
             Blended features on a zero background (not divided by accumulation, as FiT3D), and accumulation in [0, 1].
         """
         size = image_size(camera)
-        render_size = self.feature_grid.render_size(size, self.patch_grid(*size))
+        render_size = render_size or self.feature_grid.render_size(size, self.patch_grid(*size))
         colors = self.gauss_params[FEATURES] if values is None else values
         viewmats, intrinsics = self._view_matrices(camera, render_size, optimized=self.training)
         rows = slice(None)
         if self.crop_box is not None and not self.training:
-            rows = self.crop_box.within(self.means).squeeze(-1)
+            rows = self.crop_box.within(self.means).reshape(-1)
         features, alpha, _ = rasterize(
             means=self.means.detach()[rows],
             quats=self.quats.detach()[rows],

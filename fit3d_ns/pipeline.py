@@ -20,6 +20,7 @@ from fit3d_ns.metrics import choose_pairs, view_match
 from fit3d_ns.model import Fit3DSplatModel
 from fit3d_ns.rasterization import check_backend
 from fit3d_ns.runs import find_checkpoint, run_folder
+from fit3d_ns.scene_checks import check_photos_exist
 
 
 @dataclass
@@ -51,17 +52,41 @@ class Fit3DPipeline(VanillaPipeline):
         if kwargs.get("test_mode", "val") != "val":
             # Not training: the checkpoint holds all geometry, and the run it once came from may be gone.
             config.model.init_from = None  # type: ignore[attr-defined]
-        super().__init__(config, device=device, world_size=world_size, **kwargs)
+        self._build(config, device=device, world_size=world_size, **kwargs)
         model = self.fit3d_model
         if model.frozen:
             self._check_same_coordinates(model.config.init_from)
         self._resumed_state: Optional[Dict[str, Any]] = None
         self._trains = False
         self._lift_asked_for = False
+        from fit3d_ns.viewer.controls import FeatureControls
+        from fit3d_ns.viewer.teacher_views import TeacherViews
+
+        model.feature_view.teacher = TeacherViews(self.datamanager, model)
+        self.features = FeatureControls(model.feature_view)
         if model.config.features == "lift":
             from nerfstudio.viewer.viewer_elements import ViewerButton
 
             self.lift_button = ViewerButton(name="Lift features", cb_hook=lambda _: self.ask_for_lift())
+
+    def _build(self, config: Fit3DPipelineConfig, **kwargs: Any) -> None:
+        """Builds data manager and model; where a trained run's photos are gone, without them.
+
+        Raises:
+            UserError: If photos are needed, or something else is wrong.
+        """
+        if kwargs.get("test_mode", "val") == "val":
+            return super().__init__(config, **kwargs)
+        try:
+            super().__init__(config, **kwargs)
+            check_photos_exist(self.datamanager.train_dataset)
+        except UserError as error:
+            from fit3d_ns.absent_scene import without_photos
+
+            without_photos(config.datamanager, str(error))  # type: ignore[arg-type]
+            super().__init__(config, **kwargs)
+            # Printed only now: what has nothing to do with photos was raised again.
+            CONSOLE.print(f"[yellow]{error} Opened without photos and teacher.[/yellow]")
 
     @property
     def fit3d_model(self) -> Fit3DSplatModel:
@@ -103,6 +128,8 @@ class Fit3DPipeline(VanillaPipeline):
             changes = ", ".join(f"{name} {trained.get(name)} (now {asked[name]})" for name in differing)
             raise UserError(f"The checkpoint was trained with {changes}: use the same flags, or start a new run.")
         self._resumed_state = state
+        assert self.fit3d_model.feature_view.teacher is not None
+        self.fit3d_model.feature_view.teacher.identity = state.get("teacher_identity")
 
     def get_training_callbacks(
         self, training_callback_attributes: TrainingCallbackAttributes

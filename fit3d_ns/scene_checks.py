@@ -87,6 +87,20 @@ def check_poses(*datasets: InputDataset) -> None:
             raise UserError(f"The camera of {name} is not finite (NaN or infinite pose): remove or mend that view.")
 
 
+def check_photos_exist(dataset: InputDataset) -> None:
+    """Looks for every photo of a split, without opening any.
+
+    Args:
+        dataset: The split.
+
+    Raises:
+        UserError: Naming the first that is missing.
+    """
+    for path in dataset.image_filenames:
+        if not Path(path).is_file():
+            raise UserError(f"The photo {path} is missing: restore it, or remove it from the scene.")
+
+
 def check_image_files(dataset: InputDataset) -> None:
     """Opens every photo and mask of a split.
 

@@ -23,10 +23,12 @@ class SceneColors:
     Attributes:
         kernel: [3, D, 3, 3], from rendered low-dimensional features to colours.
         bias: [3], added to them.
+        basis: The same colours for features of the backbone's width.
     """
 
     kernel: Float[Tensor, "3 D 3 3"]
     bias: Float[Tensor, "3"]
+    basis: ColorBasis
 
     @classmethod
     @torch.no_grad()
@@ -46,14 +48,25 @@ class SceneColors:
         rows = torch.linspace(0, max(count - 1, 0), min(count, _SAMPLED_GAUSSIANS), device=features.device).long()
         sample, decoder = features.detach()[rows].float(), decoder.detach().float()
         weights = opacities.detach()[rows].float() * (sample != 0).any(1)
-        colors = ColorBasis.fit(sample @ decoder.sum((2, 3)).T, weights)
+        return cls.of(ColorBasis.fit(sample @ decoder.sum((2, 3)).T, weights), decoder)
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, colors: ColorBasis, decoder: Float[Tensor, "C D 3 3"]) -> "SceneColors":
+        """Puts a decoder before colours that were chosen already.
+
+        Args:
+            colors: For features of the backbone's width.
+            decoder: Kernel of the scene's decoder.
+        """
+        decoder = decoder.detach().float()
         span = colors.high - colors.low
         gain = torch.where(span > 0, 1 / span.clamp_min(torch.finfo(torch.float32).tiny), 0.0)
         directions, mean = colors.basis.components, colors.basis.mean
         directions = F.pad(directions, (0, 0, 0, 3 - len(directions)))
         kernel = torch.einsum("kc,cdyx->kdyx", gain[:, None] * directions, decoder)
         bias = torch.where(span > 0, -gain * (directions @ mean + colors.low), 0.5)
-        return cls(kernel, bias)
+        return cls(kernel, bias, colors)
 
     @torch.no_grad()
     def of_gaussians(self, features: Float[Tensor, "N D"]) -> Float[Tensor, "N 3"]:
@@ -85,7 +98,7 @@ class SceneColors:
 
     def to(self, device: torch.device | str) -> "SceneColors":
         """The same colours with their tensors on ``device``."""
-        return SceneColors(self.kernel.to(device), self.bias.to(device))
+        return SceneColors(self.kernel.to(device), self.bias.to(device), self.basis.to(device))
 
 
 def _shade(colors: Float[Tensor, "*shape 3"], known: Bool[Tensor, "*shape"]) -> Float[Tensor, "*shape 3"]:

@@ -1,9 +1,10 @@
-"""Shared test set-up: the GPU marker and a tiny teacher."""
+"""Shared test set-up: the markers of what a machine may lack, and a tiny teacher."""
 
 from pathlib import Path
 
 import pytest
 import torch
+import viewer_page
 from safetensors.torch import save_file
 
 TINY_TEACHER = "test_vit"
@@ -11,13 +12,12 @@ TINY_TEACHER = "test_vit"
 
 
 def pytest_collection_modifyitems(items):
-    """Skips tests marked ``gpu`` where no CUDA device is present."""
-    if torch.cuda.is_available():
-        return
-    skip = pytest.mark.skip(reason="needs a CUDA device")
+    """Skips tests marked ``gpu`` where no CUDA device is present, and ``browser`` where no browser is."""
+    reasons = {"gpu": None if torch.cuda.is_available() else "needs a CUDA device", "browser": viewer_page.missing()}
     for item in items:
-        if "gpu" in item.keywords:
-            item.add_marker(skip)
+        for marker, reason in reasons.items():
+            if marker in item.keywords and reason is not None:
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(scope="session")

@@ -51,6 +51,8 @@ def lift_scene(model: Fit3DSplatModel, scene: LiftScene, settings: LiftSettings)
         progress.update(task, completed=total)
     model.gauss_params[FEATURES].data.copy_(lift.values)
     model.fit3d_decoder.weight.data.copy_(lift.decoder.weight.data)
+    model.feature_view.refresh()
+    model.feature_view.take_disagreement(lift.variance, lift.coverage)
     return lift
 
 

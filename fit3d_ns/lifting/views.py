@@ -22,6 +22,7 @@ from torch import Tensor
 from fit3d_ns.backbones import load_backbone
 from fit3d_ns.datamanager import Fit3DDataManager, composite_on_black, patch_weights
 from fit3d_ns.errors import UserError
+from fit3d_ns.feature_cache import FeatureCache, image_key
 from fit3d_ns.lifting.evaluation import EvaluationView
 from fit3d_ns.lifting.lift import LiftScene
 from fit3d_ns.lifting.memory import ResidentMaps
@@ -138,7 +139,7 @@ class _Split:
         return photo.image
 
 
-def photo_reader(datamanager: Fit3DDataManager, model: Fit3DSplatModel, split: str) -> PhotoReader:
+def photo_reader(datamanager: Fit3DDataManager, model: Fit3DSplatModel, split: str, ahead: int = _AHEAD) -> PhotoReader:
     """Returns a reader of a split's photos.
 
     Args:
@@ -148,6 +149,45 @@ def photo_reader(datamanager: Fit3DDataManager, model: Fit3DSplatModel, split: s
     """
     dataset = datamanager.train_dataset if split == "train" else datamanager.eval_dataset
     return PhotoReader(dataset, datamanager.config.cache_images_type, model.patch_grid)
+
+
+def cached_training_views(datamanager: Fit3DDataManager, model: Fit3DSplatModel, cache: FeatureCache) -> list[LiftView]:
+    """Returns the training views from maps that lie in the cache already; the teacher is not run.
+
+    Args:
+        datamanager: Of the scene; its own store of photos is not touched.
+        model: The geometry.
+        cache: Of the teacher's maps.
+
+    Raises:
+        UserError: If a photo cannot be used, or the map of one is missing.
+    """
+    reader = photo_reader(datamanager, model, "train")
+    views = []
+    for index in range(len(reader)):
+        photo = reader.read(index)
+        key = cached_key(cache, photo)
+
+        def load(key: str = key) -> Float[Tensor, "C h w"]:
+            return cache.load(key).to(model.device)
+
+        views.append(_lift_view(model, photo.camera.to(model.device), load, photo.weights, training=True))
+    return views
+
+
+def cached_key(cache: FeatureCache, photo: Photo) -> str:
+    """Returns the key of a photo's map in the cache.
+
+    Raises:
+        UserError: If there is none.
+    """
+    key = image_key(photo.image)
+    if not cache.has(key):
+        raise UserError(
+            f"The teacher's maps are not in {cache.folder} (removed, or the photos changed): fit3d-lift "
+            "--load-config makes them anew."
+        )
+    return key
 
 
 def streamed_scene(datamanager: Fit3DDataManager, model: Fit3DSplatModel) -> LiftScene:
@@ -243,11 +283,21 @@ def _evaluation_view(
     training: bool,
     photo: Callable[[], UInt8[Tensor, "H W 3"]],
 ) -> EvaluationView:
+    view = _lift_view(model, camera, load, weights, training)
+    return EvaluationView(view, lambda: model.surface_view(camera), photo)
+
+
+def _lift_view(
+    model: Fit3DSplatModel,
+    camera: Cameras,
+    load: Callable[[], Float[Tensor, "C h w"]],
+    weights: Optional[Tensor],
+    training: bool,
+) -> LiftView:
     size: tuple[int, int] = camera.metadata["image_size"]  # type: ignore[index]
     viewmat, intrinsics = model.view_matrices(camera, optimized=training)
     patch_camera = PatchCamera(viewmat, intrinsics, size, model.patch_grid(*size))
-    view = LiftView(patch_camera, load, None if weights is None else weights.to(model.device))
-    return EvaluationView(view, lambda: model.surface_view(camera), photo)
+    return LiftView(patch_camera, load, None if weights is None else weights.to(model.device))
 
 
 def _scene(datamanager: Fit3DDataManager, views: dict[str, list[EvaluationView]]) -> LiftScene:

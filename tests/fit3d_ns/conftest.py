@@ -168,3 +168,23 @@ def lift_command(teacher_weights):
         return LiftCommand(**{**teacher, **fields}, lift=lift or LiftSettings())
 
     return make
+
+
+@pytest.fixture
+def viewed_run(scene, make_config, make_trainer):
+    """A run of a few steps, with features from the first one on, and surfaces that nothing shines through."""
+    trainer = make_trainer(make_config(scene, steps=12, feature_interval=1))
+    trainer.train()
+    trainer.pipeline.eval()
+    trainer.pipeline.model.gauss_params["opacities"].data.fill_(6.0)
+    trainer.save_checkpoint(11)
+    trainer.config.save_config()
+    return trainer
+
+
+@pytest.fixture
+def untrained(scene, make_config, make_trainer):
+    """A run before its first step: all features are zero."""
+    pipeline = make_trainer(make_config(scene)).pipeline
+    pipeline.eval()
+    return pipeline

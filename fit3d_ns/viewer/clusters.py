@@ -1,0 +1,52 @@
+"""Groups of Gaussians with similar features."""
+
+import warnings
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+UNASSIGNED = -1
+"""Label of a Gaussian without a feature."""
+
+
+def fit_clusters(
+    coordinates: Float[Tensor, "M K"], weights: Float[Tensor, "M"], count: int
+) -> Float[Tensor, "count K"]:
+    """Finds centres by k-means over directions of features, the same for the same input.
+
+    Args:
+        coordinates: Features; their lengths do not matter.
+        weights: How much each counts, at least 0.
+        count: Centres wanted; fewer come back where there are fewer features.
+
+    Returns:
+        Centres of unit length, that of the greatest weight first.
+    """
+    # Imported here: it takes a while, and only who looks at clusters needs it.
+    from sklearn.cluster import KMeans
+    from sklearn.exceptions import ConvergenceWarning
+
+    points = torch.nn.functional.normalize(coordinates.float(), dim=1).cpu().numpy()
+    shares = weights.double().cpu().numpy()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct features than clusters
+        means = KMeans(min(count, len(points)), n_init=4, random_state=0)  # type: ignore[arg-type]
+        means.fit(points, sample_weight=shares)
+    labels = torch.from_numpy(means.labels_).long()
+    sizes = torch.zeros(len(means.cluster_centers_), dtype=torch.float64)
+    order = sizes.index_add(0, labels, torch.from_numpy(shares)).argsort(descending=True, stable=True)
+    centres = torch.from_numpy(means.cluster_centers_).float()[order]
+    return torch.nn.functional.normalize(centres, dim=1).to(coordinates.device)
+
+
+def assign_clusters(coordinates: Float[Tensor, "N K"], centres: Float[Tensor, "count K"]) -> Int[Tensor, "N"]:
+    """Returns the number of each feature's nearest centre, by angle; `UNASSIGNED` where it is zero or not finite.
+
+    Args:
+        coordinates: Features.
+        centres: Of `fit_clusters`.
+    """
+    labels = (coordinates @ centres.T).argmax(1)
+    known = coordinates.any(1) & torch.isfinite(coordinates).all(1)
+    return torch.where(known, labels, UNASSIGNED)
