@@ -267,3 +267,13 @@ def test_published_checkpoint_layouts_load(make_config, weights, tmp_path):
         run_trained_probe(config, "segmentation")
         results.append(_rows(tmp_path / name[:4])["tuned"]["miou"]["mean"])
     assert results[0] == results[1]
+
+
+def test_normals_are_probed_on_a_room(weights, tmp_path):
+    room = Path(__file__).parents[1] / "data" / "tiny_room"
+    arguments = f"normals --dataset rooms --data {room} --backbone {TINY} --backbone-weights {weights['original']}"
+    arguments += f" --tuned {weights['tuned']} --fast --iterations 4 --workers 0 --device cpu --output-dir {tmp_path}"
+    main(arguments.split())
+    rows = _rows(tmp_path)
+    assert {"original", "duplicate", "tuned", "concat"} <= set(rows)
+    assert 0 < rows["concat"]["mean_angle"]["mean"] < 180
