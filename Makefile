@@ -5,8 +5,10 @@ BIN := $(VENV)/bin
 # Threads that wait without spinning: several times faster where cores are shared.
 export OMP_WAIT_POLICY := PASSIVE
 unexport PYTHONDONTWRITEBYTECODE
+# mkdocs-material's announcements.
+export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: setup demo test clean
+.PHONY: setup demo docs test clean
 
 setup: $(VENV)/.complete
 
@@ -22,7 +24,11 @@ $(VENV)/.complete: requirements.lock pyproject.toml setup/torchvision_cpu.py
 demo: setup
 	$(BIN)/python -m demo
 
-test: setup
+docs: setup
+	$(BIN)/mkdocs build --strict --quiet
+	@echo outputs/site/index.html
+
+test: setup docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
