@@ -82,7 +82,7 @@ _CPU_SIZES = {
     "height": 210,
     "splat_steps": 400,
     "distill_steps": 200,
-    "probe_steps": 200,
+    "probe_steps": 400,
 }
 _GPU_SIZES = {
     "views": 40,
@@ -90,5 +90,5 @@ _GPU_SIZES = {
     "height": 300,
     "splat_steps": 1500,
     "distill_steps": 800,
-    "probe_steps": 600,
+    "probe_steps": 800,
 }

@@ -10,6 +10,7 @@ from demo.results import Comparison, DemoResults, comparisons, read_results
 from demo.runner import Record
 from demo.stages import EVAL_INTERVAL, Places, places
 from fit3d_ns.report import Report
+from probe.correspondence import SAME_PLACE
 from probe.table import COLUMNS, MEANINGS, format_summary
 
 _WARNING = (
@@ -65,7 +66,7 @@ def _add_summary(report: Report, config: DemoConfig, records: Sequence[Record], 
         (
             name,
             MEANINGS.get(name, "original beside control"),
-            found[name]["recall"]["10px"] if name in found else None,
+            found[name]["recall_in_photo_pixels"]["10px"] if name in found else None,
             format_summary(segmentation[name]["miou"]),
             format_summary(depth[name]["rmse"]),
         )
@@ -74,8 +75,8 @@ def _add_summary(report: Report, config: DemoConfig, records: Sequence[Record], 
     report.add_table(rows, ("features", "what they are", "found again", "mIoU", "RMSE (m)"))
     seeds = len(results.segmentation["seeds"])
     report.add_text(
-        "Found again: share of points of a photo that the features find again in another view, to 10 pixels; nothing "
-        "is trained for it, and duplicate features find what the original's do. mIoU: segmentation. RMSE: depth, lower "
+        "Found again: share of points of a photo that the features find in another view, to 10 pixels; nothing is "
+        "trained for it, and duplicate features find what the original's do. mIoU: segmentation. RMSE: depth, lower "
         f"is better. {f'Mean ± standard deviation over {seeds} seeds' if seeds > 1 else 'A single seed'} of the linear "
         "heads."
     )
@@ -89,11 +90,13 @@ def _add_summary(report: Report, config: DemoConfig, records: Sequence[Record], 
         ("measure", "features", "against", "gain (negative: loss)", "in words"),
     )
     report.add_text(
-        "The spread covers the heads only: splats and backbone were trained once. A gain that the control shows too "
-        "comes from fine-tuning on these rooms and not from 3D, and one that duplicate shows comes from width."
+        "Against original and duplicate: what fine-tuning on these rooms brought, at the same width. Against the "
+        "control: what of it is owed to 3D. The spread covers the heads only, since splats and backbone were trained "
+        "once; differences within twice the spread are called none."
         if config.control
-        else "The spread covers the heads only, and no control was distilled (--no-control): whether a gain comes from "
-        "3D or from fine-tuning on these rooms cannot be told."
+        else "The spread covers the heads only, since splats and backbone were trained once; differences within twice "
+        "the spread are called none. No control was distilled (--no-control), so whether a gain comes from 3D or from "
+        "fine-tuning on these rooms cannot be told."
     )
 
 
@@ -178,11 +181,18 @@ def _add_features(report: Report, config: DemoConfig, where: Places, results: De
         report.add_pictures(row)
     found = results.correspondence
     pairs = found["data"]["pairs"]
-    report.add_text(f"Points found again between {pairs} pairs of its views, by the true depth, within some pixels:")
-    table = [(name, *values["recall"].values()) for name, values in found["rows"].items()]
-    widths = [f"{key.removesuffix('px')} px" for key in next(iter(found["rows"].values()))["recall"]]
-    report.add_table(table, ("features", *widths))
-    report.add_text("There is no spread: nothing is trained, and the pairs are the same for all.")
+    width = config.width
+    report.add_text(
+        f"Points found again between {pairs} pairs of its views, by the true depth, within some pixels of a photo of "
+        f"{width} pixels width:"
+    )
+    table = [(name, *values["recall_in_photo_pixels"].values()) for name, values in found["rows"].items()]
+    names = next(iter(found["rows"].values()))["recall_in_photo_pixels"]
+    report.add_table(table, ("features", *(f"{name.removesuffix('px')} px" for name in names)))
+    report.add_text(
+        f"{SAME_PLACE}: what matches would reach that stay where they are in the picture. There is no spread: nothing "
+        "is trained, and the pairs are the same for all."
+    )
 
 
 def _add_probe(report: Report, where: Places, metrics: Dict[str, Any], kind: str) -> None:

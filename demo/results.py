@@ -27,7 +27,7 @@ class RoomResult:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A row of a probe beside the one that it must beat."""
+    """A row of a probe beside one that it should beat."""
 
     row: str
     baseline: str
@@ -82,7 +82,7 @@ def read_results(config: DemoConfig) -> DemoResults:
 
 
 def comparisons(rows: Dict[str, Any], metric: str, higher_is_better: bool) -> List[Comparison]:
-    """Compares each fine-tuned row with the untuned one of the same width.
+    """Compares each fine-tuned row with the untuned one of the same width, and with its control.
 
     Args:
         rows: Of a probe's metrics.json.
@@ -90,9 +90,9 @@ def comparisons(rows: Dict[str, Any], metric: str, higher_is_better: bool) -> Li
         higher_is_better: What is a gain.
 
     Returns:
-        Comparisons of the rows that are there: those distilled from 3D first, their controls after.
+        Comparisons of the rows that are there.
     """
-    pairs = [("tuned", "original"), ("concat", "duplicate"), ("control", "original"), ("control_concat", "duplicate")]
+    pairs = [("tuned", "original"), ("tuned", "control"), ("concat", "duplicate"), ("concat", "control_concat")]
     found = []
     for row, baseline in pairs:
         if row not in rows or baseline not in rows:

@@ -103,7 +103,7 @@ def test_the_page_tells_the_whole_story(demo):
     for name, count in {"teacher": 2, "lifted": 2, "truth": 6, "original": 10, "tuned": 10, "control": 4}.items():
         assert captions.count(name) == count, name
     assert page.count("<svg") == 1
-    assert "The spread covers the heads only" in page
+    assert "The spread covers the heads only" in page and "owed to 3D" in page
 
 
 def test_numbers_of_the_page_are_those_of_the_files(demo):
@@ -119,7 +119,7 @@ def test_numbers_of_the_page_are_those_of_the_files(demo):
             matching = [row for row in rows if row[0] == name and cell in row]
             assert len(matching) == 2, (kind, name)  # in short, and in the probe's own table
             if name in found:
-                assert f"{found[name]['recall']['10px']:.4g}" in matching[0]
+                assert f"{found[name]['recall_in_photo_pixels']['10px']:.4g}" in matching[0]
     run = folder / "runs/room_000/fit3d-splat/demo"
     scores, lift = json.loads((run / "eval.json").read_text())["results"], json.loads((run / "lift.json").read_text())
     expected = [str(lift["gaussians"]), *(f"{scores[name]:.4g}" for name in ("psnr", "ssim", "feature_cosine"))]
