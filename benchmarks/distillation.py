@@ -6,14 +6,17 @@ Scenes are synthetic (random Gaussians, random photos, random weights), so that 
     python benchmarks/distillation.py --backbone dinov2_small_focus --size 504 504 --batch-sizes 2 16
     python benchmarks/distillation.py --scenes 230 --gaussians 1000000 --views 8 --batch-sizes 16
     torchrun --nproc-per-node 2 benchmarks/distillation.py --batch-sizes 32
+    python benchmarks/distillation.py --batch-sizes 16 --profile
 
 What real scenes give is measured with fit3d-distill itself: docs/distillation.md lists the commands.
 """
 
+import contextlib
 import copy
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -85,6 +88,8 @@ class Benchmark:
     """See fit3d-distill."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """Where to run."""
+    profile: bool = False
+    """Also tell which kernels the time goes into; slows the training down a little."""
     folder: Optional[Path] = None
     """Where the synthetic scenes go; a temporary folder if not given."""
     output: Path = Path("outputs/benchmarks/distillation.json")
@@ -145,7 +150,11 @@ def _measure(
     feed = Feed(scenes, sampler, targets, bank, photos, config, world, kept_bytes=kept)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    result = Trainer(config, scenes, copy.deepcopy(student), feed, sampler, world).train()
+    trainer = Trainer(config, scenes, copy.deepcopy(student), feed, sampler, world)
+    activity = torch.profiler.ProfilerActivity.CUDA if device.type == "cuda" else torch.profiler.ProfilerActivity.CPU
+    profiling = torch.profiler.profile(activities=[activity]) if benchmark.profile else None
+    with profiling or contextlib.nullcontext():
+        result = trainer.train()
     peak = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else float("nan")
     share = batch_size // world.size
     vit = share / _vit_seconds(config, student, scenes, share, device) * world.size
@@ -169,6 +178,8 @@ def _measure(
         "upload_seconds": upload_seconds,
         "peak_gigabytes": peak,
     }
+    if profiling is not None:
+        row["kernel_ms_per_view"] = json.dumps(_kernel_times(profiling, device, (config.steps or 0) * share))
     world.say(json.dumps({name: round(v, 3) if isinstance(v, float) else v for name, v in row.items()}))
     return row
 
@@ -186,7 +197,7 @@ def _vit_seconds(config: DistillConfig, student: Any, scenes: list[Scene], share
     if config.acceleration == "compile":
         loss.compile(dynamic=False)
     eager = EagerStep(loss, optimizer, parameters, config)
-    graph = cuda and config.acceleration in ("auto", "graph")
+    graph = cuda and config.acceleration != "none"
     runner = GraphStep(eager, optimizer, parameters) if graph else eager
     weights = torch.ones(share, rows, columns, device=device)
     inputs = StepInput(
@@ -196,6 +207,28 @@ def _vit_seconds(config: DistillConfig, student: Any, scenes: list[Scene], share
         total_weight=weights.sum(),
     )
     return _seconds(lambda: runner.run(inputs), device)
+
+
+_KERNELS = {
+    "attention": "flash|fmha|attention|softmax",
+    "matrix products": "gemm|nvjet|cutlass|cublas|splitK",
+    "render": "gsplat|rasterize|projection|isect|radix|Radix|DeviceScan|fully_fused",
+    "decoder, photos": "conv|im2col|interpolate|upsample|grid_sample|nchwToNhwc|nhwcToNchw|flip",
+    "optimizer, clipping": "multi_tensor|adam|Adam|foreach|FusedOptimizer",
+    "norms, activations, casts": "layer_norm|LayerNorm|Gelu|gelu|elementwise|reduce|Reduce|triton|copy|Copy",
+    "memory": "Memcpy|Memset",
+}
+"""Patterns of CUDA kernels' names; the first that is found counts."""
+
+
+def _kernel_times(profiler: torch.profiler.profile, device: torch.device, views: int) -> dict[str, float]:
+    """Milliseconds of the device's time a view of this process, by kind of kernel, the longest kind first."""
+    times = dict.fromkeys([*_KERNELS, "other"], 0.0)
+    for event in profiler.key_averages():
+        kind = next((kind for kind, pattern in _KERNELS.items() if re.search(pattern, event.key)), "other")
+        microseconds = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
+        times[kind] += microseconds / 1000 / views
+    return {kind: round(value, 4) for kind, value in sorted(times.items(), key=lambda item: -item[1])}
 
 
 def _render_seconds(targets: LiftedTargets, scenes: list[Scene], at_once: int, device: torch.device) -> float:

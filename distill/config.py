@@ -88,8 +88,8 @@ class DistillConfig:
     """Arithmetic of the student: bf16 autocast on CUDA and fp32 on a CPU by default. Weights, loss and optimizer are
     always fp32."""
     acceleration: Literal["auto", "none", "compile", "graph"] = "auto"
-    """`graph` replays the whole step as one CUDA graph, `compile` uses torch.compile. By default `graph` on one GPU
-    and `none` elsewhere."""
+    """`graph` replays the whole step as one CUDA graph, `compile` also has torch.compile fuse the student's kernels
+    (a start of half a minute; in a CUDA graph too on one GPU). By default `graph` on one GPU and `none` elsewhere."""
     scene_placement: Literal["auto", "device", "host", "disk"] = "auto"
     """Where scenes wait: all on the GPU, or in pinned host memory or on disk with uploads ahead of their use."""
     scene_memory: Optional[float] = None

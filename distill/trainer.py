@@ -166,20 +166,20 @@ class Trainer:
         config, world = self._config, self._world
         cuda = world.device.type == "cuda"
         bf16 = config.precision == "bf16" or (config.precision == "auto" and cuda)
-        acceleration = config.acceleration
-        if acceleration == "auto":
-            acceleration = "graph" if cuda and world.size == 1 else "none"
-        if acceleration == "graph" and (not cuda or world.size > 1):
+        graphs = cuda and world.size == 1
+        if config.acceleration == "graph" and not graphs:
             raise UserError("--acceleration graph needs CUDA and a single process: use compile or none.")
         loss: nn.Module = DistillLoss(self._student, bf16)
-        if acceleration == "compile":
+        if config.acceleration == "compile":
             loss.compile(dynamic=False)
         if world.size > 1:
             loss = DistributedDataParallel(
                 loss, device_ids=[world.device.index] if cuda else None, broadcast_buffers=False
             )
         eager = EagerStep(loss, self._optimizer, self._parameters, config, world.size)
-        return GraphStep(eager, self._optimizer, self._parameters) if acceleration == "graph" else eager
+        if graphs and config.acceleration != "none":
+            return GraphStep(eager, self._optimizer, self._parameters)
+        return eager
 
     def _is_log_step(self) -> bool:
         # Waiting for the device is cheap on a CPU, where a broken loss is therefore noticed at once.

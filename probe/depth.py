@@ -8,6 +8,7 @@ from fit3d_ns.backbones import BackboneOutput
 from fit3d_ns.errors import UserError
 from probe.colors import change_colors, draw_color_change
 from probe.datasets import Sample
+from probe.fusing import fused
 from probe.geometry import augment_depth, augment_normals, depth_window
 from probe.heads import TokenAndClassHead, expected_depth
 from probe.losses import log_gradient, normal_distance, scale_invariant
@@ -64,8 +65,11 @@ class DepthTask(_TokenAndClassTask):
 
     def loss(self, head: nn.Module, features: BackboneOutput, target: Tensor, step: int) -> Tensor:
         """Scale-invariant loss of the depth at the truth's resolution, plus the gradient loss if asked for."""
-        depth = resize_maps(self._depth_map(head, features), (target.shape[-2], target.shape[-1]))[:, 0]
-        loss = scale_invariant(depth, target, self.recipe.loss_group, step >= self.recipe.sigma_warmup)
+        logits = self._upsample(head(features))
+        depth = fused(expected_depth, logits.device)(logits, self.recipe.min_depth, self.data.max_depth)
+        depth = resize_maps(depth, (target.shape[-2], target.shape[-1]))[:, 0]
+        scale_invariant_loss = fused(scale_invariant, logits.device)
+        loss = scale_invariant_loss(depth, target, self.recipe.loss_group, step >= self.recipe.sigma_warmup)
         if self.recipe.gradient_loss:
             loss = loss + self.recipe.gradient_loss * log_gradient(depth, target)
         return loss
@@ -102,14 +106,13 @@ class DepthTask(_TokenAndClassTask):
         """Colours depth by its logarithm, near bright; black where there is none."""
         return depth_colors(values.cpu().numpy(), self.data.max_depth)
 
-    def _depth_map(self, head: nn.Module, features: BackboneOutput) -> Tensor:
+    def _upsample(self, logits: Tensor) -> Tensor:
         # The linear map commutes with the upsampling of its input, which has 1.5 to 6 times as many channels.
-        logits = head(features)
-        size = tuple(side * self.recipe.upsample for side in logits.shape[-2:])
-        return expected_depth(resize_maps(logits, size), self.recipe.min_depth, self.data.max_depth)
+        return resize_maps(logits, tuple(side * self.recipe.upsample for side in logits.shape[-2:]))
 
     def _test_depth(self, head: nn.Module, features: BackboneOutput, size: tuple[int, int]) -> Tensor:
-        depth = self._depth_map(head, features).clamp(self.recipe.min_depth, self.data.max_depth)
+        depth = expected_depth(self._upsample(head(features)), self.recipe.min_depth, self.data.max_depth)
+        depth = depth.clamp(self.recipe.min_depth, self.data.max_depth)
         return resize_maps(depth, size)[:, 0]
 
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from fit3d_ns.backbones import BackboneOutput
 from probe.colors import distort, draw_distortion
 from probe.datasets import ProbeData, Sample
+from probe.full_resolution_loss import full_resolution_cross_entropy
 from probe.geometry import augment_segmentation, resize_image, scaled_size
 from probe.heads import SegmentationHead
 from probe.losses import cross_entropy
@@ -55,7 +56,7 @@ class SegmentationTask(Task[SegmentationRecipe]):
 
     def loss(self, head: nn.Module, features: BackboneOutput, target: Tensor, step: int) -> Tensor:
         """Cross-entropy of the logits at the labels' resolution."""
-        return cross_entropy(resize_maps(head(features), (target.shape[-2], target.shape[-1])), target)
+        return full_resolution_cross_entropy(head(features), target)
 
     def sampled_loss(self, head: nn.Module, features: BackboneOutput, values: Tensor, step: int) -> Tensor:
         """Cross-entropy of the logits at some pixels."""

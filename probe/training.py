@@ -66,7 +66,11 @@ class HeadBank:
                     torch.manual_seed(_stable_seed(seed, row.name))
                     module = task.make_head(row_width(row, widths[0]), widths[1], row.assembly == "linear").to(device)
                 optimizer = torch.optim.AdamW(
-                    module.parameters(), learning_rate, betas=(0.9, 0.999), weight_decay=optimization.weight_decay
+                    module.parameters(),
+                    learning_rate,
+                    betas=(0.9, 0.999),
+                    weight_decay=optimization.weight_decay,
+                    fused=device.type == "cuda" or None,
                 )
                 self.heads.append(Head(row, learning_rate, module.train(), optimizer))
 
