@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
@@ -10,7 +11,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from fit3d_ns.errors import UserError
+
+_WRITE_FAILED = re.compile("PytorchStreamWriter|inline_container|[Ss]erializing")
+"""In what torch.save and safetensors say when the operating system refuses."""
 
 
 @contextmanager
@@ -40,6 +46,10 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
         raise UserError(
             f"Cannot write {path} ({error.strerror or error}): free space there or choose another place."
         ) from error
+    except (RuntimeError, SafetensorError) as error:
+        if not _WRITE_FAILED.search(str(error)):
+            raise
+        raise UserError(f"Cannot write {path}: free space there or choose another place.") from error
     finally:
         try:
             temporary.unlink(missing_ok=True)

@@ -42,13 +42,21 @@ def process_group(device: str) -> Iterator[torch.device]:
         chosen = torch.device(device)
     except RuntimeError:
         raise UserError(f"--device {device} is no device: give auto, cpu, cuda or cuda:N.") from None
+    if chosen.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {device} is not supported: give auto, cpu, cuda or cuda:N.")
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"--device {device}: no CUDA device is available, use --device cpu.")
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    if chosen.type == "cuda":
+        number = (chosen.index or 0) if alone else int(os.environ.get("LOCAL_RANK", "0"))
+        if number >= torch.cuda.device_count():
+            wanted = f"--device {device}" if alone else f"Process {number} of torchrun has no GPU of its own"
+            raise UserError(f"{wanted}: this machine has {torch.cuda.device_count()} (cuda:0 is the first).")
+        chosen = chosen if alone else torch.device("cuda", number)
+    if alone:
         yield chosen
         return
     if chosen.type == "cuda":
-        chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(chosen)
     # A shared step may wait for one process that caches the features.
     dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timedelta(hours=6))

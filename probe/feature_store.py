@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fit3d_ns.backbones import BackboneOutput
+from fit3d_ns.errors import UserError
 from fit3d_ns.files import atomic_path
 from fit3d_ns.storage import is_complete_safetensors
 from probe.datasets import Sample
@@ -44,7 +45,9 @@ class FeatureStore:
             samples: The photos, in order.
             mirrored: Whether there is a second map for each photo, of its mirror image.
         """
-        files = [(str(path.resolve()), *_stamp(path)) for sample in samples for path in (sample.image, sample.target)]
+        files = [
+            (str(path.resolve()), *file_stamp(path)) for sample in samples for path in (sample.image, sample.target)
+        ]
         lenses = [sample.intrinsics for sample in samples]
         content = json.dumps([SCHEMA, SHARD, mirrored, description, files, lenses], sort_keys=True)
         self._folder = folder / hashlib.blake2b(content.encode(), digest_size=12).hexdigest()
@@ -76,6 +79,7 @@ class FeatureStore:
             UserError: If a photo cannot be read or the disk is full.
         """
         shards = [k for k in range(-(-self._count // SHARD)) if not is_complete_safetensors(self._path(k))]
+        wait_for_all()  # until all processes have looked, nobody may add a shard
         shards = shards[rank() :: world_size()]
         indices = [index for shard in shards for index in self._range(shard)]
         pending: list[dict[str, Any]] = []
@@ -162,6 +166,14 @@ def draw_positions(target: np.ndarray, count: int, rng: np.random.Generator) -> 
     return np.stack([(column + 0.5) / width, (row + 0.5) / height], -1).astype(np.float32), target[row, column]
 
 
-def _stamp(path: Path) -> tuple[int, int]:
-    status = path.stat()
+def file_stamp(path: Path) -> tuple[int, int]:
+    """Returns what tells a changed file: its size and the time of its last change.
+
+    Raises:
+        UserError: If there is no such file.
+    """
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): check the data folder.") from None
     return status.st_size, status.st_mtime_ns

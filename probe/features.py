@@ -56,6 +56,8 @@ def choose_rows(assemblies: Optional[Sequence[str]], tuned: bool, control: bool)
         UserError: If an assembly is unknown, named twice, or needs a fine-tuned backbone that is not given.
     """
     chosen = list(assemblies) if assemblies else [name for name in ASSEMBLIES if tuned or not needs_tuned(name)]
+    if len(set(chosen)) < len(chosen):
+        raise UserError("--assemblies names a row twice: name each once.")
     for name in chosen:
         if name not in ASSEMBLIES:
             raise UserError(f"--assemblies {name} is unknown: choose from {', '.join(ASSEMBLIES)}.")

@@ -1,12 +1,12 @@
 """Functions compiled into few kernels where that pays."""
 
 import os
-import shutil
+import warnings
 from functools import lru_cache
-from importlib.util import find_spec
 from typing import Any, Callable, TypeVar, cast
 
 import torch
+from torch import Tensor
 
 Function = TypeVar("Function", bound=Callable)
 
@@ -16,9 +16,24 @@ _KEEP_NOTHING: dict[str, Any] = {"realize_reads_threshold": 1000, "realize_opcou
 
 @lru_cache(maxsize=8)
 def can_fuse(device: torch.device) -> bool:
-    """Returns whether torch.compile makes kernels for a device: on CUDA, with triton and the C compiler it calls."""
-    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
-    return device.type == "cuda" and find_spec("triton") is not None and compiler is not None
+    """Returns whether torch.compile makes kernels for a device: on CUDA, if it manages to.
+
+    It needs triton, a C compiler with Python's headers, and a GPU that triton knows. Where one is missing, a warning
+    says so.
+    """
+    if device.type != "cuda" or os.environ.get("TORCH_COMPILE_DISABLE") == "1":
+        return False
+    try:
+        torch.compile(_double)(torch.ones(2, device=device))
+    except Exception as error:  # each missing part has its own
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        warnings.warn(f"torch.compile does not work here ({reason}): losses take more time and memory.", stacklevel=2)
+        return False
+    return True
+
+
+def _double(values: Tensor) -> Tensor:
+    return 2 * values
 
 
 @lru_cache(maxsize=32)

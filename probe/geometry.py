@@ -92,6 +92,13 @@ def crop_size(height: int, width: int, recipe: DepthRecipe) -> tuple[int, int]:
     return max(1, height * 13 // 15), max(1, width * 17 // 20)
 
 
+def training_crop_size(height: int, width: int, recipe: DepthRecipe) -> tuple[int, int]:
+    """Returns height and width of the training crop of a photo, its data set's window heeded."""
+    photo = np.broadcast_to(np.uint8(0), (height, width))
+    window, _ = depth_window(photo, photo, recipe, training=True)
+    return crop_size(window.shape[0], window.shape[1], recipe)
+
+
 def augment_depth(
     image: np.ndarray, depth: np.ndarray, recipe: DepthRecipe, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -29,7 +29,7 @@ def scale_invariant(
         depth: Predicted, metres, above 0.
         truth: Metres, 0 where there is none.
         group: Images that one value is taken over; the values are averaged. Groups with less than two valid pixels
-            are left out, and the loss is 0 where all are.
+            count as 0, so that the mean over several processes is that over one.
         variance: Whether the variance counts; the references leave it out in the first 100 steps.
 
     Returns:
@@ -50,11 +50,13 @@ def scale_invariant(
         square = square + empty.index_add(0, groups, centred.square().sum(1)) / (count - 1).clamp_min(1)
     enough = (count >= 2).to(depth.dtype)
     # The root of exactly 0 has no gradient.
-    return (square.clamp_min(1e-12).sqrt() * enough).sum() / enough.sum().clamp_min(1)
+    return (square.clamp_min(1e-12).sqrt() * enough).mean()
 
 
 def log_gradient(depth: Float[Tensor, "B H W"], truth: Float[Tensor, "B H W"], scales: int = 4) -> Float[Tensor, ""]:
     """Mean absolute difference of neighbouring log-depth errors, at strides 1, 2, 4, 8, over pairs of valid pixels.
+
+    Each image has its own mean, and images without such pairs count as 0.
 
     The references' version takes its differences along batch and channel instead of rows and columns, so that it is
     zero, with zero gradient, for up to two images; this one does what was meant, and no published recipe uses it.
@@ -72,12 +74,12 @@ def log_gradient(depth: Float[Tensor, "B H W"], truth: Float[Tensor, "B H W"], s
                 continue
             both = known.narrow(dim, 1, known.shape[dim] - 1) & known.narrow(dim, 0, known.shape[dim] - 1)
             change = coarse.diff(dim=dim).abs() * both
-            total = total + change.sum() / both.sum().clamp_min(1)
+            total = total + (change.sum((1, 2)) / both.sum((1, 2)).clamp_min(1)).mean()
     return total / scales
 
 
 def normal_distance(normals: Float[Tensor, "B 3 *place"], truth: Float[Tensor, "B 3 *place"]) -> Float[Tensor, ""]:
-    """Mean of 1 - cosine over pixels with a normal (a vector that is not zero)."""
+    """Mean of 1 - cosine over each image's pixels with a normal (a vector that is not zero), then over images."""
     valid = truth.square().sum(1) > 0.25
     cosine = F.cosine_similarity(normals, truth, dim=1)
-    return ((1 - cosine) * valid).sum() / valid.sum().clamp_min(1)
+    return (((1 - cosine) * valid).flatten(1).sum(1) / valid.flatten(1).sum(1).clamp_min(1)).mean()

@@ -17,6 +17,7 @@ from PIL import Image
 
 from fit3d_ns.errors import UserError
 from fit3d_ns.files import atomic_path, atomic_write_json
+from probe.distributed import world_size
 
 _PACKAGES = ("fit3d-ns", "torch", "torchmetrics", "timm", "numpy")
 
@@ -111,6 +112,13 @@ def provenance(device: torch.device) -> dict[str, Any]:
 
 def _program() -> list[str]:
     name = Path(sys.argv[0]).name
+    if world_size() > 1:
+        return [
+            "torchrun",
+            "--nproc-per-node",
+            str(world_size()),
+            *(["-m", "probe.cli"] if name == "cli.py" else [name]),
+        ]
     return ["python", "-m", "probe.cli"] if name == "cli.py" else [name]
 
 

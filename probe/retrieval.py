@@ -40,9 +40,14 @@ def run_retrieval(config: RetrievalConfig) -> None:
     Raises:
         UserError: As for the trained probes.
     """
-    for flag, value in (("--neighbours", config.neighbours), ("--memory", config.memory)):
-        if value < 1:
-            raise UserError(f"{flag} {value} is too small: at least 1.")
+    for flag, value, least in (
+        ("--neighbours", config.neighbours, 1),
+        ("--memory", config.memory, 1),
+        ("--workers", config.workers, 0),
+        ("--seed", config.seed, 0),
+    ):
+        if value < least:
+            raise UserError(f"{flag} {value} is too small: at least {least}.")
     if config.temperature <= 0:
         raise UserError(f"--temperature {config.temperature:g} must be above 0.")
     with process_group(config.device) as device:

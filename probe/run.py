@@ -3,6 +3,7 @@
 import hashlib
 import time
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, Optional
 
 import torch
@@ -11,11 +12,13 @@ from rich.console import Console
 from fit3d_ns.errors import UserError
 from probe.config import DepthConfig, TrainedProbeConfig
 from probe.datasets import Kind, ProbeData, check_data, load_data
-from probe.datasets.checks import spread
+from probe.datasets.checks import check_crops, spread
 from probe.depth import DepthTask, NormalsTask
 from probe.distributed import process_group, rank, wait_for_all
 from probe.evaluation import evaluate
+from probe.feature_store import file_stamp
 from probe.features import FrozenBackbones, Row, choose_rows, load_backbones
+from probe.geometry import training_crop_size
 from probe.progress import progress
 from probe.recipes import DepthRecipe, FastRecipe, Optimization, choose_fast_recipe, choose_recipe, override
 from probe.results import ResultFolder, provenance
@@ -77,6 +80,8 @@ def _run(config: TrainedProbeConfig, kind: Kind, device: torch.device) -> None:
     several = len(optimization.learning_rates) > 1
     data = load_data(config.choice(kind), config.validation_share if several else 0.0)
     checked = check_data(data)
+    if isinstance(recipe, DepthRecipe) and not fast:
+        check_crops(data, partial(training_crop_size, recipe=recipe))
     task = _TASKS[kind](data, recipe)
     backbones = load_backbones(
         config.backbone_spec(task.norm), config.tuned, config.control, rows, config.precision, device
@@ -225,11 +230,12 @@ def _panel_places(data: ProbeData) -> list[int]:
 
 
 def _data_identity(data: ProbeData) -> dict[str, Any]:
-    """Describes a data set by its files' names and rules."""
+    """Describes a data set by its files and rules."""
     digest = hashlib.blake2b(digest_size=12)
     for samples in (data.train, data.validation or (), data.test):
         for sample in samples:
-            digest.update(f"{sample.image.name}|{sample.target.name}|{sample.name}\n".encode())
+            stamps = [(path.name, *file_stamp(path)) for path in (sample.image, sample.target)]
+            digest.update(f"{sample.name}|{stamps}|{sample.intrinsics}\n".encode())
         digest.update(b"--\n")
     return {
         "name": data.name,

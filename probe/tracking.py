@@ -44,13 +44,19 @@ class LossLog:
         """Adds the losses of a step, by head."""
         if rank():
             return
-        with self._path.open("a") as file:
-            file.write(json.dumps({"seed": seed, "step": step, **losses}) + "\n")
+        try:
+            with self._path.open("a") as file:
+                file.write(json.dumps({"seed": seed, "step": step, **losses}) + "\n")
+        except OSError as error:
+            raise UserError(f"Cannot write {self._path} ({error.strerror}): free space there.") from None
         for name, value in losses.items():
             if self._board is not None:
                 self._board.add_scalar(f"loss/seed_{seed}/{name}", value, step)
         if self._run is not None:
-            self._run.log({f"loss/seed_{seed}/{name}": value for name, value in losses.items()}, step=step)
+            # Steps of their own: those of Weights & Biases only ever grow, and each seed begins anew.
+            self._run.define_metric(f"loss/seed_{seed}/*", step_metric=f"step/seed_{seed}")
+            values = {f"loss/seed_{seed}/{name}": value for name, value in losses.items()}
+            self._run.log({**values, f"step/seed_{seed}": step})
 
     def close(self) -> None:
         """Ends what was opened."""

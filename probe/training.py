@@ -134,7 +134,10 @@ class HeadBank:
                 return 0
             for head in self.heads:
                 head.module.load_state_dict(state["heads"][head.key])
-                head.optimizer.load_state_dict(state["optimizers"][head.key])
+                saved = state["optimizers"][head.key]
+                for group, own in zip(saved["param_groups"], head.optimizer.param_groups):
+                    group["fused"] = own["fused"]  # that of this device, not of the one it was saved on
+                head.optimizer.load_state_dict(saved)
             return int(state["step"])
         except Exception as error:  # torch.load raises half a dozen kinds on damaged files
             raise UserError(

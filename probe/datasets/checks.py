@@ -1,13 +1,15 @@
 """What can be known of a data set before training: files, sizes, labels, depths."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Optional
 
 import numpy as np
 from PIL import Image
 
 from fit3d_ns.errors import UserError
-from probe.datasets.samples import ProbeData, Sample, check_sizes, read_sample
+from probe.datasets.samples import IGNORE, ProbeData, Sample, check_sizes, read_sample
 
 HEADERS_CHECKED = 4000
 """Files of which the size is checked beforehand, per split; evenly spread where there are more."""
@@ -36,8 +38,13 @@ def check_data(data: ProbeData) -> DataSummary:
 
     Raises:
         UserError: If a split is empty, a file is damaged or holds what it must not, photo and truth differ in size,
-            or no pixel has a truth.
+            no pixel has a truth, or the number of classes is not one that 8-bit labels hold.
     """
+    if data.kind == "segmentation" and not 2 <= len(data.classes) <= IGNORE:
+        raise UserError(
+            f"{data.name} has {len(data.classes)} class{'es' * (len(data.classes) != 1)}, and segmentation needs 2 to "
+            f"{IGNORE} ({IGNORE} marks ignored pixels): check the label files and the class list."
+        )
     seen: set[int] = set()
     valid, total = 0, 0
     for split, samples in (("training", data.train), ("validation", data.validation), ("test", data.test)):
@@ -63,6 +70,30 @@ def check_data(data: ProbeData) -> DataSummary:
             raise UserError(_nothing_valid(data, chosen[0], split))
         valid += split_valid
     return DataSummary(len(seen), valid / max(1, total))
+
+
+def check_crops(data: ProbeData, crop_of: Callable[[int, int], tuple[int, int]]) -> None:
+    """Checks that the training crops of all photos have one size, as those of a step must.
+
+    Args:
+        data: The data set.
+        crop_of: Returns the size of a crop, given height and width of a photo.
+
+    Raises:
+        UserError: If not.
+    """
+    first: Optional[tuple[Path, tuple[int, int]]] = None
+    for sample in spread(data.train, HEADERS_CHECKED):
+        path = sample.target if data.fit == "image_to_target" else sample.image
+        with Image.open(path) as image:
+            crop = crop_of(image.height, image.width)
+        if first is None:
+            first = path, crop
+        elif crop != first[1]:
+            raise UserError(
+                f"{first[0]} gives training crops of {first[1][1]}x{first[1][0]} pixels and {path} of "
+                f"{crop[1]}x{crop[0]}, but those of a step must be equal: resize the photos to one size, or use --fast."
+            )
 
 
 def spread(samples: Sequence[Sample], count: int) -> list[Sample]:

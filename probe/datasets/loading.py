@@ -68,18 +68,21 @@ def load_data(choice: DataChoice, validation_share: float = 0.0) -> ProbeData:
 
 
 def _check_options(choice: DataChoice) -> None:
-    """Refuses options that the data set would not heed."""
+    """Refuses options that the data set or the probe would not heed."""
     own, public = ("folder", "rooms"), tuple(name for name in DATASETS if name not in ("folder", "rooms"))
-    for flag, given, datasets in (
-        ("--split-file", choice.split_file is not None, public),
-        ("--depth-scale", choice.depth_scale is not None, own),
-        ("--max-depth", choice.max_depth is not None, own),
-        ("--classes", choice.classes != "paper", ("scannet",)),
-        ("--scannetpp-labels", choice.scannetpp_labels != "shifted", ("scannetpp",)),
-        ("--class-names", choice.class_names is not None, ("folder",)),
+    labels, depths = ("segmentation",), ("depth", "normals")
+    for flag, given, datasets, kinds in (
+        ("--split-file", choice.split_file is not None, public, (*labels, *depths)),
+        ("--depth-scale", choice.depth_scale is not None, own, depths),
+        ("--max-depth", choice.max_depth is not None, own, depths),
+        ("--classes", choice.classes != "paper", ("scannet",), labels),
+        ("--scannetpp-labels", choice.scannetpp_labels != "shifted", ("scannetpp",), labels),
+        ("--class-names", choice.class_names is not None, ("folder",), labels),
     ):
         if given and choice.dataset not in datasets:
             raise UserError(f"{flag} is for --dataset {', '.join(datasets)}, not for {choice.dataset}: leave it out.")
+        if given and choice.kind not in kinds:
+            raise UserError(f"{flag} is for {' and '.join(kinds)}, not for {choice.kind}: leave it out.")
 
 
 def _hold_out(samples: Sequence[Sample], share: float) -> tuple[Sequence[Sample], Sequence[Sample]]:

@@ -136,4 +136,9 @@ def _numbered(samples: list[Sample]) -> tuple[str, ...]:
     for sample in spread(samples, _LABELS_SEARCHED):
         values = read_index(sample.target)
         largest = max(largest, int(np.max(values, where=values != IGNORE, initial=0)))
+        if largest > IGNORE:
+            raise UserError(
+                f"{sample.target} holds the label {largest}, but class ids lie below {IGNORE}, which marks ignored "
+                "pixels: give it class ids instead of instance ids."
+            )
     return tuple(f"class {index}" for index in range(largest + 1))

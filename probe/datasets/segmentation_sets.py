@@ -63,7 +63,7 @@ def scannet(choice: DataChoice) -> ProbeData:
         names = tuple(names[value - 1] for value in class_lists.SCANNET20_IDS)
         rule = LabelRule(20, ids=class_lists.SCANNET20_IDS)
     root = _below(choice.data, "scannet_frames_25k")
-    if choice.split_file is None and (root / "images").is_dir():
+    if (root / "images").is_dir():
         return _mmseg(choice, root, "ScanNet", names, rule)
     train, test = scannet_frames(choice, root, "label", _LAYOUTS["scannet"])
     # The photos of the 25k release have 1296x968 pixels, all truth 640x480.

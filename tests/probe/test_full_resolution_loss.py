@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from probe.datasets.samples import IGNORE
 from probe.full_resolution_loss import cell_cross_entropy, full_resolution_cross_entropy
+from probe.fusing import can_fuse
 from probe.losses import cross_entropy
 
 
@@ -40,6 +41,20 @@ def test_cross_entropy_of_ignored_labels_alone_is_zero():
     found = cell_cross_entropy(logits, labels)
     (gradient,) = torch.autograd.grad(found, logits)
     assert found.item() == 0.0 and not gradient.any()
+
+
+def test_without_a_compiler_nothing_is_fused(monkeypatch):
+    cuda = torch.device("cuda")
+    with monkeypatch.context() as patched:
+        patched.setenv("TORCH_COMPILE_DISABLE", "1")
+        assert not can_fuse.__wrapped__(cuda)
+
+    def fail(function):
+        raise RuntimeError("Failed to find C compiler.\nSet CC.")
+
+    monkeypatch.setattr(torch, "compile", fail)
+    with pytest.warns(UserWarning, match=r"does not work here \(Failed to find C compiler\.\): losses"):
+        assert not can_fuse.__wrapped__(cuda)
 
 
 @pytest.mark.gpu

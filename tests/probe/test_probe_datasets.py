@@ -252,6 +252,21 @@ def test_what_is_wrong_is_said_with_the_file(tmp_path, colored_blocks):
     ):
         with pytest.raises(UserError, match=f"{flag} is for --dataset .* not for {choice.dataset}: leave it out"):
             load_data(choice)
+    for flag, choice in (
+        ("--max-depth", DataChoice("folder", root, "segmentation", max_depth=5.0)),
+        ("--class-names", DataChoice("folder", root, "depth", class_names=root / "classes.txt")),
+    ):
+        with pytest.raises(UserError, match=f"{flag} is for .*, not for {choice.kind}: leave it out"):
+            load_data(choice)
+    root = colored_blocks("instances")
+    save_png(root / "trainannot" / "photo_1.png", np.full((48, 64), 26001, np.uint16))
+    with pytest.raises(UserError, match=r"trainannot/photo_1.png holds the label 26001.*class ids"):
+        check(root)
+    root = colored_blocks("mask")
+    for path in [*(root / "trainannot").iterdir(), *(root / "testannot").iterdir()]:
+        save_png(path, np.where(np.arange(64) < 9, 0, 255)[None].repeat(48, 0).astype(np.uint8))
+    with pytest.raises(UserError, match=r"mask has 1 class, and segmentation needs 2 to 255"):
+        check(root)
     (tmp_path / "empty").mkdir()
     for name in ("ade20k", "voc", "nyuv2", "scannetpp"):
         with pytest.raises(UserError, match="layout expected is"):

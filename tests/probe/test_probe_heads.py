@@ -159,3 +159,14 @@ def test_schedules_at_known_steps():
     assert first_beta(cosine, 11_519) == pytest.approx(0.85)
     assert first_beta(cosine, 38_399) == pytest.approx(0.95)
     assert first_beta(poly, 5) == 0.9
+
+
+def test_a_resumed_optimizer_is_that_of_its_device(tmp_path):
+    rows, device = choose_rows(("original",), False, False), torch.device("cpu")
+    optimization = Optimization(10, 4, (1e-3,), 1e-4, "poly", 0.1, 1e-6)
+    banks = [HeadBank(_Task(), rows, optimization, (WIDTH, 0), 0, device) for _ in range(2)]  # type: ignore[arg-type]
+    banks[0].step(0, _features(), lambda head, features: head(features).square().mean())
+    banks[0].heads[0].optimizer.param_groups[0]["fused"] = True  # as on a GPU
+    banks[0].save(tmp_path / "state.pt", 1, "same")
+    assert banks[1].load(tmp_path / "state.pt", "same", device) == 1
+    assert banks[1].heads[0].optimizer.param_groups[0]["fused"] is None

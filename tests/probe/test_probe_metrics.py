@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -180,7 +181,7 @@ def test_scale_invariant_loss_is_taken_over_groups():
     assert float(ours) == pytest.approx(np.mean(values), rel=1e-6)
     truth[:2] = 0
     alone = scale_invariant(torch.from_numpy(depth), torch.from_numpy(truth), 2)
-    assert float(alone) == pytest.approx(values[1], rel=1e-6)
+    assert float(alone) == pytest.approx(values[1] / 2, rel=1e-6)
     nothing = torch.from_numpy(depth).requires_grad_()
     loss = scale_invariant(nothing, torch.zeros_like(nothing), 2)
     loss.backward()
@@ -215,3 +216,22 @@ def test_normal_distance_leaves_unknown_pixels_out():
     truth[:, :, 0] = 0
     assert float(normal_distance(truth * 3, truth)) == pytest.approx(0, abs=1e-6)
     assert float(normal_distance(-truth, truth)) == pytest.approx(2, abs=1e-6)
+
+
+def test_losses_of_halves_average_to_that_of_the_whole():
+    """What two processes take, however the pixels without truth are spread over the photos."""
+    generator = torch.Generator().manual_seed(0)
+    truth, depth = (1 + torch.rand(4, 8, 8, generator=generator) for _ in range(2))
+    truth[0, :6], truth[2:] = 0, 0
+    truth[3, :2] = 1.5
+    normals, guesses = (F.normalize(torch.randn(4, 3, 8, 8, generator=generator), dim=1) for _ in range(2))
+    normals = normals * (truth > 0)[:, None]
+    for loss, found, wanted in (
+        (partial(scale_invariant, group=2), depth, truth),
+        (partial(scale_invariant, group=2, variance=False), depth, truth),
+        (log_gradient, depth, truth),
+        (normal_distance, guesses, normals),
+        (cross_entropy, torch.randn(4, 5, 8, 8, generator=generator), torch.where(truth > 0, 3, 255)),
+    ):
+        halves = [loss(found[part], wanted[part]) for part in (slice(0, 2), slice(2, 4))]
+        assert float(loss(found, wanted)) == pytest.approx(float(sum(halves)) / 2, rel=1e-5)

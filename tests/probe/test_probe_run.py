@@ -120,6 +120,12 @@ def test_full_segmentation_resumes_to_the_same_result(make_config, tmp_path, mon
     assert not taken, "a finished probe is not trained again"
     with pytest.raises(UserError, match=r"parts holds the results of another probe.*iterations.*--output-dir"):
         run_trained_probe(make_config("parts", assemblies=rows, iterations=7), "segmentation")
+    labels = interrupted.data / "trainannot" / "photo_0.png"
+    values = np.asarray(Image.open(labels)).copy()
+    values[:9] = 255
+    save_png(labels, values)
+    with pytest.raises(UserError, match=r"parts holds the results of another probe.*data.files.*--output-dir"):
+        run_trained_probe(interrupted, "segmentation")
 
 
 @pytest.mark.parametrize("fast", [False, True])
@@ -190,6 +196,8 @@ def test_two_processes_equal_one(make_config, weights, tmp_path, monkeypatch, pr
         cwd=Path(__file__).parents[2],
     )
     assert done.returncode == 0, done.stderr
+    said = json.loads((tmp_path / "two" / "metrics.json").read_text())["command"]
+    assert said.startswith("torchrun --nproc-per-node 2 -m probe.cli segmentation")
     one, two = _rows(tmp_path / "one"), _rows(tmp_path / "two")
     for name in one:
         for metric in ("miou", "macc", "aacc"):
@@ -216,7 +224,7 @@ def test_cuda_equals_cpu(make_config, tmp_path, precision, tolerance):
         assert len(found[0]) == 6 and found[1] == pytest.approx(found[0], abs=tolerance)
 
 
-def test_mistakes_are_said_in_one_sentence(make_config, weights, tmp_path, capsys):
+def test_mistakes_are_said_in_one_sentence(make_config, weights, colored_blocks, tmp_path, capsys):
     from safetensors.torch import save_file
 
     def fails(match, kind: Kind = "segmentation", **options):
@@ -242,6 +250,13 @@ def test_mistakes_are_said_in_one_sentence(make_config, weights, tmp_path, capsy
     fails("There is no folder", data=tmp_path / "nothing")
     fails("--learning-rates", learning_rates=(0.0,))
     fails("--seeds", seeds=(1, 1))
+    fails("--assemblies names a row twice", assemblies=("concat", "concat"))
+    fails("--device mps is not supported", device="mps")
+    odd = colored_blocks("odd")
+    for folder in ("train", "traindepth"):
+        path = odd / folder / "photo_2.png"
+        Image.open(path).resize((80, 60), Image.Resampling.NEAREST).save(path)
+    fails(r"photo_0.png gives training crops of 54x41 pixels and .*photo_2.png of 68x52", "depth", data=odd)
     fails("--layer 99", layer=99)
     fails("neither fit3d-ns nor timm", backbone="test_vitt")
     fails("folder has no normals probe", kind="normals")

@@ -1,0 +1,36 @@
+"""What a full disk leaves behind, whoever writes."""
+
+import resource
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from fit3d_ns.errors import UserError
+from fit3d_ns.files import atomic_path
+
+WRITERS = {
+    "torch": lambda path: torch.save({"values": torch.zeros(100_000)}, path),
+    "safetensors": lambda path: save_file({"values": torch.zeros(100_000)}, path),
+    "bytes": lambda path: path.write_bytes(bytes(400_000)),
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_full_disk_is_one_sentence_and_keeps_the_old_file(tmp_path, writer):
+    """The system's limit on the size of a file stops a writer as a full disk does."""
+    path = tmp_path / "file"
+    path.write_text("old")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(UserError, match=f"Cannot write {path}.*free space"), atomic_path(path) as temporary:
+            WRITERS[writer](temporary)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_text() == "old" and [found.name for found in tmp_path.iterdir()] == ["file"]
+
+
+def test_other_errors_pass(tmp_path):
+    with pytest.raises(RuntimeError, match="out of memory"), atomic_path(tmp_path / "file"):
+        raise RuntimeError("CUDA out of memory")
