@@ -87,6 +87,8 @@ class FastRecipe:
 
 Recipe = Union[SegmentationRecipe, DepthRecipe]
 
+_NORMALS = "normals-{}-v2"
+"""Version 1 divided the loss by the pixels of a batch, which several processes cannot share out."""
 _SEGMENTATION = Optimization(40_000, 16, (1e-3,), 1e-4, "poly", 1500 / 40_000, 1e-6)
 _DEPTH = Optimization(38_400, 16, (1e-4,), 1e-2, "cosine", 12_800 / 38_400, 1e-3, clip=35.0, beta1_cycle=True)
 _FAST_SEGMENTATION = Optimization(2000, 8, (1e-3, 3e-3, 1e-2), 1e-4, "poly", 0.05, 1e-6)
@@ -97,10 +99,10 @@ def choose_recipe(kind: Kind, dataset: str) -> Recipe:
     """Returns the full protocol of a probe on a data set."""
     if kind == "segmentation":
         return SegmentationRecipe("segmentation-linear-v1", _SEGMENTATION)
-    name = f"{kind}-linear-v1"
     if kind == "normals":
         # No normal is known at the edges that a rotation brings in, and the flip is enough of a change of geometry.
-        return DepthRecipe(name, replace(_DEPTH, learning_rates=(1e-3,)))
+        return DepthRecipe(_NORMALS.format("linear"), replace(_DEPTH, learning_rates=(1e-3,)))
+    name = "depth-linear-v1"
     if dataset == "nyuv2":
         return DepthRecipe(
             f"{name}/nyuv2", _DEPTH, train_window=(45, 472, 43, 608), crop=(416, 544), evaluation_crop="nyu_eigen"
@@ -123,7 +125,8 @@ def choose_recipe(kind: Kind, dataset: str) -> Recipe:
 
 def choose_fast_recipe(kind: Kind) -> FastRecipe:
     """Returns the fast protocol of a probe."""
-    return FastRecipe(f"{kind}-fast-v1", _FAST_SEGMENTATION if kind == "segmentation" else _FAST_DEPTH)
+    name = _NORMALS.format("fast") if kind == "normals" else f"{kind}-fast-v1"
+    return FastRecipe(name, _FAST_SEGMENTATION if kind == "segmentation" else _FAST_DEPTH)
 
 
 def override(
