@@ -4,7 +4,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Optional, Tuple
 
+from fit3d_ns.backbones import BackboneSpec, describe_backbone, flags_named
 from fit3d_ns.errors import UserError
+from fit3d_ns.rooms.cli import MAXIMUM_SIZE, MINIMUM_SIZE
 
 _MOST_ROOMS = 4
 """`fit3d-probe` holds out a quarter of the rooms: exactly one of up to five."""
@@ -47,20 +49,30 @@ class DemoConfig:
 
 
 def complete(config: DemoConfig, cuda: bool) -> DemoConfig:
-    """Fills in the sizes that were not given.
+    """Fills in the sizes that were not given, and checks everything before a folder remembers it.
 
     Args:
         config: The user's choices.
         cuda: Whether there is a GPU.
 
     Raises:
-        UserError: If a number is out of range.
+        UserError: If a number is out of range, or the backbone is none.
     """
     sizes = _GPU_SIZES if cuda else _CPU_SIZES
     config = replace(config, **{name: size for name, size in sizes.items() if getattr(config, name) is None})
     for name, least in (("rooms", 1), ("views", 6), ("splat_steps", 10), ("distill_steps", 1), ("probe_steps", 1)):
         if getattr(config, name) < least:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)} is too small: at least {least}.")
+    for name in ("width", "height"):
+        if not MINIMUM_SIZE <= getattr(config, name) <= MAXIMUM_SIZE:
+            raise UserError(
+                f"--{name} {getattr(config, name)} is out of range: choose {MINIMUM_SIZE} to {MAXIMUM_SIZE} pixels."
+            )
+    if config.backbone is not None:
+        with flags_named("--backbone", "--backbone-weights", "--layer"):
+            describe_backbone(BackboneSpec(config.backbone))
+    if config.backbone_weights is not None and not config.backbone_weights.expanduser().is_file():
+        raise UserError(f"There is no file {config.backbone_weights}: check --backbone-weights.")
     if config.rooms > _MOST_ROOMS:
         raise UserError(f"--rooms {config.rooms} is too large: at most {_MOST_ROOMS}, so that one is held out.")
     return config

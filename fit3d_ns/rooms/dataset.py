@@ -12,9 +12,11 @@ OUT/room_000/transforms.json         cameras; metres, z up, OpenGL axes
 ```
 """
 
+import glob
 import hashlib
 import json
 import os
+import platform
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +25,7 @@ import numpy as np
 from PIL import Image
 
 from fit3d_ns.errors import UserError
+from fit3d_ns.files import atomic_write_text
 from fit3d_ns.rooms.classes import class_table
 from fit3d_ns.rooms.room import RenderedRoom
 
@@ -61,7 +64,7 @@ def open_output(out: Path, settings: RoomSettings) -> None:
     index_file = out / "rooms.json"
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file: name a new folder for the rooms.")
-    if out.is_dir() and any(out.iterdir()):
+    if out.is_dir() and any(not path.name.startswith(".") for path in out.iterdir()):
         found = _read_json(index_file)
         if found.get("format") != FORMAT:
             raise UserError(f"{out} is not empty and holds no rooms of this program: name a new or empty folder.")
@@ -87,8 +90,8 @@ def _read_json(path: Path) -> dict:
 
 
 def _sweep(out: Path) -> None:
-    """Removes what killed runs left half-made; folders of running processes stay."""
-    for folder in out.glob(".room_*.partial-*"):
+    """Removes what killed runs of this machine left half-made; folders of running processes stay."""
+    for folder in out.glob(f".room_*.partial-{glob.escape(platform.node())}-*"):
         owner = folder.name.rpartition("-")[2]
         if owner.isdigit() and int(owner) != os.getpid():
             try:
@@ -102,9 +105,7 @@ def _sweep(out: Path) -> None:
 
 
 def _write_json(path: Path, content: object) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(temporary, path)
+    atomic_write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def write_index(out: Path, settings: RoomSettings) -> None:
@@ -172,7 +173,7 @@ def _write_ply(path: Path, points: np.ndarray, colors: np.ndarray) -> None:
 def write_room(out: Path, index: int, settings: RoomSettings, room: RenderedRoom) -> None:
     """Writes a room under a temporary name and gives it its own name when it is complete."""
     target = out / room_name(index)
-    partial = out / f".{room_name(index)}.partial-{os.getpid()}"
+    partial = out / f".{room_name(index)}.partial-{platform.node()}-{os.getpid()}"
     shutil.rmtree(partial, ignore_errors=True)
     try:
         for name in ("images", "depths", "semantics"):

@@ -6,30 +6,50 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from demo.cli import run_demo
 from demo.config import DemoConfig, complete
 from demo.results import comparisons
 from demo.runner import hold, run_stages
 from demo.stages import Stage, stages
 from fit3d_ns.errors import UserError
 
+BACKBONE = "dinov2_small_focus"
+
 
 def test_sizes_suit_the_machine():
-    small, large = complete(DemoConfig(backbone="a"), cuda=False), complete(DemoConfig(backbone="a"), cuda=True)
+    small, large = complete(DemoConfig(), cuda=False), complete(DemoConfig(), cuda=True)
     assert small.splat_steps and large.splat_steps and small.splat_steps < large.splat_steps
     assert complete(DemoConfig(views=8), cuda=True).views == 8
-    for bad in (DemoConfig(rooms=5), DemoConfig(rooms=0), DemoConfig(views=2)):
-        with pytest.raises(UserError, match="--(rooms|views)"):
-            complete(bad, cuda=False)
+
+
+@pytest.mark.parametrize(
+    ("choice", "words"),
+    [
+        ({"rooms": 5}, "--rooms 5 is too large"),
+        ({"rooms": 0}, "--rooms 0 is too small"),
+        ({"views": 2}, "--views 2 is too small"),
+        ({"width": 20}, "--width 20 is out of range"),
+        ({"backbone": "nosuch"}, "--backbone nosuch: neither fit3d-ns nor timm"),
+        ({"backbone_weights": Path("nosuch.pth")}, "no file nosuch.pth: check --backbone-weights"),
+    ],
+)
+def test_bad_choices_leave_nothing_that_a_next_start_would_meet(tmp_path, choice, words):
+    with pytest.raises(UserError, match=words):
+        run_demo(DemoConfig(output_dir=tmp_path / "out", **choice))
+    assert not (tmp_path / "out" / "demo.json").exists()
 
 
 def test_without_a_control_nothing_asks_for_one():
-    config = complete(DemoConfig(backbone="a", control=False), cuda=False)
+    config = complete(DemoConfig(backbone=BACKBONE, control=False), cuda=False)
     words = [word for stage in stages(config, cuda=False) for word in stage.command]
     assert "--tuned" in words and "--control" not in words and "control" not in words
 
 
-def test_paths_with_spaces_stay_whole():
-    config = complete(DemoConfig(output_dir=Path("my demo"), backbone="a", backbone_weights=Path("w w.pth")), False)
+def test_paths_with_spaces_stay_whole(tmp_path, monkeypatch):
+    (tmp_path / "w w.pth").touch()
+    monkeypatch.chdir(tmp_path)
+    chosen = DemoConfig(output_dir=Path("my demo"), backbone=BACKBONE, backbone_weights=Path("w w.pth"))
+    config = complete(chosen, cuda=False)
     for stage in stages(config, cuda=False):
         assert any(word.startswith("my demo/") for word in stage.command)
         assert not any(word in ("my", "w", "w.pth") for word in stage.command)
