@@ -135,7 +135,7 @@ def _measure(
     )
     config.output_dir.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
-    bank = SceneBank(scenes, device, benchmark.scene_placement, benchmark.scene_memory, world.size)
+    bank = SceneBank(scenes, world, benchmark.scene_placement, benchmark.scene_memory)
     _wait(device)
     upload_seconds = time.perf_counter() - start
     world.say(bank.describe())

@@ -15,7 +15,7 @@ from fit3d_ns.errors import UserError
 from fit3d_ns.files import atomic_path
 from fit3d_ns.runs import refusal_reason
 
-SCHEMA = 1
+SCHEMA = 2
 FOLDER = "checkpoints"
 _NAME = re.compile(r"step-(\d+)\.pt")
 

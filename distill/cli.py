@@ -70,10 +70,12 @@ class _Session:
             config.data_root,
             resident_bytes=memory,
         )
-        self.bank = SceneBank(
-            scenes, device, config.scene_placement, config.scene_memory, num_processes=world.local_size
-        )
+        self.bank = SceneBank(scenes, world, config.scene_placement, config.scene_memory)
         world.say(self.bank.describe())
+        block_bytes = self.bank.block_bytes
+        if resumed is not None:  # the order of the views depends on it
+            block_bytes = resumed["block_bytes"]
+            self.bank.check_block(block_bytes)
         self.lifted = LiftedTargets(scenes, self.bank, device, config.accumulation, config.min_accumulation)
         self.targets: TargetSource = self.lifted
         if config.targets == "control":
@@ -89,7 +91,7 @@ class _Session:
             config.batch_size,
             config.seed,
             config.flip,
-            self.bank.block_bytes,
+            block_bytes,
         )
         photo_bytes = self.photos.num_bytes
         left = memory - photo_bytes if photo_bytes <= memory else memory

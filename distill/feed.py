@@ -109,6 +109,8 @@ class Feed:
         return _Window(batches, jobs)
 
     def _work(self, window: _Window, count: int) -> None:
+        if not window.jobs:
+            return
         for scene, views in window.jobs[:count]:
             with self._on_stream():
                 targets = self._source.make(scene, views)
@@ -119,8 +121,19 @@ class Feed:
         del window.jobs[:count]
         if not window.jobs:
             # Not earlier: making room for the next scenes must not evict those that this window still needs.
+            last = window.batches[-1]
+            upcoming = [scene for scene in last.next_block if self._needs(scene, window)]
             with self._on_stream():
-                self._bank.prefetch(window.batches[-1].next_block)
+                self._bank.prefetch(upcoming, in_use=last.block)
+
+    def _needs(self, scene: int, window: _Window) -> bool:
+        """Whether a later window may ask the bank for a scene."""
+        if not self._source.needs(scene):
+            return False
+        if not self._keeps:
+            return True
+        views = self._scenes[scene].info.indices("train")
+        return any((scene, view) not in self._kept and (scene, view) not in window.made for view in views)
 
     def _hand_over(self, window: _Window) -> None:
         """Makes a window's targets safe to use on the training stream."""

@@ -29,6 +29,8 @@ class Batch:
     """From 0."""
     samples: Tuple[Sample, ...]
     """At most ``batch_size``; fewer where views of this size have run out in this epoch."""
+    block: Tuple[int, ...] = ()
+    """Scenes of the block that the views are from."""
     next_block: Tuple[int, ...] = ()
     """Scenes of the block after this one, to be fetched meanwhile; empty where all scenes are one block."""
 
@@ -70,7 +72,7 @@ class Sampler:
         self._batch_size = batch_size
         self._seed = seed
         self._flip = flip
-        self._block_bytes = block_bytes
+        self.block_bytes = block_bytes
 
     @property
     def num_views(self) -> int:
@@ -95,10 +97,10 @@ class Sampler:
         while step < stop:
             blocks, batches = self._epoch_by_block(epoch)
             following = [*blocks[1:], self._epoch_by_block(epoch + 1)[0][0]] if len(blocks) > 1 else [[]]
-            for next_block, block_batches in zip(following, batches):
+            for block, next_block, block_batches in zip(blocks, following, batches):
                 for samples in block_batches:
                     if start <= step < stop:
-                        yield Batch(step, samples, tuple(next_block))
+                        yield Batch(step, samples, tuple(block), tuple(next_block))
                     step += 1
             epoch += 1
 
@@ -110,14 +112,14 @@ class Sampler:
 
     def _blocks(self, random: np.random.Generator) -> List[List[int]]:
         order = [int(scene) for scene in random.permutation(len(self._scenes))]
-        if self._block_bytes is None:
+        if self.block_bytes is None:
             return [order]
         blocks: List[List[int]] = []
         free = 0
         for scene in order:
             if not blocks or self._scenes[scene].num_bytes > free:
                 blocks.append([])
-                free = self._block_bytes
+                free = self.block_bytes
             blocks[-1].append(scene)
             free -= self._scenes[scene].num_bytes
         return blocks

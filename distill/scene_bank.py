@@ -2,7 +2,7 @@
 
 import os
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal, Optional
@@ -10,6 +10,7 @@ from typing import Literal, Optional
 import torch
 
 from distill.scenes import Scene
+from distill.world import World
 from fit3d_ns.errors import UserError
 from fit3d_ns.scene_bundle import SceneTensors
 
@@ -33,10 +34,9 @@ class SceneBank:
 
     Args:
         scenes: The scenes.
-        device: Where they are needed.
+        world: Whose device they are needed on; all its processes must make their banks together, and choose alike.
         placement: Where they wait; ``auto`` chooses the fastest that fits.
         budget_gigabytes: Device memory for scenes; 55 % of what is free if None.
-        num_processes: Processes that share this machine's memory.
 
     Raises:
         UserError: If the placement asked for does not fit, or one scene alone exceeds the budget.
@@ -45,17 +45,17 @@ class SceneBank:
     def __init__(
         self,
         scenes: Sequence[Scene],
-        device: torch.device,
+        world: World,
         placement: str = "auto",
         budget_gigabytes: Optional[float] = None,
-        num_processes: int = 1,
     ):
         self._scenes = scenes
-        self._device = device
+        self._device = device = world.device
         self._bytes = [scene.bundle.num_bytes() for scene in scenes]
         self.total_bytes = sum(self._bytes)
-        self.budget = int(budget_gigabytes * 1e9) if budget_gigabytes is not None else _free_bytes(device)
-        host_bytes = int(_HOST_SHARE * _host_bytes() / num_processes)
+        budget = int(budget_gigabytes * 1e9) if budget_gigabytes is not None else _free_bytes(device)
+        # Where they wait, and the size of a block, decide the order of the views: all processes must see the same.
+        self.budget, host_bytes = world.smallest(budget, int(_HOST_SHARE * _host_bytes() / world.local_size))
         self.placement: Placement = self._choose(placement, host_bytes)
         self._resident: OrderedDict[int, SceneTensors] = OrderedDict()
         self._uploads: dict[int, Future] = {}
@@ -98,23 +98,41 @@ class SceneBank:
         if index in self._uploads:
             self._resident[index] = self._uploads.pop(index).result()
         elif index not in self._resident:
-            self._make_room(self._bytes[index])
+            self._make_room(self._bytes[index], keep=())
             self._resident[index] = self._upload(index)
         self._resident.move_to_end(index)
         return self._resident[index]
 
-    def prefetch(self, indices: Iterable[int]) -> None:
-        """Starts the upload of scenes that are not on the device; returns at once.
+    def prefetch(self, indices: Sequence[int], in_use: Sequence[int] = ()) -> None:
+        """Starts the upload of scenes that are not on the device, as far as they fit the budget; returns at once.
 
         Scenes used longest ago make room for them.
 
         Args:
-            indices: Positions of the scenes; together with those in use they must fit the budget.
+            indices: Positions of the scenes.
+            in_use: Positions of scenes that stay.
         """
         for index in indices:
             if index not in self._resident and index not in self._uploads:
-                self._make_room(self._bytes[index])
+                if not self._make_room(self._bytes[index], keep=(*indices, *in_use)):
+                    return
                 self._uploads[index] = self._uploader.submit(self._upload, index)
+
+    def check_block(self, block_bytes: Optional[int]) -> None:
+        """Refuses to go on with blocks of scenes that were cut for more memory.
+
+        Args:
+            block_bytes: `block_bytes` of the bank that they were cut for.
+
+        Raises:
+            UserError: If the scenes of one block exceed the budget.
+        """
+        needed = self.total_bytes if block_bytes is None else min(block_bytes, self.total_bytes)
+        if self.placement != "device" and needed > self.budget:
+            raise UserError(
+                f"The checkpoint's training takes {needed / 1e9:.2f} GB of scenes at a time, but only "
+                f"{self.budget / 1e9:.2f} GB are for them: raise --scene-memory, or start anew in another --output-dir."
+            )
 
     def close(self) -> None:
         """Frees all memory."""
@@ -130,10 +148,17 @@ class SceneBank:
                 f"--scene-placement device: the scenes take {self.total_bytes / 1e9:.1f} GB, but only "
                 f"{self.budget / 1e9:.1f} GB are for them: raise --scene-memory, or use another placement."
             )
+        if placement == "auto" and self.total_bytes <= self.budget:
+            return "device"
+        cuda = self._device.type == "cuda"
+        pinned = sum(map(_pinned_bytes, self._scenes)) if cuda and placement != "disk" else self.total_bytes
+        if placement == "host" and pinned > host_bytes:
+            raise UserError(
+                f"--scene-placement host: the scenes take {pinned / 1e9:.1f} GB of host memory, but only "
+                f"{host_bytes / 1e9:.1f} GB are for them: use --scene-placement disk."
+            )
         if placement == "auto":
-            if self.total_bytes <= self.budget:
-                return "device"
-            placement = "host" if self.total_bytes <= host_bytes and self._device.type == "cuda" else "disk"
+            placement = "host" if pinned <= host_bytes and cuda else "disk"
         if placement != "device" and largest > self.budget // 2:
             raise UserError(
                 f"One scene takes {largest / 1e9:.2f} GB, more than half of the {self.budget / 1e9:.2f} GB for scenes: "
@@ -157,17 +182,28 @@ class SceneBank:
         self._stream.synchronize()
         return scene
 
-    def _make_room(self, needed: int) -> None:
+    def _make_room(self, needed: int, keep: Collection[int]) -> bool:
+        """Evicts scenes that are not to be kept, used longest ago first; returns whether that suffices."""
         if self.placement == "device":
-            return
+            return True
+        for index in [index for index, upload in self._uploads.items() if upload.done()]:
+            self._resident[index] = self._uploads.pop(index).result()
         used = needed + sum(self._bytes[index] for index in (*self._resident, *self._uploads))
-        while used > self.budget and len(self._resident) > 0:
-            oldest, scene = self._resident.popitem(last=False)
+        for oldest in [index for index in self._resident if index not in keep]:
+            if used <= self.budget:
+                break
+            scene = self._resident.pop(oldest)
             used -= self._bytes[oldest]
             if self._stream is not None:
                 # Renders that read it may still be queued.
                 for tensor in vars(scene).values():
                     tensor.record_stream(torch.cuda.current_stream(self._device))
+        return used <= self.budget
+
+
+def _pinned_bytes(scene: Scene) -> int:
+    """Host memory that a scene takes page-locked: torch rounds every tensor up to a power of two."""
+    return sum(1 << (tensor.nbytes - 1).bit_length() for tensor in vars(scene.bundle.read_scene()).values())
 
 
 def _free_bytes(device: torch.device) -> int:

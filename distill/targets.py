@@ -41,6 +41,10 @@ class TargetSource(Protocol):
         """
         ...
 
+    def needs(self, scene: int) -> bool:
+        """Returns whether targets of a scene still take its tensors."""
+        ...
+
 
 def render_low(
     scene: SceneTensors,
@@ -154,6 +158,10 @@ class LiftedTargets:
         weights = accumulation_weights(opacity, self._accumulation, self._min_accumulation)
         return Targets(maps, weights * mask_weights(held, views, grid, self._device))
 
+    def needs(self, scene: int) -> bool:
+        """Every render does; see `TargetSource.needs`."""
+        return True
+
     @torch.no_grad()
     def surface(self, scene: int, view: int) -> View:
         """Returns a camera with the depth that the scene shows there, to match features between views."""
@@ -212,6 +220,10 @@ class ControlTargets:
         projected = torch.matmul(basis, torch.matmul(basis.T, flat)).view_as(maps)
         grid = self._scenes[scene].info.patch_grid(views[0])
         return Targets(projected, mask_weights(self._scenes[scene], views, grid, self._device))
+
+    def needs(self, scene: int) -> bool:
+        """Only the first do, for the decoder; see `TargetSource.needs`."""
+        return scene not in self._bases
 
 
 def low_dimensional_basis(decoder: Float[Tensor, "C D 3 3"]) -> Float[Tensor, "C R"]:

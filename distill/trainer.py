@@ -80,6 +80,7 @@ class Trainer:
         self._scenes = scenes
         self._student = student
         self._feed = feed
+        self._block_bytes = sampler.block_bytes
         self._world = world
         self.num_steps = config.steps or sampler.steps_of(config.epochs)
         self._settings = training_settings(config, scenes, student)
@@ -204,6 +205,7 @@ class Trainer:
             self._recent.clear()
             if stop:
                 self._save()
+                self._world.wait()  # torchrun ends all processes soon after the first has gone, also one that writes
                 self._world.say(f"Stopped after step {self._step} of {self.num_steps}: go on with --resume.")
                 sys.exit(128 + signal.SIGTERM)
         return sum(losses) / len(losses) if losses else float("nan")
@@ -240,6 +242,7 @@ class Trainer:
             "step": self._step,
             "num_steps": self.num_steps,
             "settings": self._settings,
+            "block_bytes": self._block_bytes,
             "model": self._student.model.state_dict(),
             "optimizer": self._optimizer.state_dict()["state"],
             "average": None if self._average is None else self._average.state_dict(),

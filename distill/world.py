@@ -53,6 +53,13 @@ class World:
             dist.all_reduce(values)
         return values
 
+    def smallest(self, *numbers: int) -> list[int]:
+        """Returns each number's smallest value over all processes."""
+        values = torch.tensor(numbers, device=self.device)
+        if self.size > 1:
+            dist.all_reduce(values, dist.ReduceOp.MIN)
+        return values.tolist()
+
 
 @contextmanager
 def join_world(device: str) -> Iterator[World]:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from distill import trainer as trainer_module
 from distill.checkpoint import list_checkpoints
 from distill.cli import distil
+from distill.feed import Feed
 from distill.scenes import open_scenes
 from distill.step import DistillLoss, EagerStep, StepInput, learning_rate
 from distill.student import load_student, plain_state_dict, prepare_training
@@ -93,6 +94,33 @@ def test_killed_and_resumed_is_the_same_to_the_last_bit(make_scene, make_config,
     distil(killed)
     assert difference(weights_of(whole), weights_of(killed)) == 0
     assert metrics_of(whole)["loss"] == metrics_of(killed)["loss"]
+
+
+def test_resumed_with_other_memory_sees_the_same_views(make_scene, make_config, tmp_path, monkeypatch):
+    folders = [make_scene(name, views=5, seed=seed) for seed, name in enumerate("abcde")]
+    scene = open_scenes(folders[:1], None)[0].bundle.num_bytes() / 1e9
+    whole = make_config(*folders, steps=10, scene_memory=2.5 * scene)
+    distil(whole)
+    assemble, seen = Feed._assemble, []
+
+    def record(self, batch, window):
+        seen.extend((sample.scene, sample.view) for sample in batch.samples)
+        return assemble(self, batch, window)
+
+    monkeypatch.setattr(Feed, "_assemble", record)
+    for placement, memory in (("auto", 1.0), ("disk", 4.5 * scene)):
+        seen.clear()
+        cut = make_config(*folders, steps=4, scene_memory=2.5 * scene, output_dir=tmp_path / placement)
+        distil(cut)
+        cut.steps, cut.resume, cut.scene_placement, cut.scene_memory = 10, True, placement, memory
+        distil(cut)
+        assert sorted(seen) == [(scene, view) for scene in range(5) for view in range(3)]
+        assert difference(weights_of(whole), weights_of(cut)) == 0
+    roomy = make_config(*folders, steps=2, output_dir=tmp_path / "roomy")
+    distil(roomy)  # all scenes are one block
+    roomy.steps, roomy.resume, roomy.scene_memory = 4, True, 2.5 * scene
+    with pytest.raises(UserError, match="GB of scenes at a time, but only 0.00 GB are for them: raise --scene-memory"):
+        distil(roomy)
 
 
 def test_checkpoints_are_pruned_and_torn_ones_named(make_scene, make_config):

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from distill.cli import distil
 from distill.config import DistillConfig
+from distill.scenes import open_scenes
 from distill.world import World, join_world
 from fit3d_ns.errors import UserError
 
@@ -60,6 +61,24 @@ def test_two_processes_equal_one(make_scene, make_config, tmp_path):
     outputs = [process.communicate(timeout=100)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     assert "on 2 CPU processes" in outputs[0] and "Report" not in outputs[1]
+    one, two = (load_file(folder / "backbone.safetensors") for folder in (alone.output_dir, config.output_dir))
+    assert max(float((one[name] - two[name]).abs().max()) for name in one) < 2e-5
+
+
+def test_processes_with_unequal_memory_cut_the_same_blocks(make_scene, make_config, tmp_path):
+    folders = [make_scene(name, views=4, seed=seed) for seed, name in enumerate("abcd")]
+    poor = 2.5 * open_scenes(folders[:1], None)[0].bundle.num_bytes() / 1e9
+    alone = make_config(*folders, batch_size=4, steps=4, lr=1e-4, scene_memory=poor, output_dir=tmp_path / "alone")
+    distil(alone)
+    config = make_config(*folders, lr=1e-4, output_dir=tmp_path / "pair")
+    port = free_port()
+    processes = [
+        start(config, rank, port, "--steps", "4", "--scene-memory", str(memory))
+        for rank, memory in enumerate((1, poor))
+    ]
+    outputs = [process.communicate(timeout=100)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert "memory-mapped from disk" in outputs[0]
     one, two = (load_file(folder / "backbone.safetensors") for folder in (alone.output_dir, config.output_dir))
     assert max(float((one[name] - two[name]).abs().max()) for name in one) < 2e-5
 

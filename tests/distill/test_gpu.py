@@ -10,6 +10,7 @@ from distill.cli import distil
 from distill.scene_bank import SceneBank
 from distill.scenes import open_scenes
 from distill.targets import LiftedTargets
+from distill.world import World
 
 pytestmark = pytest.mark.gpu
 
@@ -71,8 +72,8 @@ def test_placements_render_alike_and_as_the_cpu(make_scene, placement):
     scenes = open_scenes([make_scene(name, seed=seed) for seed, name in enumerate("abcd")], None)
     memory = None if placement == "device" else 2.5 * scenes[0].bundle.num_bytes() / 1e9
     cuda, cpu = torch.device("cuda", 0), torch.device("cpu")
-    bank = SceneBank(scenes, cuda, placement, memory)
-    reference = LiftedTargets(scenes, SceneBank(scenes, cpu), cpu, "weight", 0.5)
+    bank = SceneBank(scenes, World(0, 1, cuda), placement, memory)
+    reference = LiftedTargets(scenes, SceneBank(scenes, World(0, 1, cpu)), cpu, "weight", 0.5)
     targets = LiftedTargets(scenes, bank, cuda, "weight", 0.5)
     for scene in (0, 3, 1, 2, 0):
         bank.prefetch([(scene + 1) % 4])

@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 
 def lifted(scenes, accumulation="ignore", min_accumulation=0.5):
-    return LiftedTargets(scenes, SceneBank(scenes, CPU), CPU, accumulation, min_accumulation)
+    return LiftedTargets(scenes, SceneBank(scenes, World(0, 1, CPU)), CPU, accumulation, min_accumulation)
 
 
 def single_render(scene, view):
@@ -82,7 +82,7 @@ def test_control_is_the_teacher_seen_through_the_basis(make_scene):
     photos = PhotoStore(scenes, 16, CPU)
     photos.fill(show=False)
     teacher = load_teacher(scenes, CPU)
-    made = ControlTargets(scenes, SceneBank(scenes, CPU), photos, teacher, CPU).make(0, [0, 1])
+    made = ControlTargets(scenes, SceneBank(scenes, World(0, 1, CPU)), photos, teacher, CPU).make(0, [0, 1])
     with torch.no_grad():
         own = teacher(photos.get([(0, 0), (0, 1)]).float() / 255).patch_tokens
     basis = low_dimensional_basis(scenes[0].bundle.read_scene().decoder)
@@ -97,7 +97,7 @@ def test_control_is_the_teacher_seen_through_the_basis(make_scene):
 
 def test_photo_and_target_are_mirrored_together(make_scene, make_config):
     scenes = open_scenes([make_scene(masked=(1,))], None)
-    bank, photos = SceneBank(scenes, CPU), PhotoStore(scenes, 16, CPU)
+    bank, photos = SceneBank(scenes, World(0, 1, CPU)), PhotoStore(scenes, 16, CPU)
     photos.fill(show=False)
     source = LiftedTargets(scenes, bank, CPU, "ignore", 0.5)
     config = make_config(batch_size=4)
@@ -117,7 +117,7 @@ def test_photo_and_target_are_mirrored_together(make_scene, make_config):
 def test_two_shares_are_one_batch(make_scene, make_config, kept_bytes, monkeypatch):
     folders = [make_scene("a"), make_scene("b", views=5, seed=1)]
     scenes = open_scenes(folders, None)
-    bank, photos = SceneBank(scenes, CPU), PhotoStore(scenes, 16, CPU)
+    bank, photos = SceneBank(scenes, World(0, 1, CPU)), PhotoStore(scenes, 16, CPU)
     photos.fill(show=False)
     source = LiftedTargets(scenes, bank, CPU, "weight", 0.5)
     config = make_config(batch_size=4)
@@ -140,3 +140,33 @@ def test_two_shares_are_one_batch(make_scene, make_config, kept_bytes, monkeypat
     entered = steps(0, 1, start=2)
     for inputs, same in zip(entered, whole[2:]):
         assert all(torch.equal(getattr(inputs, name), getattr(same, name)) for name in vars(inputs))
+
+
+@pytest.mark.parametrize("control, kept_bytes", [(True, 0), (False, 10**9), (False, 0)])
+def test_scenes_are_fetched_only_while_targets_need_them(make_scene, make_config, monkeypatch, control, kept_bytes):
+    scenes = open_scenes([make_scene(name, views=3, held_out=1, seed=seed) for seed, name in enumerate("abcde")], None)
+    bank = SceneBank(scenes, World(0, 1, CPU), "disk", 2.5 * scenes[0].bundle.num_bytes() / 1e9)
+    photos = PhotoStore(scenes, 16, CPU)
+    photos.fill(show=False)
+    source = LiftedTargets(scenes, bank, CPU, "weight", 0.5)
+    if control:
+        source = ControlTargets(scenes, bank, photos, load_teacher(scenes, CPU), CPU)
+    sampler = Sampler([scene.sampled_views() for scene in scenes], 2, seed=0, block_bytes=bank.block_bytes)
+    feed = Feed(
+        scenes, sampler, source, bank, photos, make_config(render_ahead=2), World(0, 1, CPU), kept_bytes=kept_bytes
+    )
+    prefetch, fetched = bank.prefetch, []
+
+    def record(indices, in_use=()):
+        fetched.extend(indices)
+        prefetch(indices, in_use)
+
+    monkeypatch.setattr(bank, "prefetch", record)
+    counts = []
+    for batch, _ in feed.steps(0, 15):  # three epochs of a step for each scene
+        assert len(bank._resident) + len(bank._uploads) <= 2
+        counts.append(len(fetched))
+        assert len(batch.samples) == 2
+    assert counts[4] >= 4
+    assert (counts[14] - counts[5] == 0) == (control or kept_bytes > 0)
+    bank.close()
