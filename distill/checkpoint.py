@@ -11,7 +11,7 @@ from typing import Any, Optional
 import numpy as np
 import torch
 
-from fit3d_ns.errors import UserError
+from fit3d_ns.errors import UserError, first_line
 from fit3d_ns.files import atomic_path
 from fit3d_ns.runs import refusal_reason
 
@@ -76,7 +76,7 @@ def save_checkpoint(output_dir: Path, state: Mapping[str, Any], keep: int) -> Pa
         try:
             torch.save({"schema": SCHEMA, **state}, temporary)
         except RuntimeError as error:  # torch's writer wraps the operating system's error
-            raise OSError(str(error).splitlines()[0]) from error
+            raise OSError(first_line(error)) from error
     # The temporary files are those of a process that was killed while it wrote: only one process writes here.
     for old in [*list_checkpoints(output_dir)[: -max(keep, 1)], *path.parent.glob(".*.tmp")]:
         old.unlink(missing_ok=True)

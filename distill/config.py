@@ -48,9 +48,11 @@ class DistillConfig:
     student: Optional[str] = None
     """Backbone to fine-tune; the scenes' teacher if not given. Its feature width must be the teacher's."""
     student_weights: Optional[Path] = None
-    """Local weights of the student; the teacher's if not given."""
+    """Local weights of the student. If not given, the teacher's, or where --student names another backbone, those that
+    it is published with."""
     student_layer: Optional[int] = None
-    """Block of the student whose output is trained; the teacher's if not given."""
+    """Block of the student whose output is trained. If not given, the teacher's, or where --student names another
+    backbone, its last."""
     lora_rank: int = 0
     """Train only low-rank updates of this rank on every attention layer; 0 trains all weights."""
     ema_decay: float = 0.0

@@ -71,7 +71,7 @@ def make_card(
 def write_result(
     output_dir: Path, weights: Mapping[str, Tensor], card: Mapping[str, Any], half: bool, dinov2_layout: bool
 ) -> list[Path]:
-    """Writes the weights in the layouts asked for, then the card.
+    """Writes the weights in the layouts asked for, deletes others that an earlier training left, then writes the card.
 
     Args:
         output_dir: Where.
@@ -95,6 +95,8 @@ def write_result(
         layouts[DINOV2_NAME] = to_dinov2_layout(weights, card["student"]["timm_id"])
     for name, tensors in layouts.items():
         atomic_write_bytes(output_dir / name, save({key: value.contiguous() for key, value in tensors.items()}))
+    for name in {HALF_NAME, DINOV2_NAME} - set(layouts):
+        (output_dir / name).unlink(missing_ok=True)
     atomic_write_json(output_dir / CARD_NAME, card)
     return [*(output_dir / name for name in layouts), output_dir / CARD_NAME]
 

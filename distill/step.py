@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from distill.config import DistillConfig
 from fit3d_ns.backbones import Backbone
-from fit3d_ns.errors import UserError
+from fit3d_ns.errors import UserError, first_line
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,23 @@ class EagerStep:
         return total
 
     def forward_backward(self, inputs: StepInput) -> Float[Tensor, ""]:
-        """Adds the gradients of all parts of the share; returns their loss."""
+        """Adds the gradients of all parts of the share; returns their loss.
+
+        Raises:
+            UserError: If torch.compile fails, which happens at the first step of each shape.
+        """
+        try:
+            return self._forward_backward(inputs)
+        except RuntimeError as error:
+            if not _is_of_compiler(error):
+                raise
+            # What torch wraps, where it does, is the reason; the wrapper's first line only names the backend.
+            reason = first_line(getattr(error, "inner_exception", error))
+            raise UserError(
+                f"torch.compile failed ({reason}): use --acceleration graph (on a single GPU) or none."
+            ) from error
+
+    def _forward_backward(self, inputs: StepInput) -> Float[Tensor, ""]:
         parts = list(
             zip(
                 inputs.images.chunk(self._parts),
@@ -121,6 +137,11 @@ class EagerStep:
                 (loss * self._num_processes).backward()
             total = total + loss.detach()
         return total
+
+
+def _is_of_compiler(error: RuntimeError) -> bool:
+    # By name, for importing the compiler takes seconds.
+    return any(kind.__module__.startswith(("torch._dynamo.", "torch._inductor.")) for kind in type(error).__mro__)
 
 
 class GraphStep:
@@ -167,12 +188,12 @@ class GraphStep:
             # Photos and scenes arrive in other threads, whose calls must not break the capture.
             with torch.cuda.graph(graph, self._pool, capture_error_mode="thread_local"):
                 loss = self._eager.run(held)
-        except torch.cuda.OutOfMemoryError:
+        except (torch.cuda.OutOfMemoryError, UserError):
             raise
         except RuntimeError as error:
             raise UserError(
-                f"The training step could not be captured as a CUDA graph ({str(error).splitlines()[0]}): use "
-                "--acceleration none, or compile."
+                f"The training step could not be captured as a CUDA graph ({first_line(error)}): use --acceleration "
+                "none."
             ) from error
         return graph, held, loss
 

@@ -6,3 +6,8 @@ class UserError(RuntimeError):
 
     Command-line entry points print the sentence and exit with status 1, without a traceback.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's message, or its kind where it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -9,7 +9,7 @@ import torch
 from nerfstudio.data.datasets.base_dataset import InputDataset
 from PIL import Image
 
-from fit3d_ns.errors import UserError
+from fit3d_ns.errors import UserError, first_line
 
 SCENE_ADVICE = "check --data, and the dataparser named at the end of the command (nerfstudio-data, colmap, ...)."
 """What to do about a scene that cannot be read; commands that take runs put their own in its place."""
@@ -45,7 +45,7 @@ def explain_unreadable_scene(data: Optional[Path]) -> Iterator[None]:
         frames = _frames(Path(data))
         if frames is not None:
             _check_frames(Path(data), frames)
-        detail = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        detail = first_line(error)
         raise UserError(
             f"The scene {data} could not be read ({type(error).__name__}: {detail}): {SCENE_ADVICE}"
         ) from error

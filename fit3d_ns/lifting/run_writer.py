@@ -8,7 +8,7 @@ from typing import Any, Optional
 
 import torch
 
-from fit3d_ns.errors import UserError
+from fit3d_ns.errors import UserError, first_line
 from fit3d_ns.files import atomic_path
 from fit3d_ns.lifting.lift import Lift
 from fit3d_ns.lifting.scene import RECORD, write_record
@@ -87,7 +87,7 @@ def write_run(
         if isinstance(error, UserError):
             raise
         raise UserError(
-            f"The run {folder} cannot be written ({str(error).splitlines()[0]}): free some space there, or choose "
+            f"The run {folder} cannot be written ({first_line(error)}): free some space there, or choose "
             "another --output-dir."
         ) from error
     return folder / "config.yml"

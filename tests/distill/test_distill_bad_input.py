@@ -7,13 +7,19 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
+import torch
+from torch._dynamo.exc import TorchDynamoException
 
 from distill.cli import distil
 from distill.photo_store import PhotoStore
+from distill.step import DistillLoss, EagerStep, GraphStep, StepInput
 from fit3d_ns.backbones import BackboneSpec
 from fit3d_ns.errors import UserError
+
+FILL = PhotoStore.fill
 
 
 @pytest.fixture(autouse=True)
@@ -145,6 +151,41 @@ def test_missing_photos_and_damaged_bundles(make_scene, make_config):
     refused(make_config(folder), "scene.safetensors is missing or damaged: make the bundle again")
     (folder / "scene.json").write_text("{")
     refused(make_config(folder), "scene.json is damaged")
+
+
+@pytest.mark.parametrize(
+    "message, cause, reason",
+    [
+        ("no bytecode\nsecond line", None, "no bytecode"),
+        ("backend='inductor' raised:\nOSError: no compiler", OSError("no compiler\n"), "no compiler"),
+        ("", None, "TorchDynamoException"),
+    ],
+)
+def test_a_compiler_that_fails(make_scene, make_config, monkeypatch, message, cause, reason):
+    error = TorchDynamoException(message)
+    if cause is not None:
+        monkeypatch.setattr(error, "inner_exception", cause, raising=False)  # as BackendCompilerFailed has it
+    compiled = Mock(side_effect=error)
+    monkeypatch.setattr(PhotoStore, "fill", FILL)
+    monkeypatch.setattr(DistillLoss, "compile", lambda self, **_: setattr(self, "_compiled_call_impl", compiled))
+    sentence = rf"^torch.compile failed \({reason}\): use --acceleration graph .* or none"
+    refused(make_config(make_scene(), acceleration="compile"), sentence)
+
+
+def test_a_step_that_cannot_be_captured(make_config, monkeypatch):
+    monkeypatch.setattr("torch.cuda.graph_pool_handle", lambda: None)
+    loss = torch.nn.Linear(2, 2)
+    parameters = list(loss.parameters())
+    optimizer = torch.optim.AdamW(parameters)
+    step = GraphStep(EagerStep(loss, optimizer, parameters, make_config()), optimizer, parameters)
+    inputs = StepInput(*(torch.zeros(1) for _ in range(4)))
+    for failure, sentence in (
+        (RuntimeError(), r"captured as a CUDA graph \(RuntimeError\): use --acceleration none\."),
+        (UserError("torch.compile failed"), "^torch.compile failed$"),
+    ):
+        monkeypatch.setattr(step, "_make_optimizer_state", Mock(side_effect=failure))
+        with pytest.raises(UserError, match=sentence):
+            step.run(inputs)
 
 
 def test_the_command_ends_in_one_sentence(tmp_path):

@@ -53,6 +53,8 @@ def test_files_are_whole_and_the_hub_gets_them(tmp_path, monkeypatch):
     files = write_result(tmp_path, weights, {"student": {"timm_id": "x"}}, half=True, dinov2_layout=False)
     assert [path.name for path in files] == ["backbone.safetensors", "backbone_fp16.safetensors", "card.json"]
     assert load_file(files[1])["weight"].dtype == torch.float16 and load_file(files[1])["count"] == 3
+    files = write_result(tmp_path, weights, {"student": {"timm_id": "x"}}, half=False, dinov2_layout=False)
+    assert sorted(tmp_path.iterdir()) == sorted(files)  # nothing of the training before lies beside the new card
     uploaded = []
 
     class Hub:
