@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from fit3d_ns.backbones import backbone_identity
-from fit3d_ns.errors import UserError
+from fit3d_ns.compat import nerfstudio_needed
+from fit3d_ns.errors import UserError, first_line
 from fit3d_ns.feature_grid import FEATURE_GRIDS, FeatureGrid
 from fit3d_ns.photos import DATA_ROOT_FLAG, Photo, hash_file, lenses_of, locate
 from fit3d_ns.runs import find_checkpoint, find_runs, read_checkpoint, read_config
@@ -52,12 +53,19 @@ def choose_runs(paths: List[Path], all_runs: bool = False) -> Tuple[List[Run], L
     Raises:
         UserError: If a path does not exist, a configuration is refused, or no finished run is left.
     """
-    from fit3d_ns.lifting.scene import RECORD  # imports nerfstudio
+    with nerfstudio_needed("Trained runs (--runs)"):
+        from fit3d_ns.lifting.scene import RECORD
 
     runs: Dict[Path, Run] = {}
     notes: List[str] = []
     for config_path in _config_paths(paths):
-        method = _METHOD_LINE.search(config_path.read_text(errors="replace"))
+        try:
+            method = _METHOD_LINE.search(config_path.read_text(errors="replace"))
+        except OSError as error:
+            raise UserError(
+                f"The configuration {config_path} cannot be read ({error.strerror or error}): make it readable, or "
+                "leave its run out of --runs."
+            ) from error
         if method is None or method[1] != METHOD:
             found = method[1] if method else "an unknown method"
             notes.append(f"{config_path} is a run of {found}, not of {METHOD}: left out.")
@@ -69,7 +77,10 @@ def choose_runs(paths: List[Path], all_runs: bool = False) -> Tuple[List[Run], L
         if steps < config.max_num_iterations and not lifted:
             notes.append(f"{config_path} stopped after {steps} of {config.max_num_iterations} steps: left out.")
             continue
-        runs[config_path] = Run(config_path, checkpoint, Path(config.pipeline.datamanager.data))  # type: ignore[attr-defined]
+        data = config.pipeline.datamanager.data
+        if data is None:
+            raise UserError(f"The configuration {config_path} names no scene (its data is null): restore it.")
+        runs[config_path] = Run(config_path, checkpoint, Path(data))
     if not runs:
         listed = " ".join(str(path) for path in paths)
         reason = f" ({notes[0].removesuffix('.')})" if notes else ""
@@ -216,9 +227,13 @@ def _check_coordinates(run: Run, datamanager: Any) -> None:
     path = run.config_path.parent / "dataparser_transforms.json"
     if not path.is_file():
         return
-    stored, outputs = json.loads(path.read_text()), datamanager.train_dataparser_outputs
-    transform = torch.tensor(stored["transform"])
-    same = abs(stored["scale"] - outputs.dataparser_scale) < 1e-4 * abs(outputs.dataparser_scale)
+    try:
+        stored = json.loads(path.read_text())
+        transform, scale = torch.tensor(stored["transform"]).view(3, 4), float(stored["scale"])
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise UserError(f"{path} is damaged ({first_line(error)}): restore it or train again.") from error
+    outputs = datamanager.train_dataparser_outputs
+    same = abs(scale - outputs.dataparser_scale) < 1e-4 * abs(outputs.dataparser_scale)
     if not (same and torch.allclose(transform, outputs.dataparser_transform.float(), atol=1e-4)):
         raise UserError(
             f"The scene {datamanager.config.data} has other coordinates than when {run.config_path} was trained (its "

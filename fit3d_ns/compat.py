@@ -30,6 +30,24 @@ def check_gsplat() -> None:
         )
 
 
+@contextmanager
+def nerfstudio_needed(what: str) -> Iterator[None]:
+    """Lets an import of nerfstudio fail in one sentence, where the rest of a command does without it.
+
+    Args:
+        what: What needs it, in the plural; the sentence's first words.
+
+    Raises:
+        UserError: If the block finds it, or a part of it, not installed.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"{what} need nerfstudio, and {error.name} is missing here: run `pip install nerfstudio`."
+        ) from error
+
+
 def install_error_hook() -> None:
     """Lets a ``UserError`` end any ``ns-*`` command in its one sentence instead of a traceback."""
     previous = sys.excepthook

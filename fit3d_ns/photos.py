@@ -12,6 +12,7 @@ from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
 
+from fit3d_ns.compat import nerfstudio_needed
 from fit3d_ns.errors import UserError
 
 DATA_ROOT_FLAG = "--data-root"
@@ -190,8 +191,9 @@ def lenses_of(cameras: Any) -> List[Optional[Lens]]:
 
 def _undistort(image: np.ndarray, lens: Lens) -> np.ndarray:
     # nerfstudio's own function, so that the pixels are those the scene was trained on; most scenes never need it.
-    from nerfstudio.cameras.cameras import Cameras
-    from nerfstudio.data.datamanagers.full_images_datamanager import _undistort_image
+    with nerfstudio_needed("Photos of a distorting lens"):
+        from nerfstudio.cameras.cameras import Cameras
+        from nerfstudio.data.datamanagers.full_images_datamanager import _undistort_image
 
     distortion = torch.tensor(lens.distortion, dtype=torch.float32)
     metadata = None if lens.fisheye_crop_radius is None else {"fisheye_crop_radius": lens.fisheye_crop_radius}

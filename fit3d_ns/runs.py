@@ -5,16 +5,27 @@ import enum
 import importlib
 import re
 from pathlib import Path, PurePath
-from typing import Any, Dict, Iterator, List, Optional
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import torch
 import yaml
 
 from fit3d_ns.compat import register_safe_globals
-from fit3d_ns.errors import UserError
+from fit3d_ns.errors import UserError, first_line
 
 _OWN_PACKAGES = ("nerfstudio", "fit3d_ns")
 _TAG = "tag:yaml.org,2002:python/"
+_PARTS: Dict[str, Tuple[type, ...]] = {
+    "pipeline": (),
+    "pipeline.datamanager": (),
+    "pipeline.model": (),
+    "output_dir": (str, Path),
+    "max_num_iterations": (int,),
+    "data": (str, Path, type(None)),
+    "pipeline.datamanager.data": (str, Path, type(None)),
+    "pipeline.datamanager.dataparser.data": (str, Path, type(None)),
+}
+"""What readers of a configuration go into, and what it may be; a dataclass where nothing is named."""
 
 _CHECKPOINT = re.compile(r"step-(\d+)\.ckpt")
 
@@ -145,14 +156,29 @@ def read_config(path: Path) -> Any:
             "nothing was loaded: use a run of a method of these packages."
         ) from error
     except (yaml.YAMLError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"The configuration {path} is damaged ({reason}): restore it or train again.") from error
+        raise UserError(
+            f"The configuration {path} is damaged ({first_line(error)}): restore it or train again."
+        ) from error
     from nerfstudio.engine.trainer import TrainerConfig
 
     if not isinstance(config, TrainerConfig):
         raise UserError(f"{path} is not the configuration of a nerfstudio run: name the config.yml of a run.")
+    _check_parts(config, path)
     _resolve_paths(config, path.parent)
     return config
+
+
+def _check_parts(config: Any, path: Path) -> None:
+    """Refuses a configuration in which something else stands in the place of a part that readers go into."""
+    for name, kinds in _PARTS.items():
+        part = config
+        for step in name.split("."):
+            part = getattr(part, step, None)
+        fits = isinstance(part, kinds) if kinds else dataclasses.is_dataclass(part) and not isinstance(part, type)
+        if not fits:
+            raise UserError(
+                f"The configuration {path} is damaged ({name} is {type(part).__name__}): restore it or train again."
+            )
 
 
 def _resolve_paths(config: Any, run: Path) -> None:

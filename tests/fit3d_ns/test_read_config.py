@@ -107,6 +107,25 @@ def test_files_that_are_no_configuration(tmp_path, content, pattern):
         read_config(path)
 
 
+@pytest.mark.parametrize(
+    "part, content, pattern",
+    [
+        ("pipeline", "null", "pipeline is NoneType"),
+        ("pipeline", "splat", "pipeline is str"),
+        ("pipeline", "!!python/object:nerfstudio.configs.base_config.MachineConfig {}", "datamanager is NoneType"),
+        ("output_dir", "null", "output_dir is NoneType"),
+        ("max_num_iterations", "many", "max_num_iterations is str"),
+        ("data", "5", "data is int"),
+    ],
+)
+def test_parts_that_are_something_else(saved, part, content, pattern):
+    path = saved()
+    path.write_text(f"{path.read_text().rstrip()}\n{part}: {content}\n")  # the last of a name counts
+    with pytest.raises(UserError, match=rf"config.yml is damaged \(.*{pattern}\): restore it or train again") as caught:
+        read_config(path)
+    assert "\n" not in str(caught.value)
+
+
 def test_missing_file(tmp_path):
     with pytest.raises(UserError, match="cannot be read.*check the path"):
         read_config(tmp_path / "config.yml")

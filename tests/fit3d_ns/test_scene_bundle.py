@@ -1,7 +1,9 @@
 """A bundle holds exactly what its run renders, and the pictures that its cameras describe."""
 
 import json
+import re
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -14,7 +16,7 @@ from fit3d_ns import bundle_runs
 from fit3d_ns.bundle_runs import bundle_run, choose_runs
 from fit3d_ns.decoder import FeatureDecoder
 from fit3d_ns.errors import UserError
-from fit3d_ns.photos import locate, read_photo
+from fit3d_ns.photos import Lens, Photo, hash_file, locate, read_photo
 from fit3d_ns.rasterization import rasterize
 from fit3d_ns.scene_bundle import SceneBundle, find_bundles, write_bundle
 
@@ -211,6 +213,37 @@ def test_a_scene_whose_poses_changed_is_refused(scene, train):
     (run,), _ = choose_runs([outputs_of(trainer)])
     with pytest.raises(UserError, match="other coordinates than when"):
         bundle_run(run)
+
+
+def test_damaged_files_of_a_run_are_named(scene, train):
+    trainer = train(scene)
+    (run,), _ = choose_runs([outputs_of(trainer)])
+    path = trainer.base_dir / "dataparser_transforms.json"
+    for content in (path.read_text()[:50], "[]", '{"transform": [[1]], "scale": 1}', '{"transform": null, "scale": 1}'):
+        path.write_text(content)
+        with pytest.raises(UserError, match=r"dataparser_transforms\.json is damaged .*restore it or train again"):
+            bundle_run(run)
+    text = run.config_path.read_text()
+    run.config_path.unlink()
+    run.config_path.mkdir()  # cannot be read, by no user
+    with pytest.raises(UserError, match=r"config\.yml cannot be read \(Is a directory\): .*--runs"):
+        choose_runs([outputs_of(trainer)])
+    run.config_path.rmdir()
+    run.config_path.write_text(re.sub(r"(?m)^    data: !!.*\n(    - .*\n)*", "    data: null\n", text))
+    with pytest.raises(UserError, match=r"config\.yml names no scene"):
+        choose_runs([outputs_of(trainer)])
+
+
+def test_what_needs_nerfstudio_says_so(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fit3d_ns.lifting.scene", None)
+    with pytest.raises(UserError, match=r"^Trained runs \(--runs\) need nerfstudio, .*pip install nerfstudio"):
+        choose_runs([tmp_path])
+    path = tmp_path / "photo.png"
+    Image.new("RGB", (8, 6)).save(path)
+    lens = Lens(1, 8.0, 8.0, 4.0, 3.0, 8, 6, (0.1, 0, 0, 0, 0, 0))
+    monkeypatch.setitem(sys.modules, "nerfstudio.cameras.cameras", None)
+    with pytest.raises(UserError, match=r"^Photos of a distorting lens need nerfstudio, .*pip install nerfstudio"):
+        read_photo(Photo(str(path), hash_file(path), 6, 8, lens))
 
 
 def test_features_that_were_never_lifted_are_refused(scene, train, tmp_path):
