@@ -44,8 +44,10 @@ from distill.trainer import Trainer
 from distill.world import World, join_world
 from fit3d_ns.backbones import BackboneSpec, backbone_identity, describe_backbone
 from fit3d_ns.backbones.architecture import build_model, resolve_architecture
+from fit3d_ns.command_line import run_command
+from fit3d_ns.errors import UserError
 from fit3d_ns.feature_grid import FEATURE_GRIDS
-from fit3d_ns.files import atomic_write_json
+from fit3d_ns.files import atomic_write_json, atomic_write_text
 from fit3d_ns.photos import Photo, hash_file
 from fit3d_ns.scene_bundle import BundleCameras, BundleInfo, BundleView, SceneTensors, write_bundle
 
@@ -91,16 +93,20 @@ class Benchmark:
     profile: bool = False
     """Also tell which kernels the time goes into; slows the training down a little."""
     folder: Optional[Path] = None
-    """Where the synthetic scenes go; a temporary folder if not given."""
+    """Where the synthetic scenes go, to serve again; a temporary folder if not given."""
     output: Path = Path("outputs/benchmarks/distillation.json")
     """Where the rows are written."""
+
+
+_SCENE_CHOICES = ("backbone", "size", "scenes", "gaussians", "views", "feature_grid")
+"""What decides the scenes; a folder can serve again for no others."""
 
 
 def main(benchmark: Benchmark) -> None:
     """Runs the benchmark."""
     with join_world(benchmark.device) as world:
         folder = benchmark.folder or Path(tempfile.gettempdir()) / f"fit3d-distillation-{os.getppid()}"
-        if world.is_main and not folder.exists():
+        if world.is_main:
             _make_scenes(benchmark, folder)
         world.wait()
         scenes = open_scenes(sorted(folder.glob("bundles/*")), None)
@@ -271,7 +277,20 @@ def _wait(device: torch.device) -> None:
 
 
 def _make_scenes(benchmark: Benchmark, folder: Path) -> None:
-    """Writes the bundles; scenes share the bytes of their Gaussians and photos on disk, not on the device."""
+    """Writes the bundles; scenes share the bytes of their Gaussians and photos on disk, not on the device.
+
+    Raises:
+        UserError: If the folder holds something else already.
+    """
+    description = json.dumps({name: getattr(benchmark, name) for name in _SCENE_CHOICES})
+    described = folder / "scenes.json"
+    if folder.exists():
+        if not described.is_file() or described.read_text() != description:
+            raise UserError(
+                f"--folder {folder} holds no scenes of these choices ({', '.join(_SCENE_CHOICES)}): name another, or "
+                "delete it."
+            )
+        return
     random = np.random.default_rng(0)
     height, width = benchmark.size
     architecture = resolve_architecture(benchmark.backbone)
@@ -308,6 +327,7 @@ def _make_scenes(benchmark: Benchmark, folder: Path) -> None:
         copied.mkdir()
         for path in first.iterdir():
             os.link(path, copied / path.name)
+    atomic_write_text(described, description)  # last, so that scenes made in part are not taken for whole
 
 
 def _room(gaussians: int, channels: int) -> SceneTensors:
@@ -347,4 +367,4 @@ def _plain(values: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Benchmark))
+    run_command(lambda: main(tyro.cli(Benchmark)))

@@ -3,9 +3,11 @@
 import json
 import math
 import os
+import runpy
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -186,6 +188,17 @@ def test_a_step_that_cannot_be_captured(make_config, monkeypatch):
         monkeypatch.setattr(step, "_make_optimizer_state", Mock(side_effect=failure))
         with pytest.raises(UserError, match=sentence):
             step.run(inputs)
+
+
+def test_a_benchmarks_folder_of_other_scenes(tmp_path):
+    benchmark = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "distillation.py"))
+    choices = benchmark["Benchmark"](backbone="test_vit", size=(48, 64), scenes=2, gaussians=50, views=2)
+    folder = tmp_path / "scenes"
+    for _ in range(2):
+        benchmark["_make_scenes"](choices, folder)
+    assert len(list(folder.glob("bundles/*"))) == 2
+    with pytest.raises(UserError, match="--folder .*scenes holds no scenes of these choices .*name another"):
+        benchmark["_make_scenes"](replace(choices, size=(64, 64)), folder)
 
 
 def test_the_command_ends_in_one_sentence(tmp_path):
