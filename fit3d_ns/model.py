@@ -86,8 +86,15 @@ class Fit3DSplatModel(SplatfactoModel):
         """Builds splatfacto, then features and decoder; random numbers of the former are not disturbed.
 
         Raises:
-            UserError: If ``init_from`` names a run that cannot be read, or leaves nothing to train.
+            UserError: If ``feature_dim`` is out of range, or ``init_from`` names a run that cannot be read or leaves
+                nothing to train.
         """
+        teacher: BackboneInfo = self.kwargs["metadata"]["teacher"]
+        if not 1 <= self.config.feature_dim <= teacher.width:
+            raise UserError(
+                f"--pipeline.model.feature-dim {self.config.feature_dim} is out of range: 1 to the {teacher.width} "
+                "channels of this teacher."
+            )
         if self.frozen and self.config.features == "lift":
             raise UserError(
                 "--pipeline.model.init-from freezes geometry and --pipeline.model.features lift trains no features, so "
@@ -105,7 +112,6 @@ class Fit3DSplatModel(SplatfactoModel):
             )
         if self.config.init_from is not None:
             take_over_run(self.gauss_params, self.camera_optimizer, self.config.init_from)
-        teacher: BackboneInfo = self.kwargs["metadata"]["teacher"]
         # A generator of its own, seeded like the run: the global sequence must be the same with and without features.
         generator = torch.Generator().manual_seed(torch.initial_seed())
         features = torch.zeros(self.num_points, self.config.feature_dim)

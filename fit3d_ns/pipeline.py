@@ -35,7 +35,7 @@ class Fit3DPipeline(VanillaPipeline):
     """Photos, teacher and feature splat of one scene.
 
     Raises:
-        UserError: If the installation, the device or the scene cannot be used.
+        UserError: If the installation, the device or the scene cannot be used, or features cannot be lifted as asked.
     """
 
     datamanager: Fit3DDataManager
@@ -67,6 +67,8 @@ class Fit3DPipeline(VanillaPipeline):
         if model.config.features == "lift":
             from nerfstudio.viewer.viewer_elements import ViewerButton
 
+            if kwargs.get("test_mode", "val") == "val":
+                self._check_lift()
             self.lift_button = ViewerButton(name="Lift features", cb_hook=lambda _: self.ask_for_lift())
 
     def _build(self, config: Fit3DPipelineConfig, **kwargs: Any) -> None:
@@ -213,6 +215,14 @@ class Fit3DPipeline(VanillaPipeline):
             report = lift_report(self.fit3d_model, scene, lift, self.datamanager.teacher_info.name)
             write_record(folder, lift, settings, report)
         self.train(was_training)
+
+    def _check_lift(self) -> None:
+        """Refuses before training what the lift after the last step would refuse."""
+        from fit3d_ns.lifting.views import held_out_flags
+
+        config, training = self.fit3d_model.config, len(self.datamanager.train_dataset)
+        width = self.fit3d_model.fit3d_decoder.width
+        config.lift.check(config.feature_dim, width, training, sum(held_out_flags(self.datamanager)))
 
     def _restore(self) -> None:
         """Puts a resumed run's random, sampler and strategy states in place, once."""

@@ -127,8 +127,8 @@ def lift_features(
             seen by any view.
     """
     clock = _Clock(operator.geometry.means.device)
+    settings.check(dim, width, len(scene.training), len(scene.held_out))
     limit = settings.steps()
-    _check(scene, settings, dim, width)
     with clock("basis"):
         basis = teacher_basis(scene.training, width, dim, operator.geometry.means.device, advance)
     decoder = FeatureDecoder(dim, width).to(operator.geometry.means.device)
@@ -298,20 +298,6 @@ def select_steps(
         elif count - best_steps >= PATIENCE:
             break
     return best, best_steps, curve
-
-
-def _check(scene: LiftScene, settings: LiftSettings, dim: int, width: int) -> None:
-    if not 1 <= dim <= width:
-        raise UserError(f"--feature-dim {dim} is out of range: this teacher has {width} channels.")
-    if max(settings.report_dims or (0,)) > width:
-        raise UserError(f"--report-dims goes beyond the {width} channels of this teacher: leave out what is larger.")
-    if not scene.training:
-        raise UserError("The scene has no training view to lift features from: leave some for training.")
-    if settings.select != "fixed" and not scene.held_out:
-        raise UserError(
-            f"--select {settings.select} needs held-out views, and this scene holds none out: use --select fixed, or "
-            "another --eval-mode when training."
-        )
 
 
 class _Clock:

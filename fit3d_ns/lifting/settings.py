@@ -58,6 +58,33 @@ class LiftSettings:
             return self.refinements
         return DEFAULT_REFINEMENTS if self.select == "fixed" else LARGEST_REFINEMENTS
 
+    def check(self, dim: int, width: int, training: int, held_out: int) -> None:
+        """Checks the settings against a teacher and a scene.
+
+        Args:
+            dim: Channels D on every Gaussian.
+            width: Channels C of the teacher.
+            training: Number of training views.
+            held_out: Number of evaluation views that are not among them.
+
+        Raises:
+            UserError: If a setting is out of range, or a selection is asked for without held-out views.
+        """
+        self.steps()
+        if not 1 <= dim <= width:
+            raise UserError(f"--feature-dim {dim} is out of range: this teacher has {width} channels.")
+        if max(self.report_dims or (0,)) > width:
+            raise UserError(
+                f"--report-dims goes beyond the {width} channels of this teacher: leave out what is larger."
+            )
+        if not training:
+            raise UserError("The scene has no training view to lift features from: leave some for training.")
+        if self.select != "fixed" and not held_out:
+            raise UserError(
+                f"--select {self.select} needs held-out views, and this scene holds none out: use --select fixed, or "
+                "another --eval-mode when training."
+            )
+
     def compared_dims(self, dim: int) -> list[int]:
         """Returns the numbers of channels that the report compares, in rising order.
 

@@ -265,6 +265,12 @@ def resident_scene(datamanager: Fit3DDataManager, model: Fit3DSplatModel) -> Lif
     return _scene(datamanager, views)
 
 
+def held_out_flags(datamanager: Fit3DDataManager) -> list[bool]:
+    """Says of each evaluation view whether it is no training view too (nerfstudio's ``--eval-mode all``)."""
+    trained = {Path(name) for name in datamanager.train_dataset.image_filenames}
+    return [Path(name) not in trained for name in datamanager.eval_dataset.image_filenames]
+
+
 def model_geometry(model: Fit3DSplatModel) -> Geometry:
     """Returns a model's Gaussians in the units of the rasteriser, without gradients."""
     return Geometry(
@@ -301,8 +307,5 @@ def _lift_view(
 
 
 def _scene(datamanager: Fit3DDataManager, views: dict[str, list[EvaluationView]]) -> LiftScene:
-    """Leaves out of the held-out views those that are training views too (nerfstudio's ``--eval-mode all``)."""
-    trained = {Path(name) for name in datamanager.train_dataset.image_filenames}
-    names = datamanager.eval_dataset.image_filenames
-    held_out = [view for view, name in zip(views["eval"], names) if Path(name) not in trained]
+    held_out = [view for view, kept in zip(views["eval"], held_out_flags(datamanager)) if kept]
     return LiftScene([item.view for item in views["train"]], held_out, views["train"])

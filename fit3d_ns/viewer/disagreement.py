@@ -58,7 +58,7 @@ def view_disagreement(model: Fit3DSplatModel, views: Sequence[LiftView]) -> Disa
         views: Training views with the teacher's maps.
     """
     device = model.means.device
-    dim = min(model.config.feature_dim, model.fit3d_decoder.width)
+    dim = model.config.feature_dim
     basis = teacher_basis(views, model.fit3d_decoder.width, dim, device)
     operator = FeatureOperator(model_geometry(model), model.feature_grid)
     batch = LiftSettings().views_per_batch

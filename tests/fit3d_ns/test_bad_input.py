@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fit3d_ns.errors import UserError
+from fit3d_ns.lifting.settings import LiftSettings
 from fit3d_ns.runs import find_checkpoint, read_checkpoint
 
 
@@ -117,6 +118,26 @@ def test_weights_of_another_architecture(scene, tmp_path, make_config, make_trai
     config = make_config(scene)
     config.pipeline.datamanager.backbone_weights = tmp_path / "resnet.safetensors"
     fails(make_trainer, config, "resnet.safetensors", train=True)
+
+
+@pytest.mark.parametrize("dim", [0, -3, 65])
+def test_feature_dim_out_of_range(scene, make_config, make_trainer, dim):
+    sentence = f"--pipeline.model.feature-dim {dim} is out of range: 1 to the 64 channels"
+    fails(make_trainer, make_config(scene, feature_dim=dim), sentence)
+
+
+@pytest.mark.parametrize(
+    "settings, sentence",
+    [
+        ({"refinements": -1}, "--refinements -1 is too small"),
+        ({"report_dims": (4, 65)}, "--report-dims goes beyond the 64 channels"),
+        ({"select": "fidelity"}, "--select fidelity needs held-out views"),
+    ],
+)
+def test_lift_that_would_fail_after_training(scene, make_config, make_trainer, settings, sentence):
+    config = make_config(scene, features="lift", lift=LiftSettings(**settings))
+    config.pipeline.datamanager.dataparser.eval_mode = "all"
+    fails(make_trainer, config, sentence)
 
 
 def test_full_disk_while_caching(scene, make_config, make_trainer, monkeypatch):

@@ -171,6 +171,8 @@ def test_sentences_name_the_flags_of_this_command(lift_command, splatfacto_run, 
     source = splatfacto_run()
     said = refused("backbone nosuch", lift_command(load_config=source, backbone="nosuch", backbone_weights=None))
     assert said.startswith("--backbone nosuch") and "--pipeline" not in said
+    said = refused("feature-dim 65", lift_command(load_config=source, feature_dim=65))
+    assert said.startswith("--feature-dim 65 is out of range: 1 to the 64 channels")
     blocked = tmp_path / "file"
     blocked.write_text("no folder")
     said = refused("--feature-cache-dir", lift_command(load_config=source, feature_cache_dir=blocked))
