@@ -6,10 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Type
 
+import yaml
 from nerfstudio.engine.trainer import Trainer, TrainerConfig
+from nerfstudio.utils.rich_utils import CONSOLE
 
 from fit3d_ns.compat import resume_adds_steps
 from fit3d_ns.errors import UserError
+from fit3d_ns.files import atomic_write_text
 from fit3d_ns.runs import find_checkpoint, read_checkpoint
 
 
@@ -23,7 +26,11 @@ class Fit3DTrainerConfig(TrainerConfig):
     def save_config(self) -> None:
         """Writes ``config.yml`` with absolute paths, so that the run can be opened from any working directory.
 
-        nerfstudio stores them as typed (https://github.com/nerfstudio-project/nerfstudio/issues/1829).
+        nerfstudio stores them as typed (https://github.com/nerfstudio-project/nerfstudio/issues/1829), in a file that
+        a full disk leaves empty.
+
+        Raises:
+            UserError: If the folder cannot be written to.
         """
         datamanager: Any = self.pipeline.datamanager
         paths = [
@@ -39,7 +46,9 @@ class Fit3DTrainerConfig(TrainerConfig):
             path = getattr(holder, name)
             if path is not None and path != Path():  # an empty path means that none was given
                 setattr(holder, name, path.expanduser().absolute())
-        super().save_config()
+        path = self.get_base_dir() / "config.yml"
+        CONSOLE.log(f"Saving config to: {path}")
+        atomic_write_text(path, yaml.dump(self))
 
 
 class Fit3DTrainer(Trainer):

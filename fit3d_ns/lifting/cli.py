@@ -1,6 +1,7 @@
 """``fit3d-lift``: features onto trained splats, in seconds a scene."""
 
 import gc
+import json
 import random
 import re
 import time
@@ -252,15 +253,14 @@ def _apply(command: LiftCommand, config: Any) -> None:
 
 
 def _request(source: Any, command: LiftCommand) -> dict[str, Any]:
-    """What decides the outcome, as plain JSON values."""
+    """What decides the outcome, as JSON gives it back."""
     datamanager, model = source.configs[0].pipeline.datamanager, source.configs[0].pipeline.model
-    weights = datamanager.backbone_weights
-    return {
+    request = {
         **source.identity,
         "scene": str(datamanager.data),
         "teacher": {
             "backbone": datamanager.backbone,
-            "weights": None if weights is None else str(Path(weights).expanduser().absolute()),
+            "weights": _file_identity(datamanager.backbone_weights),
             "layer": datamanager.backbone_layer,
             "norm": datamanager.backbone_norm,
             "normalization": datamanager.backbone_normalization,
@@ -270,6 +270,21 @@ def _request(source: Any, command: LiftCommand) -> dict[str, Any]:
         "feature_grid": model.feature_grid,
         "lift": {name: value for name, value in asdict(command.lift).items() if name != "views_per_batch"},
     }
+    return json.loads(json.dumps(request))  # tuples are lists there
+
+
+def _file_identity(weights: Optional[Path]) -> Optional[dict[str, Any]]:
+    """Tells weights from others that were written to the same place."""
+    if weights is None:
+        return None
+    path = Path(weights).expanduser().absolute()
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise UserError(
+            f"The weights {path} cannot be read ({error.strerror}): check --pipeline.datamanager.backbone-weights."
+        ) from error
+    return {"path": str(path), "bytes": status.st_size, "modified_ns": status.st_mtime_ns}
 
 
 def _seed(seed: int) -> None:

@@ -27,13 +27,15 @@ def finished_request(folder: Path) -> Optional[dict[str, Any]]:
     Raises:
         UserError: If the folder holds a run that was not lifted.
     """
-    whole = (folder / "config.yml").is_file()
+    if not (folder / "config.yml").is_file():
+        return None
     try:
-        return json.loads((folder / RECORD).read_text())["request"] if whole else None
+        request = json.loads((folder / RECORD).read_text())["request"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{folder} holds a run that fit3d-lift did not write: choose another --suffix or --output-dir."
         ) from error
+    return request if any((folder / "nerfstudio_models").glob("step-*.ckpt")) else None
 
 
 def write_run(
@@ -82,8 +84,9 @@ def write_run(
         write_record(folder, lift, settings, report, provenance)
         config.save_config()
     except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError on a full disk
-        with suppress(OSError):
-            checkpoint.unlink()  # large, and nothing without the rest
+        for written in (folder / "config.yml", folder / RECORD, checkpoint):  # nothing without the rest
+            with suppress(OSError):
+                written.unlink()
         if isinstance(error, UserError):
             raise
         raise UserError(

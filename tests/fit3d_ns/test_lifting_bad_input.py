@@ -137,7 +137,7 @@ def test_nothing_to_lift_sets_the_exit_status(tmp_path, capsys):
     assert left.value.code == 1 and said.startswith("Error: No finished run") and said.count("\n") == 1
 
 
-@pytest.mark.parametrize("full_at", ["checkpoint", "record"])
+@pytest.mark.parametrize("full_at", ["checkpoint", "record", "config"])
 def test_full_disk(lift_command, splatfacto_run, monkeypatch, full_at):
     """The system's limit on the size of a file stops real writers in the middle, as a full disk does."""
     source = splatfacto_run()
@@ -151,11 +151,12 @@ def test_full_disk(lift_command, splatfacto_run, monkeypatch, full_at):
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     else:
+        writer = {"record": "fit3d_ns.lifting.run_writer.write_record", "config": "fit3d_ns.trainer.atomic_write_text"}
         with monkeypatch.context() as patched:
-            error = UserError("Cannot write lift.json (No space left on device).")
-            patched.setattr("fit3d_ns.lifting.run_writer.write_record", mock.Mock(side_effect=error))
+            error = UserError("Cannot write it (No space left on device).")
+            patched.setattr(writer[full_at], mock.Mock(side_effect=error))
             refused("No space left", lift_command(load_config=source))
-    assert not (target / "config.yml").exists() and not list(target.rglob("*.ckpt"))
+    assert not any((target / name).exists() for name in ("config.yml", "lift.json")) and not list(target.rglob("*.ckpt"))
     assert not list(target.rglob("*.tmp"))
     assert run_lift(lift_command(load_config=source)) == [target / "config.yml"]
 

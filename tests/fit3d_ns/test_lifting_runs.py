@@ -1,6 +1,8 @@
 """``fit3d-lift`` and ``--pipeline.model.features lift`` on the tiny room: runs in, runs out."""
 
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -113,6 +115,28 @@ def test_finished_lift_is_skipped_and_other_settings_ask_first(splatfacto_run, l
     assert second.parent.name == "plain-fit" and second != config
     run_lift(lift_command(load_config=source, lift=other, overwrite=True))
     assert_same_lift(config, second)
+
+
+def test_finished_lift_is_known_by_its_numbers_of_channels_its_checkpoint_and_its_weights(
+    splatfacto_run, lift_command, teacher_weights, tmp_path
+):
+    weights = Path(shutil.copy(teacher_weights, tmp_path))
+    source, settings = splatfacto_run(), LiftSettings(report_dims=(4, 8))
+    command = lift_command(load_config=source, backbone_weights=weights, lift=settings)
+    (config,) = run_lift(command)
+    checkpoint = find_checkpoint(config)
+    changed = checkpoint.stat().st_mtime_ns
+    run_lift(command)
+    assert checkpoint.stat().st_mtime_ns == changed
+    checkpoint.unlink()
+    run_lift(command)
+    assert checkpoint.is_file()
+    os.utime(weights, (0, 0))
+    with pytest.raises(UserError, match=r"other settings.*\(teacher\)"):
+        run_lift(command)
+    weights.unlink()
+    with pytest.raises(UserError, match="weights .* cannot be read .*: check --backbone-weights"):
+        run_lift(command)
 
 
 def test_all_runs_below_a_folder(splatfacto_run, feature_run, make_config, lift_command, tmp_path):
