@@ -120,7 +120,7 @@ class LiftEvaluation:
         """Measures what would have been lifted with fewer channels, with one render of every view for all of them.
 
         Lifting commutes with the projection onto a basis, and so does rendering: with fewer channels, features would
-        be the first ones of these.
+        be the first ones of these. With robust weights, which depend on the residuals in all channels, only about so.
 
         Args:
             values: [N, D] lifted features.

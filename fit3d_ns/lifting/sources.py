@@ -16,6 +16,7 @@ from fit3d_ns.config import fit3d_splat
 from fit3d_ns.errors import UserError
 from fit3d_ns.exporting.splat_ply import splatfacto_parameters
 from fit3d_ns.lifting.ply import read_ply, sh_degree
+from fit3d_ns.lifting.run_writer import finished_request
 from fit3d_ns.lifting.scene import RECORD
 from fit3d_ns.runs import find_checkpoint, find_runs, read_config
 from fit3d_ns.trainer import Fit3DTrainerConfig
@@ -91,12 +92,13 @@ def source_from_run(path: Path, suffix: str, output_dir: Optional[Path], data: O
 
     Args:
         path: Its ``config.yml``, or its folder.
-        suffix: Appended to the name of the run, to name the new one.
+        suffix: Appended to the name of the run, to name the new one; where a run of that name in another method's
+            folder was lifted already, after the method's name.
         output_dir: Where the new run goes instead of beside the old one.
         data: Where the scene is now, if it moved.
 
     Raises:
-        UserError: If it is no such run, or cannot be read.
+        UserError: If it is no such run, cannot be read, or the new one's folder holds a run that was not lifted.
     """
     config = read_config(path)
     run = (path.parent if path.name == "config.yml" else path).absolute()
@@ -132,9 +134,13 @@ def source_from_run(path: Path, suffix: str, output_dir: Optional[Path], data: O
     step = int(checkpoint.stem.removeprefix("step-"))
     new.max_num_iterations = min(new.max_num_iterations, step + 1)
     experiment = run.parents[1].name if len(run.parents) > 2 else config.experiment_name
-    _place(
-        new, output_dir or (run.parents[2] if len(run.parents) > 2 else run.parent), experiment, f"{run.name}-{suffix}"
-    )
+    outputs = output_dir or (run.parents[2] if len(run.parents) > 2 else run.parent)
+    _place(new, outputs, experiment, f"{run.name}-{suffix}")
+    existing = finished_request(new.get_base_dir())
+    method = run.parent.name
+    if existing is not None and Path(existing.get("source", run)).parent.name != method:
+        # Runs of two methods that were given the same timestamp.
+        _place(new, outputs, experiment, f"{run.name}-{method}-{suffix}")
     identity = {
         "source": str(run),
         "checkpoint": checkpoint.name,
@@ -193,6 +199,8 @@ def _dataparsers(data: Path) -> list[Any]:
             as_colmap = ColmapDataParserConfig(assume_colmap_world_coordinate_convention=False, **as_stored)
             for parser in (as_colmap, ColmapDataParserConfig()):
                 parser.colmap_path, parser.load_3D_points = Path(folder), False
+                # nerfstudio would ask whether it may write smaller photos into the scene.
+                parser.downscale_factor = 1
                 parsers.append(parser)
             break
     if not parsers:

@@ -156,7 +156,9 @@ def test_full_disk(lift_command, splatfacto_run, monkeypatch, full_at):
             error = UserError("Cannot write it (No space left on device).")
             patched.setattr(writer[full_at], mock.Mock(side_effect=error))
             refused("No space left", lift_command(load_config=source))
-    assert not any((target / name).exists() for name in ("config.yml", "lift.json")) and not list(target.rglob("*.ckpt"))
+    assert not any((target / name).exists() for name in ("config.yml", "lift.json")) and not list(
+        target.rglob("*.ckpt")
+    )
     assert not list(target.rglob("*.tmp"))
     assert run_lift(lift_command(load_config=source)) == [target / "config.yml"]
 

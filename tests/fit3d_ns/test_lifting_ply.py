@@ -41,8 +41,10 @@ def as_colmap(scene, folder):
 
 
 @pytest.mark.parametrize("coordinates", ["nerfstudio", "scene", "colmap"])
-def test_ply_in_either_coordinates(tmp_path, scene, splatfacto_run, lift_command, coordinates):
+def test_ply_in_either_coordinates(tmp_path, scene, splatfacto_run, lift_command, coordinates, monkeypatch):
     """ns-export writes nerfstudio's turned and scaled world, 3DGS that of the scene's files."""
+    # Photos count as large, for which nerfstudio's COLMAP parser would ask on the terminal before it shrinks them.
+    monkeypatch.setattr("nerfstudio.data.dataparsers.colmap_dataparser.MAX_AUTO_RESOLUTION", 50)
     run = splatfacto_run(steps=40)
     splat = splat_of(run)
     if coordinates != "nerfstudio":

@@ -117,9 +117,7 @@ def test_finished_lift_is_skipped_and_other_settings_ask_first(splatfacto_run, l
     assert_same_lift(config, second)
 
 
-def test_finished_lift_is_known_by_its_numbers_of_channels_its_checkpoint_and_its_weights(
-    splatfacto_run, lift_command, teacher_weights, tmp_path
-):
+def test_finished_lift_is_known_by_dims_checkpoint_and_weights(splatfacto_run, lift_command, teacher_weights, tmp_path):
     weights = Path(shutil.copy(teacher_weights, tmp_path))
     source, settings = splatfacto_run(), LiftSettings(report_dims=(4, 8))
     command = lift_command(load_config=source, backbone_weights=weights, lift=settings)
@@ -137,6 +135,16 @@ def test_finished_lift_is_known_by_its_numbers_of_channels_its_checkpoint_and_it
     weights.unlink()
     with pytest.raises(UserError, match="weights .* cannot be read .*: check --backbone-weights"):
         run_lift(command)
+
+
+def test_runs_of_one_name_do_not_replace_each_other(splatfacto_run, feature_run, lift_command, tmp_path):
+    splatfacto_run("same")
+    feature_run("same")
+    found = run_lift(lift_command(runs=tmp_path / "outputs"))
+    assert [path.parent.name for path in found] == ["same-lift", "same-splatfacto-lift"]
+    written = [find_checkpoint(path).stat().st_mtime_ns for path in found]
+    again = run_lift(lift_command(runs=tmp_path / "outputs", overwrite=True))
+    assert again == found and [find_checkpoint(path).stat().st_mtime_ns for path in again] == written
 
 
 def test_all_runs_below_a_folder(splatfacto_run, feature_run, make_config, lift_command, tmp_path):
