@@ -106,6 +106,7 @@ class Fit3DPipeline(VanillaPipeline):
         return {
             "teacher": self._teacher_flags(),
             "teacher_identity": self.datamanager.teacher_identity(),
+            "photos": self._photos(),
             "feature_grid": self.fit3d_model.feature_grid.to_dict(),
             "strategy": dict(self.fit3d_model.strategy_state),
             "sampler": self.datamanager.sampler_state(),
@@ -132,6 +133,35 @@ class Fit3DPipeline(VanillaPipeline):
         self._resumed_state = state
         assert self.fit3d_model.feature_view.teacher is not None
         self.fit3d_model.feature_view.teacher.identity = state.get("teacher_identity")
+
+    def check_resumes(self, checkpoint: Path, state: Dict[str, Any]) -> None:
+        """Checks, before it is loaded, that a checkpoint was trained on these views and with these weights.
+
+        Args:
+            checkpoint: Its path.
+            state: Of ``get_extra_state``; what an older checkpoint lacks is not compared.
+
+        Raises:
+            UserError: If coordinates, training views or the teacher's weights are others.
+        """
+        self._check_same_coordinates(checkpoint)
+        photos, trained = self._photos(), state.get("photos")
+        if trained is not None and trained != photos:
+            raise UserError(
+                f"The checkpoint {checkpoint} was trained on {len(trained)} photos, which are not the {len(photos)} "
+                "that this scene gives for training: use the same --data and the same dataparser flags, or start a new "
+                "run."
+            )
+        identity = state.get("teacher_identity")
+        if identity is None or state.get("teacher") != self._teacher_flags():
+            return  # flags that differ are named when the state is loaded
+        weights = self.datamanager.open_feature_cache().identity["weights_sha256"]
+        if weights != identity["weights_sha256"]:
+            raise UserError(
+                f"The checkpoint {checkpoint} was trained with other weights of {identity['name']} (SHA-256 "
+                f"{identity['weights_sha256'][:12]}, now {weights[:12]}): name the same "
+                "--pipeline.datamanager.backbone-weights, or start a new run."
+            )
 
     def get_training_callbacks(
         self, training_callback_attributes: TrainingCallbackAttributes
@@ -257,8 +287,12 @@ class Fit3DPipeline(VanillaPipeline):
             "backbone_max_size": config.backbone_max_size,
         }
 
+    def _photos(self) -> List[str]:
+        """Names of the training photos, without folders: a scene may move."""
+        return [Path(path).name for path in getattr(self.datamanager.train_dataset, "image_filenames", [])]
+
     def _check_same_coordinates(self, run: Optional[Path]) -> None:
-        """Refuses frozen geometry whose world differs from this scene's, since views would not fit it."""
+        """Refuses geometry whose world differs from this scene's, since views would not fit it."""
         assert run is not None
         path = run_folder(find_checkpoint(run)) / "dataparser_transforms.json"
         if not path.is_file():

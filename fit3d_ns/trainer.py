@@ -13,6 +13,7 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from fit3d_ns.compat import resume_adds_steps
 from fit3d_ns.errors import UserError
 from fit3d_ns.files import atomic_write_text
+from fit3d_ns.resume import check_same_configuration
 from fit3d_ns.runs import find_checkpoint, read_checkpoint
 
 
@@ -30,8 +31,9 @@ class Fit3DTrainerConfig(TrainerConfig):
         a full disk leaves empty.
 
         Raises:
-            UserError: If the folder cannot be written to.
+            UserError: If the folder cannot be written to, or a run is resumed that was trained with other flags.
         """
+        check_same_configuration(self)
         datamanager: Any = self.pipeline.datamanager
         paths = [
             (self, "output_dir"),
@@ -60,12 +62,14 @@ class Fit3DTrainer(Trainer):
         """Loads the checkpoint asked for by ``--load-dir`` or ``--load-checkpoint``.
 
         Raises:
-            UserError: If there is none, it is damaged, or it already holds ``max_num_iterations`` steps.
+            UserError: If there is none, it is damaged, it was trained on another scene or with another teacher, or
+                it already holds ``max_num_iterations`` steps.
         """
         wanted = self.config.load_dir or self.config.load_checkpoint
         if wanted is not None:
             checkpoint = find_checkpoint(wanted, self.config.load_step)
-            read_checkpoint(checkpoint)  # a damaged file is said in one sentence
+            state = read_checkpoint(checkpoint)  # a damaged file is said in one sentence
+            self.pipeline.check_resumes(checkpoint, state["pipeline"].get("_extra_state") or {})  # type: ignore[operator]
             self.config.load_dir, self.config.load_checkpoint = None, checkpoint
         super()._load_checkpoint()
         if self._start_step == 0:

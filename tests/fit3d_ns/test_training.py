@@ -2,11 +2,13 @@
 
 import json
 from contextlib import contextmanager
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
+from nerfstudio.cameras.camera_optimizers import CameraOptimizerConfig
 from nerfstudio.data.datamanagers.full_images_datamanager import FullImageDatamanagerConfig
 from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
 from nerfstudio.pipelines.base_pipeline import VanillaPipelineConfig
@@ -179,6 +181,78 @@ def test_checkpoint_of_another_teacher_is_refused(scene, make_config, make_train
     config.pipeline.datamanager.backbone_layer = 1
     with pytest.raises(UserError, match="backbone_layer"):
         make_trainer(config)
+
+
+def resumed(make_config, scene, first, **fields):
+    """The configuration of a run that goes on where the first one stopped."""
+    config = make_config(scene, steps=5, **fields)
+    config.load_dir = first.checkpoint_dir
+    return config
+
+
+def test_resume_with_other_weights_is_refused(scene, tmp_path, teacher_weights, make_config, make_trainer):
+    from safetensors.torch import load_file, save_file
+
+    first = make_trainer(make_config(scene, steps=1))
+    first.train()
+    tensors = load_file(teacher_weights)
+    name = next(name for name in tensors if tensors[name].is_floating_point())
+    save_file({**tensors, name: tensors[name] + 1}, tmp_path / "other.safetensors")
+    config = resumed(make_config, scene, first)
+    config.pipeline.datamanager.backbone_weights = tmp_path / "other.safetensors"
+    with pytest.raises(UserError, match="other weights of test_vit.*backbone-weights"):
+        make_trainer(config)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [({"scale_factor": 0.5}, "coordinates"), ({"eval_mode": "interval", "eval_interval": 4}, "trained on .* photos")],
+)
+def test_resume_with_other_dataparser_flags_is_refused(scene, make_config, make_trainer, flags, message):
+    first = make_trainer(make_config(scene, steps=1, camera_optimizer=CameraOptimizerConfig(mode="SO3xR3")))
+    first.train()
+    config = resumed(make_config, scene, first, camera_optimizer=CameraOptimizerConfig(mode="SO3xR3"))
+    for name, value in flags.items():
+        setattr(config.pipeline.datamanager.dataparser, name, value)
+    with pytest.raises(UserError, match=message):
+        make_trainer(config)
+
+
+def test_resume_with_other_model_flags_is_refused(scene, make_config, make_trainer):
+    config = make_config(scene, steps=1)
+    config.save_config()
+    first = make_trainer(config)
+    first.train()
+    stored = (first.base_dir / "config.yml").read_text()
+    for change, flag in (
+        ({"camera_optimizer": CameraOptimizerConfig(mode="SO3xR3")}, "camera-optimizer.mode off .now SO3xR3"),
+        ({"sh_degree": 2}, "sh-degree 3 .now 2"),
+        ({"use_bilateral_grid": True}, "use-bilateral-grid False .now True"),
+        ({"features": "lift"}, "features joint .now lift"),
+        ({"init_from": first.base_dir}, "init-from not given .now given"),
+    ):
+        again = resumed(make_config, scene, first, **change)
+        again.timestamp = config.timestamp  # it would overwrite the configuration that it is compared with
+        with pytest.raises(UserError, match=f"trained with --pipeline.model.{flag}"):
+            again.save_config()
+        assert (first.base_dir / "config.yml").read_text() == stored
+
+
+def test_resume_of_a_run_that_moved_with_other_settings_of_no_consequence(scene, make_config, make_trainer, tmp_path):
+    import shutil
+
+    config = make_config(scene, steps=1)
+    config.save_config()
+    make_trainer(config).train()
+    moved = Path(shutil.copytree(config.get_base_dir(), tmp_path / "moved"))
+    scene = Path(shutil.move(scene, tmp_path / "moved-scene"))
+    again = make_config(scene, steps=3)
+    again.load_dir, again.steps_per_save, again.vis = moved / "nerfstudio_models", 1, "viewer+tensorboard"
+    again.save_config()
+    again.vis = "tensorboard"
+    trainer = make_trainer(again)
+    trainer.train()
+    assert trainer.step == 2
 
 
 def test_plain_splatfacto_checkpoint_is_refused_with_advice(scene, make_config, make_trainer):
