@@ -1,6 +1,7 @@
 """nerfstudio's pipeline with a checkpoint that resumes exactly, and consistency between views as a metric."""
 
 import json
+import math
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ from fit3d_ns.backbones import check_timm
 from fit3d_ns.compat import check_gsplat, resume_adds_steps
 from fit3d_ns.datamanager import Fit3DDataManager
 from fit3d_ns.errors import UserError
-from fit3d_ns.metrics import choose_pairs, view_match
+from fit3d_ns.metrics import choose_pairs, feature_cosine, feature_l1, view_match
 from fit3d_ns.model import Fit3DSplatModel
 from fit3d_ns.rasterization import check_backend
 from fit3d_ns.runs import find_checkpoint, run_folder
@@ -201,6 +202,7 @@ class Fit3DPipeline(VanillaPipeline):
     ) -> Dict[str, float]:
         """Averages the per-view metrics and adds ``view_match_teacher`` and ``view_match_lifted``.
 
+        The features' metrics are means of the views that have any: a view whose mask hides all of it has none.
         The latter two are shares in [0, 1] over all held-out views together, see ``fit3d_ns.metrics.view_match``; they
         are left out where no two held-out views share enough surface.
         """
@@ -209,11 +211,19 @@ class Fit3DPipeline(VanillaPipeline):
             return metrics
         self.eval()
         views, teacher_maps, lifted_maps = [], [], []
+        per_view: Dict[str, List[float]] = {"feature_l1": [], "feature_cosine": []}
         for camera, batch in self.datamanager.fixed_indices_eval_dataloader:
             lifted_maps.append(self.fit3d_model.decode_view(camera))
             teacher_maps.append(batch["teacher"].float())
             views.append(self.fit3d_model.surface_view(camera))
+            for name, measure in (("feature_l1", feature_l1), ("feature_cosine", feature_cosine)):
+                per_view[name].append(float(measure(lifted_maps[-1], teacher_maps[-1], batch.get("patch_weights"))))
         self.train()
+        for name, values in per_view.items():
+            measured = torch.tensor([value for value in values if not math.isnan(value)])
+            metrics[name] = float(measured.mean())
+            if get_std:
+                metrics[f"{name}_std"] = float(measured.std())
         pairs = choose_pairs(views, [(teacher.shape[1], teacher.shape[2]) for teacher in teacher_maps])
         for name, maps in (("teacher", teacher_maps), ("lifted", lifted_maps)):
             match = view_match(maps, views, pairs)

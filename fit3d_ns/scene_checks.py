@@ -1,6 +1,7 @@
 """Checks of a user's scene: each problem in one sentence that names the file."""
 
 import json
+import struct
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterator, List, Optional
@@ -36,7 +37,12 @@ def explain_unreadable_scene(data: Optional[Path]) -> Iterator[None]:
             f"The scene {data} has seed points, which nerfstudio reads with Open3D, and that cannot be loaded "
             f"({error}): run `pip install open3d-cpu`, or install libusb-1.0 for the full Open3D."
         ) from error
-    except (AssertionError, KeyError, IndexError, OSError, TypeError, ValueError, RuntimeError) as error:
+    except EOFError as error:  # nerfstudio's colmap dataparser asks whether to shrink photos
+        raise UserError(
+            f"The photos of the scene {data} are large, and without a terminal the dataparser cannot ask to make "
+            "smaller ones: end the command with `colmap --downscale-factor 1`, or run it in a terminal once."
+        ) from error
+    except (AssertionError, KeyError, IndexError, OSError, TypeError, ValueError, RuntimeError, struct.error) as error:
         if "No data found in dataset" in str(error):  # nerfstudio's assertion that the training split has views
             raise UserError(
                 f"All views of the scene {data} are held out for evaluation: leave some for training (--eval-mode, or "

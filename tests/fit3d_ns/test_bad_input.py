@@ -1,10 +1,12 @@
 """Every mistake a user can make ends in one sentence that names the file or flag."""
 
+import io
 import json
 import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -97,6 +99,48 @@ def test_pose_that_is_not_finite(scene, make_config, make_trainer):
 def test_broken_json(scene, make_config, make_trainer):
     (scene / "transforms.json").write_text('{"frames": [')
     fails(make_trainer, make_config(scene), "transforms.json is not valid JSON")
+
+
+@pytest.fixture
+def colmap_scene(tmp_path):
+    """A COLMAP model of three photos of 1700 x 20 pixels, without points."""
+    from nerfstudio.data.utils import colmap_parsing_utils as colmap
+    from PIL import Image
+
+    model = tmp_path / "colmap_scene" / "colmap" / "sparse" / "0"
+    model.mkdir(parents=True)
+    (tmp_path / "colmap_scene" / "images").mkdir()
+    nothing = {"qvec": np.array([1.0, 0, 0, 0]), "camera_id": 1, "xys": np.zeros((0, 2)), "point3D_ids": np.zeros(0)}
+    images = {
+        number: colmap.Image(id=number, tvec=np.array([0.1 * number, 0, 1]), name=f"{number}.png", **nothing)
+        for number in (1, 2, 3)
+    }
+    for image in images.values():
+        Image.new("RGB", (1700, 20)).save(tmp_path / "colmap_scene" / "images" / image.name)
+    camera = colmap.Camera(id=1, model="PINHOLE", width=1700, height=20, params=np.array([800.0, 800.0, 850.0, 10.0]))
+    colmap.write_cameras_binary({1: camera}, model / "cameras.bin")
+    colmap.write_images_binary(images, model / "images.bin")
+    colmap.write_points3D_binary({}, model / "points3D.bin")
+    return tmp_path / "colmap_scene"
+
+
+def colmap_config(make_config, scene):
+    from nerfstudio.data.dataparsers.colmap_dataparser import ColmapDataParserConfig
+
+    config = make_config(scene)
+    config.pipeline.datamanager.dataparser = ColmapDataParserConfig()
+    return config
+
+
+def test_truncated_colmap_model(colmap_scene, make_config, make_trainer):
+    path = colmap_scene / "colmap" / "sparse" / "0" / "images.bin"
+    path.write_bytes(path.read_bytes()[:-5])
+    fails(make_trainer, colmap_config(make_config, colmap_scene), "colmap_scene could not be read.*check --data")
+
+
+def test_question_of_the_dataparser_without_a_terminal(colmap_scene, make_config, make_trainer, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    fails(make_trainer, colmap_config(make_config, colmap_scene), "`colmap --downscale-factor 1`")
 
 
 def test_scene_without_seed_points_says_that_it_starts_at_random(scene, make_config, make_trainer, capsys):

@@ -17,6 +17,7 @@ from plain_splatfacto import PlainSplatfacto
 
 from fit3d_ns import compat
 from fit3d_ns.errors import UserError
+from fit3d_ns.metrics import feature_l1
 
 GEOMETRY = ("means", "scales", "quats", "opacities", "features_dc", "features_rest")
 
@@ -348,6 +349,28 @@ def test_evaluation_reports_features_and_consistency(scene, make_config, make_tr
     assert not any("lpips" in name for name in metrics) or np.isfinite(metrics["lpips"])
     for name in ("view_match_teacher", "view_match_lifted"):
         assert name not in metrics or 0 <= metrics[name] <= 1
+
+
+def test_masked_out_view_does_not_spoil_the_means(scene, make_config, make_trainer):
+    config = make_config(scene)
+    config.pipeline.datamanager.dataparser.eval_mode = "interval"
+    config.pipeline.datamanager.dataparser.eval_interval = 5
+    pipeline = make_trainer(config).pipeline
+    whole = pipeline.get_average_eval_image_metrics(get_std=True)
+    load, means = pipeline.datamanager.evaluation_view, []
+
+    def masked(index):
+        camera, batch = load(index)
+        if index == 0:
+            batch["patch_weights"] = torch.zeros(batch["teacher"].shape[1:])
+        else:
+            means.append(float(feature_l1(pipeline.model.decode_view(camera).detach(), batch["teacher"].float())))
+        return camera, batch
+
+    pipeline.datamanager.evaluation_view = masked
+    metrics = pipeline.get_average_eval_image_metrics(get_std=True)
+    assert metrics["feature_l1"] == pytest.approx(np.mean(means)) != pytest.approx(whole["feature_l1"])
+    assert all(np.isfinite(metrics[name]) for name in metrics if name.startswith("feature_cosine"))
 
 
 def test_masks_reach_both_losses(scene, make_config, make_trainer):
