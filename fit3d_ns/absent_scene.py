@@ -1,6 +1,5 @@
 """What stands for a scene that moved, so that a trained run can be opened without its photos."""
 
-from functools import partial
 from pathlib import Path
 from typing import Any, Dict, Iterator, NoReturn
 
@@ -11,6 +10,10 @@ from nerfstudio.data.scene_box import SceneBox
 from fit3d_ns.backbones import describe_backbone
 from fit3d_ns.datamanager import EvaluationViews, Fit3DDataManager, Fit3DDataManagerConfig
 from fit3d_ns.errors import UserError
+
+
+class AbsentPhotos(UserError, AttributeError):
+    """What photos are needed for; an AttributeError too, since nerfstudio asks with ``hasattr`` what there is."""
 
 
 class AbsentDataset:
@@ -42,28 +45,33 @@ class AbsentViews(EvaluationViews):
 class AbsentScene(Fit3DDataManager):
     """A data manager without photos, enough for the viewer, for exports and for renders along a camera path.
 
+    Its subclass of `without_photos` says in ``absent`` why there are none.
+
     Args:
         config: Of the run.
         device: Of the model.
-        reason: Why there are no photos.
     """
 
-    def __init__(
-        self, config: Fit3DDataManagerConfig, device: torch.device | str = "cpu", reason: str = "", **kwargs: Any
-    ):
+    absent: str = ""
+
+    def __init__(self, config: Fit3DDataManagerConfig, device: torch.device | str = "cpu", **kwargs: Any):
         self.config = config
         self.device = device
-        self.absent = reason
         self.test_mode = kwargs.get("test_mode", "test")
         self.includes_time = False
         self.teacher_info = describe_backbone(config.backbone_spec())
         metadata = {"teacher": self.teacher_info, "teacher_max_size": config.backbone_max_size}
-        self.train_dataset = AbsentDataset(reason, metadata)  # type: ignore[assignment]
-        self.eval_dataset = AbsentDataset(reason, metadata)  # type: ignore[assignment]
+        self.train_dataset = AbsentDataset(self.absent, metadata)  # type: ignore[assignment]
+        self.eval_dataset = AbsentDataset(self.absent, metadata)  # type: ignore[assignment]
         self.train_unseen_cameras = []
         self._feature_cache = None
         self._keys = {}
         DataManager.__init__(self)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("dataparser", "train_dataparser_outputs"):
+            raise AbsentPhotos(self.absent)
+        return super().__getattr__(name)
 
     @property
     def fixed_indices_eval_dataloader(self) -> EvaluationViews:  # type: ignore[override]
@@ -88,4 +96,5 @@ def without_photos(config: Fit3DDataManagerConfig, reason: str) -> None:
         config: Changed in place.
         reason: Why there are no photos.
     """
-    config._target = partial(AbsentScene, reason=reason)  # type: ignore[assignment]
+    # A class and no partial: ns-render looks for the methods of its target.
+    config._target = type("AbsentScene", (AbsentScene,), {"absent": reason})

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from fake_browser import FakeBrowser, running_viewer
+from nerfstudio.scripts.render import DatasetRender
 from nerfstudio.scripts.viewer import run_viewer
 from nerfstudio.utils.eval_utils import eval_setup
 from nerfstudio.viewer.viewer_elements import ViewerClick, ViewerElement
@@ -228,6 +229,15 @@ def test_ns_viewer_opens_without_photos(viewed_run, monkeypatch):
     monkeypatch.setattr(run_viewer, "time", SimpleNamespace(sleep=wait))
     with pytest.raises(_Waits):
         run_viewer.RunViewer(viewed_run.base_dir / "config.yml").main()
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_ns_render_of_photos_that_are_gone(viewed_run, tmp_path, split):
+    scene = viewed_run.pipeline.datamanager.get_datapath()
+    shutil.rmtree(scene)
+    render = DatasetRender(viewed_run.base_dir / "config.yml", output_path=tmp_path / "renders", split=split)
+    with pytest.raises(UserError, match=f"{scene}.*does not exist"):
+        render.main()
 
 
 def test_a_run_that_learned_about_its_views_opens_without_them(scene, make_config, make_trainer):
