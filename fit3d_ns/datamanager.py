@@ -114,7 +114,7 @@ class Fit3DDataManager(FullImageDatamanager):
     where a mask or transparency leaves parts out, ``patch_weights`` (shape [h, w], in [0, 1]).
 
     Raises:
-        UserError: If the scene, its poses or its photos cannot be used; the sentence names the file.
+        UserError: If the scene, its poses, its photos or a flag cannot be used; the sentence names the file or flag.
     """
 
     config: Fit3DDataManagerConfig
@@ -122,6 +122,11 @@ class Fit3DDataManager(FullImageDatamanager):
     """Why there are no photos, where there are none (`fit3d_ns.absent_scene`)."""
 
     def __init__(self, config: Fit3DDataManagerConfig, device: torch.device | str = "cpu", **kwargs: Any):
+        if config.feature_batch_size < 1:
+            raise UserError(
+                f"--pipeline.datamanager.feature-batch-size is {config.feature_batch_size}: the teacher sees photos "
+                "in batches of at least 1, so name a larger number."
+            )
         self.teacher_info: BackboneInfo = describe_backbone(config.backbone_spec())
         with explain_unreadable_scene(config.data or config.dataparser.data):
             super().__init__(config, device=device, **kwargs)
@@ -188,7 +193,8 @@ class Fit3DDataManager(FullImageDatamanager):
 
     def sampler_state(self) -> Dict[str, Any]:
         """Returns where the sampling of training views stands, as plain values."""
-        state: Dict[str, Any] = {"unseen": [int(index) for index in self.train_unseen_cameras]}
+        unseen = [int(index) for index in self.train_unseen_cameras]
+        state: Dict[str, Any] = {"num_views": len(self.train_dataset), "unseen": unseen}
         if hasattr(self, "random_generator"):
             kind, values, gauss = self.random_generator.getstate()
             state["random"] = [kind, list(values), gauss]
@@ -201,7 +207,9 @@ class Fit3DDataManager(FullImageDatamanager):
 
         A state of another scene (a different number of views) is left aside.
         """
-        if any(index >= len(self.train_dataset) for index in state["unseen"]):
+        num_views = len(self.train_dataset)
+        # Older checkpoints do not tell the number.
+        if state.get("num_views", num_views) != num_views or any(index >= num_views for index in state["unseen"]):
             return
         self.train_unseen_cameras = list(state["unseen"])
         if "random" in state and hasattr(self, "random_generator"):

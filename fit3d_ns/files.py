@@ -39,9 +39,29 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        os.replace(temporary, path)
+        with explain_unwritable(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            os.replace(temporary, path)
+    finally:
+        try:
+            temporary.unlink(missing_ok=True)
+        except OSError:
+            pass  # the parent is no folder or cannot be written: the error that matters is on its way already
+
+
+@contextmanager
+def explain_unwritable(path: Path | str) -> Iterator[None]:
+    """Turns what is raised where the operating system refuses to write into one sentence.
+
+    Args:
+        path: what is being written, for the sentence.
+
+    Raises:
+        UserError: instead of OSError, and of what torch.save and safetensors raise when the disk is full.
+    """
+    try:
+        yield
     except OSError as error:
         raise UserError(
             f"Cannot write {path} ({error.strerror or error}): free space there or choose another place."
@@ -50,11 +70,6 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
         if not _WRITE_FAILED.search(str(error)):
             raise
         raise UserError(f"Cannot write {path}: free space there or choose another place.") from error
-    finally:
-        try:
-            temporary.unlink(missing_ok=True)
-        except OSError:
-            pass  # the parent is no folder or cannot be written: the error that matters is on its way already
 
 
 @contextmanager

@@ -45,11 +45,6 @@ class Fit3DPipeline(VanillaPipeline):
         check_timm()
         check_gsplat()
         check_backend(torch.device(device))
-        if world_size > 1:
-            raise UserError(
-                "One scene trains on one GPU: drop --machine.num-devices and run one ns-train per scene and GPU "
-                "(CUDA_VISIBLE_DEVICES=0 ns-train fit3d-splat ..., CUDA_VISIBLE_DEVICES=1 ...)."
-            )
         if kwargs.get("test_mode", "val") != "val":
             # Not training: the checkpoint holds all geometry, and the run it once came from may be gone.
             config.model.init_from = None  # type: ignore[attr-defined]

@@ -1,6 +1,7 @@
 """nerfstudio's trainer, made to survive being killed and to go on where it stopped."""
 
 import os
+import shutil
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,9 +13,12 @@ from nerfstudio.utils.rich_utils import CONSOLE
 
 from fit3d_ns.compat import resume_adds_steps
 from fit3d_ns.errors import UserError
-from fit3d_ns.files import atomic_write_text
+from fit3d_ns.files import atomic_write_text, explain_unwritable
 from fit3d_ns.resume import check_same_configuration
 from fit3d_ns.runs import find_checkpoint, read_checkpoint
+
+_TEMPORARY = ".checkpoint-"
+"""How the folders begin in which checkpoints are written; not beside them, where nerfstudio reads every name."""
 
 
 @dataclass
@@ -31,8 +35,15 @@ class Fit3DTrainerConfig(TrainerConfig):
         a full disk leaves empty.
 
         Raises:
-            UserError: If the folder cannot be written to, or a run is resumed that was trained with other flags.
+            UserError: If the folder cannot be written to, several GPUs are asked for, or a run is resumed that was
+                trained with other flags.
         """
+        # Here, since nerfstudio starts a process for each GPU next, and their errors arrive as tracebacks.
+        if self.machine.num_devices * self.machine.num_machines > 1:
+            raise UserError(
+                "One scene trains on one GPU: drop --machine.num-devices and run one ns-train per scene and GPU "
+                "(CUDA_VISIBLE_DEVICES=0 ns-train fit3d-splat ..., CUDA_VISIBLE_DEVICES=1 ...)."
+            )
         check_same_configuration(self)
         datamanager: Any = self.pipeline.datamanager
         paths = [
@@ -87,17 +98,23 @@ class Fit3DTrainer(Trainer):
 
         Args:
             step: Number of the last finished step.
+
+        Raises:
+            UserError: If the disk is full or the run's folder cannot be written to.
         """
         folder = self.checkpoint_dir
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".checkpoint-") as temporary:
-            self.checkpoint_dir = Path(temporary)
-            try:
-                super().save_checkpoint(step)
-            finally:
-                self.checkpoint_dir = folder
-            for written in Path(temporary).glob("*.ckpt"):
-                os.replace(written, folder / written.name)
+        with explain_unwritable(folder / f"step-{step:09d}.ckpt"):
+            folder.mkdir(parents=True, exist_ok=True)
+            for left_by_a_kill in folder.parent.glob(f"{_TEMPORARY}*"):
+                shutil.rmtree(left_by_a_kill, ignore_errors=True)
+            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=_TEMPORARY) as temporary:
+                self.checkpoint_dir = Path(temporary)
+                try:
+                    super().save_checkpoint(step)
+                finally:
+                    self.checkpoint_dir = folder
+                for written in Path(temporary).glob("*.ckpt"):
+                    os.replace(written, folder / written.name)
         if self.config.save_only_latest_checkpoint:
             for old in folder.glob("*.ckpt"):
                 if old.name != f"step-{step:09d}.ckpt":

@@ -199,9 +199,19 @@ def test_full_disk_while_caching(scene, make_config, make_trainer, monkeypatch):
 
 
 def test_several_gpus_for_one_scene(scene, make_config):
+    from nerfstudio.scripts.train import main as ns_train
+
     config = make_config(scene)
+    config.machine.num_devices = 2
     with pytest.raises(UserError, match="One scene trains on one GPU"):
-        config.pipeline.setup(device="cpu", world_size=2)
+        ns_train(config)  # before it starts a process for each
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_batch_without_photos(scene, make_config, make_trainer, size):
+    config = make_config(scene)
+    config.pipeline.datamanager.feature_batch_size = size
+    fails(make_trainer, config, f"feature-batch-size is {size}")
 
 
 def test_open3d_that_cannot_be_loaded(scene, make_config, make_trainer, monkeypatch):

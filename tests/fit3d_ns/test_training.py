@@ -1,6 +1,7 @@
 """Stage one on the tiny room, in this process: separation, densification, resume, geometry of patches."""
 
 import json
+import resource
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -162,6 +163,38 @@ def test_kill_while_saving_leaves_the_previous_checkpoint(scene, make_config, ma
     with pytest.raises(KeyboardInterrupt):
         trainer.save_checkpoint(7)
     assert sorted(path.name for path in trainer.checkpoint_dir.glob("*")) == before
+
+
+def test_what_a_kill_left_is_removed_and_a_full_disk_is_one_sentence(scene, make_config, make_trainer):
+    trainer = make_trainer(make_config(scene, steps=1))
+    left = trainer.base_dir / ".checkpoint-killed"
+    left.mkdir(parents=True)
+    (left / "step-000000000.ckpt").write_bytes(b"half")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(UserError, match="Cannot write .*step-000000003.ckpt.*free space"):
+            trainer.save_checkpoint(3)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(trainer.base_dir.glob(".checkpoint-*")) and not list(trainer.checkpoint_dir.iterdir())
+    trainer.save_checkpoint(3)
+    assert [path.name for path in trainer.checkpoint_dir.iterdir()] == ["step-000000003.ckpt"]
+
+
+@pytest.mark.parametrize("strategy", ["random", "fps"])
+def test_sampler_of_fewer_views_is_left_aside(scene, make_config, make_trainer, strategy):
+    def manager(share):
+        config = make_config(scene)
+        config.pipeline.datamanager.train_cameras_sampling_strategy = strategy
+        config.pipeline.datamanager.dataparser.train_split_fraction = share
+        return make_trainer(config).pipeline.datamanager
+
+    fewer, more = manager(0.6), manager(0.9)
+    before = more.sampler_state()
+    more.load_sampler_state(fewer.sampler_state())
+    assert more.sampler_state() == before
+    more.next_train(0)
 
 
 @pytest.mark.parametrize("change, flag", [({"feature_dim": 5}, "feature-dim"), ({"feature_grid": "paper"}, "grid")])
