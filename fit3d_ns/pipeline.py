@@ -65,7 +65,7 @@ class Fit3DPipeline(VanillaPipeline):
 
             if kwargs.get("test_mode", "val") == "val":
                 self._check_lift()
-            self.lift_button = ViewerButton(name="Lift features", cb_hook=lambda _: self.ask_for_lift())
+            self.lift_button = ViewerButton(name="Lift features", cb_hook=self.features.reporting(self.ask_for_lift))
 
     def _build(self, config: Fit3DPipelineConfig, **kwargs: Any) -> None:
         """Builds data manager and model; where a trained run's photos are gone, without them.
@@ -184,12 +184,13 @@ class Fit3DPipeline(VanillaPipeline):
             )
         return callbacks
 
-    def ask_for_lift(self) -> None:
-        """Solves for the features now, or after the current step where training is under way."""
+    def ask_for_lift(self) -> str:
+        """Solves for the features now, or after the current step where training is under way; says which."""
         if self._trains:
             self._lift_asked_for = True
-        else:
-            self._lift()
+            return "Features are lifted after the current step."
+        self._lift()
+        return "Features are lifted."
 
     @torch.no_grad()
     def get_average_eval_image_metrics(
@@ -234,7 +235,7 @@ class Fit3DPipeline(VanillaPipeline):
         first = trainer._start_step if resume_adds_steps(Trainer) else 0
         last = step + 1 >= first + trainer.config.max_num_iterations
         if last or self._lift_asked_for:
-            self._lift_asked_for = False
+            self._lift_asked_for, self._trains = False, not last
             self._lift(trainer.base_dir if last else None)
 
     def _lift(self, folder: Optional[Path] = None) -> None:

@@ -84,23 +84,23 @@ class FeatureControls(nn.Module):
         super().__init__()
         self._view = view
         self.a_status = StatusLine("Choose an output above.")
-        self.b_refresh = ViewerButton("Refresh PCA", self._reporting(self._refresh))
-        self.c_click = ViewerButton("Click to query", self._reporting(self._await_click))
+        self.b_refresh = ViewerButton("Refresh PCA", self.reporting(self._refresh))
+        self.c_click = ViewerButton("Click to query", self.reporting(self._await_click))
         self.d_threshold = ViewerSlider(
             "Threshold", view.threshold, 0.0, 1.0, 0.01, cb_hook=self._set_threshold, hint="Least cosine to the click"
         )
         self.e_segment = ViewerCheckbox(
-            "Segment by similarity", False, cb_hook=self._reporting(self._set_segment), hint="Show similar parts alone"
+            "Segment by similarity", False, cb_hook=self.reporting(self._set_segment), hint="Show similar parts alone"
         )
         self.f_file = ViewerText("Segment file", "segment.ply", hint="Below the run's folder, or an absolute path")
-        self.g_export = ViewerButton("Export segment", self._reporting(self._export))
+        self.g_export = ViewerButton("Export segment", self.reporting(self._export))
         self.h_clusters = ViewerSlider(
             "Clusters", view.num_clusters, 2, 20, 1, cb_hook=self._set_clusters, hint="k of the k-means"
         )
-        self.i_variance = ViewerButton("Compute view variance", self._reporting(self._compute_variance))
+        self.i_variance = ViewerButton("Compute view variance", self.reporting(self._compute_variance))
         self.z_control = FeatureViewerControl(self._start)
 
-    def _reporting(self, action: Callable[[], str]) -> Callable[[Any], None]:
+    def reporting(self, action: Callable[[], str]) -> Callable[[Any], None]:
         """An action whose outcome, good or bad, is said in the status line."""
 
         def run(_: Any) -> None:
@@ -140,7 +140,7 @@ class FeatureControls(nn.Module):
         viewer = self._view.viewer
         self.z_control.unregister_pointer_cb()
         with viewer.train_lock if viewer.train_lock is not None else nullcontext():
-            self._reporting(lambda: self._take(click))(None)
+            self.reporting(lambda: self._take(click))(None)
         viewer._trigger_rerender()
 
     def _take(self, click: ViewerClick) -> str:

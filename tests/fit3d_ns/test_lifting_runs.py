@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from lifted_runs import STEPS, assert_same_lift, opened, state_of
+from nerfstudio.engine.callbacks import TrainingCallbackAttributes
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -201,13 +202,20 @@ def test_training_with_lifted_features(feature_run):
 def test_lift_on_demand(feature_run, make_trainer):
     """Before the first lift nothing is measured; the viewer's button lifts at once, or after the step in training."""
     trainer = feature_run(steps=4, features="lift")
-    trainer.pipeline.model.gauss_params["fit3d_features"].data.zero_()
-    assert "feature_cosine" not in trainer.pipeline.get_average_eval_image_metrics()
-    trainer.pipeline.lift_button.cb_hook(trainer.pipeline.lift_button)
-    assert not trainer.pipeline.model.gauss_params["fit3d_features"].any()  # waits for the step to end
-    for callback in trainer.callbacks[-1:]:
-        callback.run_callback(step=0)
-    assert trainer.pipeline.model.gauss_params["fit3d_features"].any()
+    pipeline, status = trainer.pipeline, trainer.pipeline.features.a_status
+    features = pipeline.model.gauss_params["fit3d_features"].data
+    features.zero_()
+    assert "feature_cosine" not in pipeline.get_average_eval_image_metrics()
+    attributes = TrainingCallbackAttributes(trainer.optimizers, trainer.grad_scaler, pipeline, trainer)
+    callback = pipeline.get_training_callbacks(attributes)[-1]
+    pipeline.lift_button.cb_hook(pipeline.lift_button)
+    assert not features.any() and status.text == "Features are lifted after the current step."
+    callback.run_callback(step=0)
+    assert features.any()
+    callback.run_callback(step=3)  # the last
+    features.zero_()
+    pipeline.lift_button.cb_hook(pipeline.lift_button)
+    assert features.any() and status.text == "Features are lifted."
 
     _, pipeline = opened(trainer.base_dir / "config.yml")
     pipeline.model.gauss_params["fit3d_features"].data.zero_()
