@@ -6,7 +6,7 @@ from typing import Any, Optional, Tuple
 
 from fit3d_ns.backbones import BackboneSpec, describe_backbone, flags_named
 from fit3d_ns.errors import UserError
-from fit3d_ns.rooms.cli import MAXIMUM_SIZE, MINIMUM_SIZE
+from fit3d_ns.rooms.cli import check_size
 
 _MOST_ROOMS = 4
 """`fit3d-probe` holds out a quarter of the rooms: exactly one of up to five."""
@@ -63,11 +63,7 @@ def complete(config: DemoConfig, cuda: bool) -> DemoConfig:
     for name, least in (("rooms", 1), ("views", 6), ("splat_steps", 10), ("distill_steps", 1), ("probe_steps", 1)):
         if getattr(config, name) < least:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)} is too small: at least {least}.")
-    for name in ("width", "height"):
-        if not MINIMUM_SIZE <= getattr(config, name) <= MAXIMUM_SIZE:
-            raise UserError(
-                f"--{name} {getattr(config, name)} is out of range: choose {MINIMUM_SIZE} to {MAXIMUM_SIZE} pixels."
-            )
+    check_size(config.width or 0, config.height or 0)
     if config.backbone is not None:
         with flags_named("--backbone", "--backbone-weights", "--layer"):
             describe_backbone(BackboneSpec(config.backbone))

@@ -8,6 +8,8 @@ from typing import Any, Callable, TypeVar, cast
 import torch
 from torch import Tensor
 
+from fit3d_ns.errors import first_line
+
 Function = TypeVar("Function", bound=Callable)
 
 _KEEP_NOTHING: dict[str, Any] = {"realize_reads_threshold": 1000, "realize_opcount_threshold": 1000}
@@ -26,7 +28,7 @@ def can_fuse(device: torch.device) -> bool:
     try:
         torch.compile(_double)(torch.ones(2, device=device))
     except Exception as error:  # each missing part has its own
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        reason = first_line(error)
         warnings.warn(f"torch.compile does not work here ({reason}): losses take more time and memory.", stacklevel=2)
         return False
     return True

@@ -42,13 +42,21 @@ class RoomsConfig:
     """Threads."""
 
 
+def check_size(width: int, height: int) -> None:
+    """Checks the size of the photos, in pixels.
+
+    Raises:
+        UserError: If a side is too short or too long.
+    """
+    for name, size in (("width", width), ("height", height)):
+        if not MINIMUM_SIZE <= size <= MAXIMUM_SIZE:
+            raise UserError(f"--{name} {size} is out of range: choose {MINIMUM_SIZE} to {MAXIMUM_SIZE} pixels.")
+
+
 def _check(config: RoomsConfig) -> None:
     if config.views < 2:
         raise UserError(f"--views {config.views} is too few: a scene needs at least 2 views.")
-    for name in ("width", "height"):
-        size = getattr(config, name)
-        if not MINIMUM_SIZE <= size <= MAXIMUM_SIZE:
-            raise UserError(f"--{name} {size} is out of range: choose {MINIMUM_SIZE} to {MAXIMUM_SIZE} pixels.")
+    check_size(config.width, config.height)
     for name, least in (("scenes", 1), ("seed", 0), ("start_scene", 0), ("workers", 1)):
         if getattr(config, name) < least:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)} is too small: at least {least}.")

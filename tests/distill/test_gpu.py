@@ -21,13 +21,13 @@ def train(config):
     return load_file(config.output_dir / "backbone.safetensors"), losses
 
 
-@pytest.mark.parametrize("graph", ["graph", "compile"])
+@pytest.mark.parametrize("accelerated", ["graph", "compile"])
 @pytest.mark.parametrize("options", [{}, {"accumulate": 2}, {"schedule": "cosine", "warmup_steps": 5}])
-def test_graph_equals_eager(make_scene, make_config, tmp_path, options, graph):
+def test_graph_equals_eager(make_scene, make_config, tmp_path, options, accelerated):
     # Views of two sizes, and batches that are not full: three shapes of step.
     folders = [make_scene("a", views=7), make_scene("b", views=6, seed=1, size=(64, 48))]
     results = []
-    for acceleration in ("none", graph):
+    for acceleration in ("none", accelerated):
         config = make_config(
             *folders,
             device="cuda",
