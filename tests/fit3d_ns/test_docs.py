@@ -159,7 +159,17 @@ def test_every_page_with_commands_is_read():
     assert {command.page for command in _shown()} >= {"README.md", "docs/lifting.md", "docs/commands/probe.md"}
 
 
+@pytest.fixture
+def all_programs_installed(monkeypatch):
+    """ns-process-data leaves at once where FFmpeg or COLMAP are missing; `make setup` installs neither."""
+    from nerfstudio.utils import install_checks
+
+    for name in ("check_ffmpeg_installed", "check_colmap_installed"):
+        monkeypatch.setattr(install_checks, name, lambda *_: None)
+
+
 @pytest.mark.parametrize("page", sorted({command.page for command in _shown()}))
+@pytest.mark.usefixtures("all_programs_installed")
 def test_commands_parse(page):
     programs = set(_configurations()) | set(CHECKS) | NOT_OURS
     for command in _shown():
