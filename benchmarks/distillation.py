@@ -35,21 +35,20 @@ from distill.config import DistillConfig
 from distill.feed import Feed
 from distill.photo_store import PhotoStore
 from distill.sampler import Sampler
-from distill.scene_bank import SceneBank
-from distill.scenes import Scene, open_scenes
+from distill.scenes import Scene, SceneBank, open_scenes
 from distill.step import DistillLoss, EagerStep, GraphStep, StepInput, make_optimizer
 from distill.student import load_student, prepare_training
 from distill.targets import LiftedTargets
 from distill.trainer import Trainer
-from distill.world import World, join_world
 from fit3d_ns.backbones import BackboneSpec, backbone_identity, describe_backbone
 from fit3d_ns.backbones.architecture import build_model, resolve_architecture
-from fit3d_ns.command_line import run_command
-from fit3d_ns.errors import UserError
-from fit3d_ns.feature_grid import FEATURE_GRIDS
-from fit3d_ns.files import atomic_write_json, atomic_write_text
-from fit3d_ns.photos import Photo, hash_file
-from fit3d_ns.scene_bundle import BundleCameras, BundleInfo, BundleView, SceneTensors, write_bundle
+from fit3d_ns.data.photos import Photo, hash_file
+from fit3d_ns.features.grid import FEATURE_GRIDS
+from fit3d_ns.runs.bundle import BundleCameras, BundleInfo, BundleView, SceneTensors, write_bundle
+from fit3d_ns.support.command_line import run_command
+from fit3d_ns.support.errors import UserError
+from fit3d_ns.support.files import atomic_write_json, atomic_write_text
+from fit3d_ns.support.processes import World, join_world
 
 
 @dataclass

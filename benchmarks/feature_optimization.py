@@ -19,11 +19,11 @@ import torch
 import tyro
 
 from fit3d_ns.config import FusedAdamOptimizerConfig
-from fit3d_ns.decoder import FeatureDecoder
-from fit3d_ns.feature_grid import sample_teacher
-from fit3d_ns.files import atomic_write_json
-from fit3d_ns.metrics import feature_cosine, feature_l1
+from fit3d_ns.features.decoder import FeatureDecoder
+from fit3d_ns.features.grid import sample_teacher
+from fit3d_ns.features.metrics import feature_cosine, feature_l1
 from fit3d_ns.model import Fit3DSplatModel
+from fit3d_ns.support.files import atomic_write_json
 
 
 @dataclass

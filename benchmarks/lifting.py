@@ -27,22 +27,22 @@ from typing import Any, Literal, Optional
 import torch
 import tyro
 
-from fit3d_ns.decoder import FeatureDecoder
-from fit3d_ns.errors import UserError
-from fit3d_ns.feature_grid import FEATURE_GRIDS
-from fit3d_ns.files import atomic_write_json
-from fit3d_ns.lifting.cli import LiftCommand, open_source, run_lift
+from fit3d_ns.commands.lift.cli import LiftCommand, open_source, run_lift
+from fit3d_ns.commands.lift.sources import source_from_run
+from fit3d_ns.features.decoder import FeatureDecoder
+from fit3d_ns.features.grid import FEATURE_GRIDS
+from fit3d_ns.features.metrics import feature_l1
 from fit3d_ns.lifting.evaluation import LiftEvaluation
 from fit3d_ns.lifting.lift import LiftScene, lift_features, project, teacher_basis
 from fit3d_ns.lifting.operator import FeatureOperator, Geometry
-from fit3d_ns.lifting.scene import RECORD
 from fit3d_ns.lifting.settings import LiftSettings
 from fit3d_ns.lifting.solver import LiftSolver, LiftView
-from fit3d_ns.lifting.sources import source_from_run
-from fit3d_ns.lifting.views import model_geometry, streamed_scene
-from fit3d_ns.metrics import feature_l1
-from fit3d_ns.report import Report
-from fit3d_ns.runs import read_checkpoint
+from fit3d_ns.runs.checkpoints import read_checkpoint
+from fit3d_ns.runs.record import RECORD
+from fit3d_ns.scenes.views import model_geometry, streamed_scene
+from fit3d_ns.support.errors import UserError
+from fit3d_ns.support.files import atomic_write_json
+from fit3d_ns.support.html_report import Report
 
 Part = Literal["solvers", "dims", "views", "gaussians", "teacher", "command"]
 

@@ -15,7 +15,7 @@ import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from fit3d_ns.files import atomic_path
+from fit3d_ns.support.files import atomic_path
 
 _FAMILIES = (
     ("k = ", "refinement", "o-"),

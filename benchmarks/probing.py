@@ -32,20 +32,20 @@ from safetensors.torch import save_file
 
 from fit3d_ns.backbones import Backbone, BackboneSpec, describe_backbone
 from fit3d_ns.backbones.architecture import build_model, resolve_architecture
-from fit3d_ns.files import atomic_write_json
+from fit3d_ns.support.files import atomic_write_json
+from fit3d_ns.support.processes import process_group, rank, wait_for_all, world_size
+from probe.augment import crop_size
 from probe.config import DepthConfig, SegmentationConfig
-from probe.datasets import DataChoice, LabelRule, ProbeData, load_data, read_image
-from probe.datasets.choice import DatasetName
-from probe.depth import DepthTask
-from probe.distributed import process_group, rank, wait_for_all, world_size
+from probe.data import DataChoice, LabelRule, ProbeData, load_data, read_image
+from probe.data.batches import training_batches
+from probe.data.choice import DatasetName
 from probe.features import FrozenBackbones, Row, choose_rows
-from probe.geometry import crop_size
-from probe.recipes import SegmentationRecipe, choose_recipe
+from probe.protocols import SegmentationRecipe, choose_recipe
 from probe.run import run_trained_probe
-from probe.segmentation import SegmentationTask
 from probe.sources import OnlineSource, train_samples
-from probe.stream import training_batches
-from probe.task import Task
+from probe.tasks.depth import DepthTask
+from probe.tasks.segmentation import SegmentationTask
+from probe.tasks.task import Task
 from probe.training import HeadBank
 
 

@@ -20,7 +20,7 @@ from typing import Any, Dict, List, Optional, Tuple
 import torch
 import tyro
 
-from fit3d_ns.files import atomic_write_json
+from fit3d_ns.support.files import atomic_write_json
 
 WARM_UP = 50
 """Steps that compile and load: trained, but not timed."""

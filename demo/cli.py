@@ -10,7 +10,7 @@ from demo.config import DemoConfig, complete, settings
 from demo.runner import hold, keep_settings, run_stages, stored_settings
 from demo.stages import places, stages
 from fit3d_ns.backbones import BackboneSpec, weights_available
-from fit3d_ns.command_line import run_command
+from fit3d_ns.support.command_line import run_command
 
 CONSOLE = Console()
 

@@ -9,8 +9,8 @@ from typing import Any, Iterator, Sequence
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from fit3d_ns.errors import UserError
-from fit3d_ns.runs import find_checkpoint
+from fit3d_ns.runs.checkpoints import find_checkpoint
+from fit3d_ns.support.errors import UserError
 
 
 def run_command_line(words: Sequence[str], console: Console) -> None:

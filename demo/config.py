@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any, Optional, Tuple
 
 from fit3d_ns.backbones import BackboneSpec, describe_backbone, flags_named
-from fit3d_ns.errors import UserError
-from fit3d_ns.rooms.cli import check_size
+from fit3d_ns.support.errors import UserError
+from fit3d_rooms.cli import check_size
 
 _MOST_ROOMS = 4
 """`fit3d-probe` holds out a quarter of the rooms: exactly one of up to five."""

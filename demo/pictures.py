@@ -10,7 +10,7 @@ from PIL import Image
 from demo.config import DemoConfig
 from demo.stages import places
 from fit3d_ns.backbones import BackboneSpec, load_backbone, resize_to_patches
-from fit3d_ns.pca import ColorBasis
+from fit3d_ns.features.pca import ColorBasis
 
 Picture = Tuple[str, np.ndarray]
 """Caption, and uint8 [H, W, 3]."""

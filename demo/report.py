@@ -9,9 +9,9 @@ from demo.pictures import evaluation_views, feature_pictures, panels, photos
 from demo.results import Comparison, DemoResults, comparisons, read_results
 from demo.runner import Record
 from demo.stages import EVAL_INTERVAL, Places, places
-from fit3d_ns.report import Report
-from probe.correspondence import SAME_PLACE
-from probe.table import COLUMNS, MEANINGS, format_summary
+from fit3d_ns.support.html_report import Report
+from probe.report import COLUMNS, MEANINGS, format_summary
+from probe.zero_shot.correspondence import SAME_PLACE
 
 _WARNING = (
     "Small rooms, few steps, one distillation: the numbers show that the loop works and what it can look like, not "

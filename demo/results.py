@@ -8,7 +8,7 @@ from typing import Any, Dict, List, Optional
 
 from demo.config import DemoConfig
 from demo.stages import Places, places
-from fit3d_ns.errors import UserError
+from fit3d_ns.support.errors import UserError
 
 _CLEAR = 2.0
 """Differences above this many standard deviations of a difference are called differences."""

@@ -13,8 +13,8 @@ from rich.console import Console
 
 from demo.commands import run_command_line
 from demo.stages import Stage
-from fit3d_ns.errors import UserError
-from fit3d_ns.files import atomic_write_json, atomic_write_text
+from fit3d_ns.support.errors import UserError
+from fit3d_ns.support.files import atomic_write_json, atomic_write_text
 
 _RECORDS = "stages"
 _SETTINGS = "demo.json"

@@ -11,9 +11,9 @@ from typing import Any, Optional
 import numpy as np
 import torch
 
-from fit3d_ns.errors import UserError, first_line
-from fit3d_ns.files import atomic_path
-from fit3d_ns.runs import refusal_reason
+from fit3d_ns.runs.checkpoints import refusal_reason
+from fit3d_ns.support.errors import UserError, first_line
+from fit3d_ns.support.files import atomic_path
 
 SCHEMA = 2
 FOLDER = "checkpoints"

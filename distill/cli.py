@@ -9,21 +9,19 @@ import tyro
 
 from distill.checkpoint import check_writable
 from distill.config import DistillConfig, check_choices
-from distill.evaluation import SceneResult, measure_scene
 from distill.feed import Feed
 from distill.photo_store import PhotoStore
-from distill.report import write_metrics, write_report
+from distill.report import SceneResult, measure_scene, write_metrics, write_report
 from distill.result import check_dinov2, check_hub, make_card, push_to_hub, write_result
 from distill.sampler import Sampler
-from distill.scene_bank import SceneBank
-from distill.scenes import Scene, make_bundles, open_scenes
+from distill.scenes import Scene, SceneBank, make_bundles, open_scenes
 from distill.student import load_student, load_teacher, plain_state_dict
 from distill.targets import ControlTargets, LiftedTargets, TargetSource
 from distill.trainer import Trainer, TrainingResult, advice_for_few_views, read_resumed
-from distill.world import World, join_world
 from fit3d_ns.backbones import Backbone
-from fit3d_ns.command_line import run_command
-from fit3d_ns.errors import UserError
+from fit3d_ns.support.command_line import run_command
+from fit3d_ns.support.errors import UserError
+from fit3d_ns.support.processes import World, join_world
 
 
 def main() -> None:

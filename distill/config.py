@@ -8,7 +8,7 @@ from typing import Literal, Optional, Tuple
 import tyro
 from typing_extensions import Annotated
 
-from fit3d_ns.errors import UserError
+from fit3d_ns.support.errors import UserError
 
 
 @dataclass

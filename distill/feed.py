@@ -12,11 +12,10 @@ from torch import Tensor
 from distill.config import DistillConfig
 from distill.photo_store import PhotoStore, View
 from distill.sampler import Batch, Sample, Sampler
-from distill.scene_bank import SceneBank
-from distill.scenes import Scene
+from distill.scenes import Scene, SceneBank
 from distill.step import StepInput
 from distill.targets import TargetSource
-from distill.world import World
+from fit3d_ns.support.processes import World
 
 
 @dataclass

@@ -17,10 +17,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from distill.scenes import Scene
-from fit3d_ns.errors import UserError
-from fit3d_ns.files import atomic_write_bytes
-from fit3d_ns.photos import Photo, read_photo
-from fit3d_ns.storage import is_complete_safetensors, user_cache_directory
+from fit3d_ns.data.photos import Photo, read_photo
+from fit3d_ns.support.errors import UserError
+from fit3d_ns.support.files import atomic_write_bytes, is_complete_safetensors, user_cache_directory
 
 _TENSOR = "photo"
 _SCHEMA = 1
@@ -39,7 +38,7 @@ class PhotoStore:
         device: Where photos are needed.
         directory: Where decoded photos are kept; the user's cache folder if None.
         workers: Threads; as many as processors, at most 16, if 0.
-        data_root: See `fit3d_ns.photos.locate`.
+        data_root: See `fit3d_ns.data.photos.locate`.
         resident_bytes: Device memory for photos: if all fit, each is uploaded once and stays.
     """
 

@@ -16,8 +16,8 @@ from distill.scenes import Scene
 from distill.trainer import TrainingResult
 from fit3d_ns.backbones import hash_state_dict
 from fit3d_ns.backbones.fine_tuned import CARD_NAME, DINOV2_NAME, HALF_NAME, WEIGHTS_NAME
-from fit3d_ns.errors import UserError
-from fit3d_ns.files import atomic_write_bytes, atomic_write_json
+from fit3d_ns.support.errors import UserError
+from fit3d_ns.support.files import atomic_write_bytes, atomic_write_json
 
 _NOT_SETTINGS = ("runs", "bundles", "output_dir", "resume", "data_root", "bundle_dir", "cache_dir", "push_to_hub")
 """Choices that say where things are on one machine, and decide nothing."""

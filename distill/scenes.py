@@ -1,17 +1,23 @@
 """The scenes of a run: bundles made or found, and checked against each other before any long work."""
 
+import os
+from collections import OrderedDict
+from collections.abc import Collection, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Literal, Optional, Tuple
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from distill.config import DistillConfig
 from distill.sampler import SceneViews
-from fit3d_ns.errors import UserError
-from fit3d_ns.photos import locate
-from fit3d_ns.scene_bundle import BundleCameras, BundleInfo, SceneBundle, find_bundles
+from fit3d_ns.data.photos import locate
+from fit3d_ns.runs.bundle import BundleCameras, BundleInfo, SceneBundle, SceneTensors, find_bundles
+from fit3d_ns.support.errors import UserError
+from fit3d_ns.support.processes import World
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,7 @@ def make_bundles(config: DistillConfig, say: Callable[[str], None]) -> List[Path
     folders = find_bundles(list(config.bundles)) if config.bundles else []
     if config.runs:
         # Imported here: with --bundles alone nothing of nerfstudio is needed.
-        from fit3d_ns.bundle_runs import bundle_run, choose_runs
+        from fit3d_ns.runs.bundling import bundle_run, choose_runs
 
         runs, notes = choose_runs(list(config.runs), config.all_runs)
         for note in notes:
@@ -108,7 +114,7 @@ def open_scenes(folders: List[Path], data_root: Optional[Path]) -> List[Scene]:
 
     Args:
         folders: The bundles.
-        data_root: Where photos are if they moved; see `fit3d_ns.photos.locate`.
+        data_root: Where photos are if they moved; see `fit3d_ns.data.photos.locate`.
 
     Returns:
         The scenes, in the given order.
@@ -157,3 +163,211 @@ def _compare(first: Scene, other: Scene, what: str, mine: Any, theirs: Any) -> N
 
 def _short(value: Any) -> str:
     return f"{value[:12]}..." if isinstance(value, str) and len(value) == 64 else str(value)  # hashes
+
+
+Placement = Literal["device", "host", "disk"]
+
+_DEVICE_SHARE = 0.55
+"""Of the free device memory; the rest is for the student, its activations, renders and photos."""
+_HOST_SHARE = 0.5
+"""Of the machine's memory, over all its processes."""
+_UPLOADS_AT_ONCE = 4
+_MEMORY_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+"""Where Linux says how much of the machine's memory a container may use."""
+
+
+class SceneBank:
+    """Hands out scenes on the device.
+
+    With ``device`` placement all scenes are uploaded once. Otherwise at most ``budget`` bytes of them are on the
+    device, the ones used last; `prefetch` starts an upload in the background, from page-locked memory on a stream of
+    its own, so that training goes on meanwhile.
+
+    Args:
+        scenes: The scenes.
+        world: Whose device they are needed on; all its processes must make their banks together, and choose alike.
+        placement: Where they wait; ``auto`` chooses the fastest that fits.
+        budget_gigabytes: Device memory for scenes; 55 % of what is free if None.
+
+    Raises:
+        UserError: If the placement asked for does not fit, or one scene alone exceeds the budget.
+    """
+
+    def __init__(
+        self,
+        scenes: Sequence[Scene],
+        world: World,
+        placement: str = "auto",
+        budget_gigabytes: Optional[float] = None,
+    ):
+        self._scenes = scenes
+        self._device = device = world.device
+        self._bytes = [scene.bundle.num_bytes() for scene in scenes]
+        self.total_bytes = sum(self._bytes)
+        budget = int(budget_gigabytes * 1e9) if budget_gigabytes is not None else _free_bytes(device)
+        # Where they wait, and the size of a block, decide the order of the views: all processes must see the same.
+        self.budget, host_bytes = world.smallest(budget, int(_HOST_SHARE * _host_bytes() / world.local_size))
+        self.placement: Placement = self._choose(placement, host_bytes)
+        self._resident: OrderedDict[int, SceneTensors] = OrderedDict()
+        self._uploads: dict[int, Future] = {}
+        self._host: dict[int, SceneTensors] = {}
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._uploader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="scene-upload")
+        if self.placement == "host":
+            self._host = {index: self._read(index) for index in range(len(scenes))}
+        if self.placement == "device":
+            # Several at a time: reading and page-locking take longer than the copy to the device.
+            with ThreadPoolExecutor(max_workers=_UPLOADS_AT_ONCE) as threads:
+                self._resident.update(enumerate(threads.map(self._upload, range(len(scenes)))))
+
+    @property
+    def block_bytes(self) -> Optional[int]:
+        """Memory of a block of scenes among which views are shuffled; None where all scenes are one block.
+
+        Half the budget, so that the next block can arrive while this one is in use.
+        """
+        return None if self.placement == "device" else self.budget // 2
+
+    def describe(self) -> str:
+        """Returns one line for the user."""
+        place = {
+            "device": f"all resident on the {'GPU' if self._device.type == 'cuda' else 'CPU'}",
+            "host": "in host memory, uploaded in blocks ahead of their use",
+            "disk": "memory-mapped from disk, uploaded in blocks ahead of their use",
+        }[self.placement]
+        return (
+            f"Scenes: {len(self._scenes)}, {self.total_bytes / 1e9:.2f} GB, {place} (device budget "
+            f"{self.budget / 1e9:.1f} GB; --scene-placement, --scene-memory)"
+        )
+
+    def get(self, index: int) -> SceneTensors:
+        """Returns a scene on the device, waiting for its upload if need be.
+
+        Args:
+            index: Position of the scene.
+        """
+        if index in self._uploads:
+            self._resident[index] = self._uploads.pop(index).result()
+        elif index not in self._resident:
+            self._make_room(self._bytes[index], keep=())
+            self._resident[index] = self._upload(index)
+        self._resident.move_to_end(index)
+        return self._resident[index]
+
+    def prefetch(self, indices: Sequence[int], in_use: Sequence[int] = ()) -> None:
+        """Starts the upload of scenes that are not on the device, as far as they fit the budget; returns at once.
+
+        Scenes used longest ago make room for them.
+
+        Args:
+            indices: Positions of the scenes.
+            in_use: Positions of scenes that stay.
+        """
+        for index in indices:
+            if index not in self._resident and index not in self._uploads:
+                if not self._make_room(self._bytes[index], keep=(*indices, *in_use)):
+                    return
+                self._uploads[index] = self._uploader.submit(self._upload, index)
+
+    def check_block(self, block_bytes: Optional[int]) -> None:
+        """Refuses to go on with blocks of scenes that were cut for more memory.
+
+        Args:
+            block_bytes: `block_bytes` of the bank that they were cut for.
+
+        Raises:
+            UserError: If the scenes of one block exceed the budget.
+        """
+        needed = self.total_bytes if block_bytes is None else min(block_bytes, self.total_bytes)
+        if self.placement != "device" and needed > self.budget:
+            raise UserError(
+                f"The checkpoint's training takes {needed / 1e9:.2f} GB of scenes at a time, but only "
+                f"{self.budget / 1e9:.2f} GB are for them: raise --scene-memory, or start anew in another --output-dir."
+            )
+
+    def close(self) -> None:
+        """Frees all memory."""
+        self._uploader.shutdown(wait=True, cancel_futures=True)
+        self._uploads.clear()
+        self._resident.clear()
+        self._host.clear()
+
+    def _choose(self, placement: str, host_bytes: int) -> Placement:
+        largest = max(self._bytes)
+        if placement == "device" and self.total_bytes > self.budget:
+            raise UserError(
+                f"--scene-placement device: the scenes take {self.total_bytes / 1e9:.1f} GB, but only "
+                f"{self.budget / 1e9:.1f} GB are for them: raise --scene-memory, or use another placement."
+            )
+        if placement == "auto" and self.total_bytes <= self.budget:
+            return "device"
+        cuda = self._device.type == "cuda"
+        pinned = sum(map(_pinned_bytes, self._scenes)) if cuda and placement != "disk" else self.total_bytes
+        if placement == "host" and pinned > host_bytes:
+            raise UserError(
+                f"--scene-placement host: the scenes take {pinned / 1e9:.1f} GB of host memory, but only "
+                f"{host_bytes / 1e9:.1f} GB are for them: use --scene-placement disk."
+            )
+        if placement == "auto":
+            placement = "host" if pinned <= host_bytes and cuda else "disk"
+        if placement != "device" and largest > self.budget // 2:
+            raise UserError(
+                f"One scene takes {largest / 1e9:.2f} GB, more than half of the {self.budget / 1e9:.2f} GB for scenes: "
+                "raise --scene-memory, or use a GPU with more memory."
+            )
+        return placement  # type: ignore[return-value]
+
+    def _read(self, index: int) -> SceneTensors:
+        scene = self._scenes[index].bundle.read_scene()
+        return scene.pin_memory() if self._device.type == "cuda" else scene.to(torch.device("cpu"))
+
+    def _upload(self, index: int) -> SceneTensors:
+        if self._stream is None:
+            source = self._host.get(index) or self._read(index)
+            # A copy, so that no page is read from disk while rendering.
+            return SceneTensors(**{name: tensor.clone() for name, tensor in vars(source).items()})
+        with torch.cuda.stream(self._stream):  # around the reading too: it tells this thread which GPU is meant
+            source = self._host.get(index) or self._read(index)
+            scene = source.to(self._device, non_blocking=True)
+        # The page-locked source must outlive the copy, and whoever gets the scene need not wait again.
+        self._stream.synchronize()
+        return scene
+
+    def _make_room(self, needed: int, keep: Collection[int]) -> bool:
+        """Evicts scenes that are not to be kept, used longest ago first; returns whether that suffices."""
+        if self.placement == "device":
+            return True
+        for index in [index for index, upload in self._uploads.items() if upload.done()]:
+            self._resident[index] = self._uploads.pop(index).result()
+        used = needed + sum(self._bytes[index] for index in (*self._resident, *self._uploads))
+        for oldest in [index for index in self._resident if index not in keep]:
+            if used <= self.budget:
+                break
+            scene = self._resident.pop(oldest)
+            used -= self._bytes[oldest]
+            if self._stream is not None:
+                # Renders that read it may still be queued.
+                for tensor in vars(scene).values():
+                    tensor.record_stream(torch.cuda.current_stream(self._device))
+        return used <= self.budget
+
+
+def _pinned_bytes(scene: Scene) -> int:
+    """Host memory that a scene takes page-locked: torch rounds every tensor up to a power of two."""
+    return sum(1 << (tensor.nbytes - 1).bit_length() for tensor in vars(scene.bundle.read_scene()).values())
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(_DEVICE_SHARE * torch.cuda.mem_get_info(device)[0])
+    return int(_HOST_SHARE * _host_bytes())
+
+
+def _host_bytes() -> int:
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for path in _MEMORY_LIMITS:
+        try:
+            return min(machine, int(path.read_text()))
+        except (OSError, ValueError):  # another kind of system, or no limit
+            continue
+    return machine

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from distill.config import DistillConfig
 from fit3d_ns.backbones import Backbone
-from fit3d_ns.errors import UserError, first_line
+from fit3d_ns.support.errors import UserError, first_line
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from distill.config import DistillConfig
 from distill.scenes import Scene
 from fit3d_ns.backbones import Backbone, BackboneSpec, flags_named, load_backbone, spec_of_identity
-from fit3d_ns.errors import UserError
+from fit3d_ns.support.errors import UserError
 
 
 def teacher_spec(scenes: Sequence[Scene]) -> BackboneSpec:

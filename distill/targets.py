@@ -10,13 +10,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from distill.photo_store import PhotoStore
-from distill.scene_bank import SceneBank
-from distill.scenes import Scene
+from distill.scenes import Scene, SceneBank
 from fit3d_ns.backbones import Backbone
-from fit3d_ns.feature_grid import FeatureGrid
+from fit3d_ns.features.correspondences import View
+from fit3d_ns.features.grid import FeatureGrid
 from fit3d_ns.rasterization import rasterize
-from fit3d_ns.scene_bundle import SceneTensors
-from fit3d_ns.view_geometry import View
+from fit3d_ns.runs.bundle import SceneTensors
 
 
 @dataclass(frozen=True)

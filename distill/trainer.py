@@ -26,9 +26,9 @@ from distill.sampler import Batch, Sampler
 from distill.scenes import Scene
 from distill.step import DistillLoss, EagerStep, GraphStep, StepRunner, learning_rate, make_optimizer, set_learning_rate
 from distill.student import make_average, prepare_training
-from distill.world import World
 from fit3d_ns.backbones import Backbone
-from fit3d_ns.errors import UserError
+from fit3d_ns.support.errors import UserError
+from fit3d_ns.support.processes import World
 
 _RESULT_SETTINGS = (
     "targets accumulation min_accumulation lora_rank ema_decay lr weight_decay clip batch_size schedule warmup_steps "

@@ -18,9 +18,9 @@ import viewer_page
 from nerfstudio.utils.eval_utils import eval_setup
 from PIL import Image
 
-from fit3d_ns.command_line import run_command
-from fit3d_ns.errors import UserError
-from fit3d_ns.rooms.cli import RoomsConfig, make_rooms
+from fit3d_ns.support.command_line import run_command
+from fit3d_ns.support.errors import UserError
+from fit3d_rooms.cli import RoomsConfig, make_rooms
 
 OUTPUTS = ("rgb", "teacher_pca", "feature_pca", "similarity", "view_variance", "clusters")
 

@@ -17,9 +17,9 @@ import tyro
 from nerfstudio.data.utils.colmap_parsing_utils import qvec2rotmat, read_cameras_text, read_images_text
 from nerfstudio.process_data.colmap_utils import create_ply_from_colmap, parse_colmap_camera_params
 
-from fit3d_ns.command_line import run_command
-from fit3d_ns.errors import UserError
-from fit3d_ns.files import atomic_write_json
+from fit3d_ns.support.command_line import run_command
+from fit3d_ns.support.errors import UserError
+from fit3d_ns.support.files import atomic_write_json
 
 APPLIED = np.array([[1.0, 0, 0, 0], [0, 0, 1, 0], [0, -1, 0, 0]])
 """COLMAP's world to nerfstudio's, z up: what `ns-process-data` applies."""

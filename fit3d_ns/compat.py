@@ -14,7 +14,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
-from fit3d_ns.errors import UserError
+from fit3d_ns.support.errors import UserError
 
 
 def check_gsplat() -> None:

@@ -6,16 +6,16 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List, Literal, Optional, Tuple, Type
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.data.datamanagers.full_images_datamanager import FullImageDatamanager, FullImageDatamanagerConfig
 from torch import Tensor
 
 from fit3d_ns.backbones import BackboneInfo, BackboneSpec, describe_backbone, load_backbone
-from fit3d_ns.errors import UserError
-from fit3d_ns.feature_cache import FeatureCache, user_cache_directory
-from fit3d_ns.scene_checks import check_image_files, check_poses, check_split, explain_unreadable_scene
+from fit3d_ns.data.feature_cache import FeatureCache, user_cache_directory
+from fit3d_ns.data.masks import composite_on_black, patch_weights
+from fit3d_ns.data.scene_checks import check_image_files, check_poses, check_split, explain_unreadable_scene
+from fit3d_ns.support.errors import UserError
 
 Split = Literal["train", "eval"]
 
@@ -57,38 +57,6 @@ class Fit3DDataManagerConfig(FullImageDatamanagerConfig):
         )
 
 
-def composite_on_black(image: UInt8[Tensor, "H W c"] | Float[Tensor, "H W c"]) -> UInt8[Tensor, "H W 3"]:
-    """Returns a photo as the teacher sees it: 8-bit RGB, transparent parts black.
-
-    Args:
-        image: Photo with 3 or 4 channels, in [0, 255] (8 bit) or [0, 1] (float).
-    """
-    if image.dtype == torch.uint8 and image.shape[-1] == 3:
-        return image
-    values = image.float() / 255.0 if image.dtype == torch.uint8 else image
-    if values.shape[-1] == 4:
-        values = values[..., :3] * values[..., 3:]
-    return (values * 255.0).round().clamp(0, 255).to(torch.uint8)
-
-
-def patch_weights(batch: Dict[str, Any], grid: Tuple[int, int]) -> Optional[Float[Tensor, "h w"]]:
-    """Returns the share of each patch that the mask and the photo's alpha leave valid, or None where all is.
-
-    Args:
-        batch: A view, with ``image`` of shape [H, W, 3 or 4] and perhaps ``mask`` of shape [H, W, 1].
-        grid: Height and width of the teacher's map in patches.
-    """
-    image = batch["image"]
-    valid = None
-    if image.shape[-1] == 4:
-        alpha = image[..., 3].float()
-        valid = alpha / 255.0 if image.dtype == torch.uint8 else alpha
-    if "mask" in batch:
-        mask = batch["mask"][..., 0].float().to(image.device)
-        valid = mask if valid is None else valid * mask
-    return None if valid is None else F.adaptive_avg_pool2d(valid[None, None], grid)[0, 0]
-
-
 class EvaluationViews:
     """The held-out views with their teacher maps, loaded one by one when asked for.
 
@@ -119,7 +87,7 @@ class Fit3DDataManager(FullImageDatamanager):
 
     config: Fit3DDataManagerConfig
     absent: Optional[str] = None
-    """Why there are no photos, where there are none (`fit3d_ns.absent_scene`)."""
+    """Why there are no photos, where there are none (`fit3d_ns.scenes.absent`)."""
 
     def __init__(self, config: Fit3DDataManagerConfig, device: torch.device | str = "cpu", **kwargs: Any):
         if config.feature_batch_size < 1:

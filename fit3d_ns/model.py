@@ -16,15 +16,15 @@ from torch.nn import Parameter
 
 from fit3d_ns import compat
 from fit3d_ns.backbones import BackboneInfo, patch_grid
-from fit3d_ns.decoder import FeatureDecoder
-from fit3d_ns.errors import UserError
-from fit3d_ns.feature_grid import FEATURE_GRIDS, FeatureGrid, sample_teacher, sampling_offset
-from fit3d_ns.frozen_geometry import freeze_configuration, take_over_run
+from fit3d_ns.features.correspondences import View
+from fit3d_ns.features.decoder import FeatureDecoder
+from fit3d_ns.features.grid import FEATURE_GRIDS, FeatureGrid, sample_teacher, sampling_offset
+from fit3d_ns.features.metrics import feature_cosine, feature_l1
+from fit3d_ns.features.pca import ColorBasis
 from fit3d_ns.lifting.settings import LiftSettings
-from fit3d_ns.metrics import feature_cosine, feature_l1
-from fit3d_ns.pca import ColorBasis
 from fit3d_ns.rasterization import rasterize
-from fit3d_ns.view_geometry import View
+from fit3d_ns.runs.frozen_geometry import freeze_configuration, take_over_run
+from fit3d_ns.support.errors import UserError
 
 FEATURES = "fit3d_features"
 """Key of the per-Gaussian features in ``gauss_params``, in checkpoints and among the optimizers."""

@@ -15,13 +15,13 @@ from nerfstudio.utils.rich_utils import CONSOLE
 
 from fit3d_ns.backbones import check_timm
 from fit3d_ns.compat import check_gsplat, resume_adds_steps
+from fit3d_ns.data.scene_checks import check_photos_exist
 from fit3d_ns.datamanager import Fit3DDataManager
-from fit3d_ns.errors import UserError
-from fit3d_ns.metrics import choose_pairs, feature_cosine, feature_l1, view_match
+from fit3d_ns.features.metrics import choose_pairs, feature_cosine, feature_l1, view_match
 from fit3d_ns.model import Fit3DSplatModel
 from fit3d_ns.rasterization import check_backend
-from fit3d_ns.runs import find_checkpoint, run_folder
-from fit3d_ns.scene_checks import check_photos_exist
+from fit3d_ns.runs.checkpoints import find_checkpoint, run_folder
+from fit3d_ns.support.errors import UserError
 
 
 @dataclass
@@ -55,8 +55,8 @@ class Fit3DPipeline(VanillaPipeline):
         self._resumed_state: Optional[Dict[str, Any]] = None
         self._trains = False
         self._lift_asked_for = False
+        from fit3d_ns.scenes.teacher_views import TeacherViews
         from fit3d_ns.viewer.controls import FeatureControls
-        from fit3d_ns.viewer.teacher_views import TeacherViews
 
         model.feature_view.teacher = TeacherViews(self.datamanager, model)
         self.features = FeatureControls(model.feature_view)
@@ -79,7 +79,7 @@ class Fit3DPipeline(VanillaPipeline):
             super().__init__(config, **kwargs)
             check_photos_exist(self.datamanager.train_dataset)
         except UserError as error:
-            from fit3d_ns.absent_scene import without_photos
+            from fit3d_ns.scenes.absent import without_photos
 
             without_photos(config.datamanager, str(error))  # type: ignore[arg-type]
             super().__init__(config, **kwargs)
@@ -199,8 +199,8 @@ class Fit3DPipeline(VanillaPipeline):
         """Averages the per-view metrics and adds ``view_match_teacher`` and ``view_match_lifted``.
 
         The features' metrics are means of the views that have any: a view whose mask hides all of it has none.
-        The latter two are shares in [0, 1] over all held-out views together, see ``fit3d_ns.metrics.view_match``; they
-        are left out where no two held-out views share enough surface.
+        The latter two are shares in [0, 1] over all held-out views together, see
+        `fit3d_ns.features.metrics.view_match`; they are left out where no two held-out views share enough surface.
         """
         metrics = super().get_average_eval_image_metrics(step, output_path, get_std)
         if not self.fit3d_model.has_features:
@@ -239,9 +239,9 @@ class Fit3DPipeline(VanillaPipeline):
             self._lift(trainer.base_dir if last else None)
 
     def _lift(self, folder: Optional[Path] = None) -> None:
-        from fit3d_ns.lifting.report import lift_report
-        from fit3d_ns.lifting.scene import lift_scene, write_record
-        from fit3d_ns.lifting.views import resident_scene
+        from fit3d_ns.runs.record import write_record
+        from fit3d_ns.scenes.lift import lift_report, lift_scene
+        from fit3d_ns.scenes.views import resident_scene
 
         settings, was_training = self.fit3d_model.config.lift, self.training
         self.eval()
@@ -254,7 +254,7 @@ class Fit3DPipeline(VanillaPipeline):
 
     def _check_lift(self) -> None:
         """Refuses before training what the lift after the last step would refuse."""
-        from fit3d_ns.lifting.views import held_out_flags
+        from fit3d_ns.scenes.views import held_out_flags
 
         config, training = self.fit3d_model.config, len(self.datamanager.train_dataset)
         width = self.fit3d_model.fit3d_decoder.width

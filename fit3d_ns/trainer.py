@@ -5,17 +5,71 @@ import shutil
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Type
+from typing import Any, Dict, Type
 
 import yaml
 from nerfstudio.engine.trainer import Trainer, TrainerConfig
 from nerfstudio.utils.rich_utils import CONSOLE
 
 from fit3d_ns.compat import resume_adds_steps
-from fit3d_ns.errors import UserError
-from fit3d_ns.files import atomic_write_text, explain_unwritable
-from fit3d_ns.resume import check_same_configuration
-from fit3d_ns.runs import find_checkpoint, read_checkpoint
+from fit3d_ns.runs.checkpoints import find_checkpoint, read_checkpoint, run_folder
+from fit3d_ns.runs.config_reader import read_config
+from fit3d_ns.support.errors import UserError
+from fit3d_ns.support.files import atomic_write_text, explain_unwritable
+
+
+def check_same_configuration(config: Any) -> None:
+    """Compares the flags that decide what a checkpoint holds with those of the run that it belongs to.
+
+    Other flags (the number of steps, logging, the viewer, learning rates) may change.
+
+    Args:
+        config: nerfstudio's ``TrainerConfig`` of ``ns-train fit3d-splat``, before it overwrites the earlier one.
+
+    Raises:
+        UserError: If there is no checkpoint, or naming the flags that differ and their values.
+    """
+    wanted = config.load_dir or config.load_checkpoint
+    if wanted is None:
+        return
+    path = run_folder(find_checkpoint(wanted, config.load_step)) / "config.yml"
+    if not path.is_file():
+        return
+    try:
+        trained = read_config(path)
+    except UserError as error:  # such as the dataparser of another package
+        CONSOLE.print(f"[yellow]{error} Whether the flags agree cannot be checked.[/yellow]")
+        return
+    if not isinstance(trained.pipeline.model, type(config.pipeline.model)):
+        return  # the model says what can be done with a run of plain splatfacto
+    before, now = _flags(trained.pipeline.model), _flags(config.pipeline.model)
+    # What fit3d-lift writes trains neither way.
+    free = {"features"} if before["features"] == "joint" and _is_lifted(path.parent) else set()
+    differing = [name for name in now if name not in free and before[name] != now[name]]
+    if differing:
+        changes = ", ".join(f"--pipeline.model.{name} {before[name]} (now {now[name]})" for name in differing)
+        raise UserError(f"The run {path.parent} was trained with {changes}: use the same flags, or start a new run.")
+
+
+def _flags(model: Any) -> Dict[str, Any]:
+    """The flags of the model that decide which parameters there are and how they are trained."""
+    return {
+        "camera-optimizer.mode": model.camera_optimizer.mode,
+        "sh-degree": model.sh_degree,
+        "use-bilateral-grid": model.use_bilateral_grid,
+        "grid-shape": tuple(model.grid_shape),
+        "strategy": getattr(model, "strategy", "default"),
+        "features": model.features,
+        # Which run it was does not matter: the checkpoint holds its geometry, and it may have moved.
+        "init-from": "not given" if model.init_from is None else "given",
+    }
+
+
+def _is_lifted(run: Path) -> bool:
+    from fit3d_ns.runs.record import RECORD
+
+    return (run / RECORD).is_file()
+
 
 _TEMPORARY = ".checkpoint-"
 """How the folders begin in which checkpoints are written; not beside them, where nerfstudio reads every name."""

@@ -6,7 +6,7 @@ from typing import Optional
 
 import tyro
 
-from fit3d_ns.command_line import run_command
+from fit3d_ns.support.command_line import run_command
 from probe.config import (
     Command,
     CorrespondenceConfig,
@@ -26,12 +26,12 @@ def main(args: Optional[Sequence[str]] = None) -> None:
 def _run(config: object) -> None:
     # Imported here, so that --help needs neither torch nor a second.
     if isinstance(config, CorrespondenceConfig):
-        from probe.correspondence import run_correspondence
+        from probe.zero_shot.correspondence import run_correspondence
 
         run_correspondence(config)
         return
     if isinstance(config, RetrievalConfig):
-        from probe.retrieval import run_retrieval
+        from probe.zero_shot.retrieval import run_retrieval
 
         run_retrieval(config)
         return

@@ -7,9 +7,9 @@ from typing import Annotated, Literal, Optional, Tuple
 import tyro
 
 from fit3d_ns.backbones import Assembly, BackboneSpec
-from fit3d_ns.errors import UserError
-from probe.datasets.choice import DataChoice, DatasetName
-from probe.datasets.samples import Kind
+from fit3d_ns.support.errors import UserError
+from probe.data.base import Kind
+from probe.data.choice import DataChoice, DatasetName
 
 
 @dataclass

@@ -25,7 +25,7 @@ from fit3d_ns.backbones import (
     needs_original,
     needs_tuned,
 )
-from fit3d_ns.errors import UserError
+from fit3d_ns.support.errors import UserError
 
 Precision = Literal["fp32", "bf16"]
 CONTROL = "control"

@@ -8,7 +8,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from probe.datasets.samples import IGNORE
+from probe.data.base import IGNORE
 
 DEPTH_METRICS = ("rmse", "abs_rel", "sq_rel", "rmse_log", "log10", "d1", "d2", "d3")
 NORMAL_METRICS = ("mean_angle", "rmse_angle", "below_11", "below_22", "below_30")

@@ -2,33 +2,77 @@
 
 import hashlib
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, Optional
 
+import numpy as np
 import torch
 from rich.console import Console
 
-from fit3d_ns.errors import UserError
+from fit3d_ns.support.errors import UserError
+from fit3d_ns.support.processes import gather_objects, process_group, rank, wait_for_all, world_size
+from fit3d_ns.support.progress import progress
+from probe.augment import training_crop_size
 from probe.config import DepthConfig, TrainedProbeConfig
-from probe.datasets import Kind, ProbeData, check_data, load_data
-from probe.datasets.checks import check_crops, spread
-from probe.depth import DepthTask, NormalsTask
-from probe.distributed import process_group, rank, wait_for_all
-from probe.evaluation import evaluate
-from probe.feature_store import file_stamp
-from probe.features import FrozenBackbones, Row, choose_rows, load_backbones
-from probe.geometry import training_crop_size
-from probe.progress import progress
-from probe.recipes import DepthRecipe, FastRecipe, Optimization, choose_fast_recipe, choose_recipe, override
-from probe.results import ResultFolder, provenance
-from probe.segmentation import SegmentationTask
-from probe.sources import CachedSource, OnlineSource, Source, whole_size
-from probe.stream import check_batch_size
-from probe.table import write_report
-from probe.task import Task
-from probe.tracking import LossLog
+from probe.data import Kind, ProbeData, check_data, load_data
+from probe.data.base import check_crops, spread
+from probe.data.batches import check_batch_size
+from probe.features import FrozenBackbones, Row, choose_rows, load_backbones, row_features
+from probe.protocols import DepthRecipe, FastRecipe, Optimization, choose_fast_recipe, choose_recipe, override
+from probe.report import LossLog, ResultFolder, provenance, write_report
+from probe.sources import CachedSource, OnlineSource, Source, file_stamp, whole_size
+from probe.tasks.depth import DepthTask, NormalsTask
+from probe.tasks.segmentation import SegmentationTask
+from probe.tasks.task import Task
 from probe.training import Head, HeadBank, mean_losses
+
+Panels = dict[int, dict[str, np.ndarray]]
+"""By place in the split: pictures by row, and `truth`."""
+
+
+@torch.no_grad()
+def evaluate(
+    task: Task, source: Source, split: str, heads: Sequence[Head], console: Console, panels: Sequence[int] = ()
+) -> tuple[dict[str, dict[str, Any]], Panels]:
+    """Scores heads on all samples of a split, each counted once whatever the number of processes.
+
+    Args:
+        task: The probe.
+        source: Of features.
+        split: ``validation`` or ``test``.
+        heads: Put into evaluation mode, and back.
+        console: For progress.
+        panels: Places of samples to make pictures of.
+
+    Returns:
+        Scores by head key; pictures, in the first process.
+    """
+    metrics = {head.key: task.new_metric().to(next(head.module.parameters()).device) for head in heads}
+    pictures: Panels = {}
+    for head in heads:
+        head.module.eval()
+    samples = getattr(task.data, split)
+    total = len(range(rank(), len(samples), world_size()))
+    with progress(console, f"evaluation ({split})", total) as advance:
+        for place, features, target in source.evaluation(split):
+            size = (target.shape[0], target.shape[1])
+            for head in heads:
+                prediction = source.predict(head.module, row_features(head.row, features), size)
+                task.update(metrics[head.key], prediction, target)
+                if place in panels:
+                    pictures.setdefault(place, {"truth": task.picture(target)})
+                    pictures[place][head.row.name] = task.picture(prediction)
+            advance(1)
+    for head in heads:
+        head.module.train()
+    merged: Panels = {}
+    if panels:
+        for part in gather_objects(pictures):
+            merged.update(part)
+    return {key: metric.scores() for key, metric in metrics.items()}, merged
+
 
 _TASKS: dict[str, type[Task]] = {"segmentation": SegmentationTask, "depth": DepthTask, "normals": NormalsTask}
 _LOG_EVERY = 50

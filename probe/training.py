@@ -1,7 +1,8 @@
 """All heads of a table, trained at once on the same features, each as if it were alone."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,15 +11,52 @@ import torch
 from torch import Tensor, nn
 
 from fit3d_ns.backbones import BackboneOutput
-from fit3d_ns.errors import UserError
-from fit3d_ns.files import atomic_path
-from probe.distributed import average_gradients, gather_objects, rank, wait_for_all
+from fit3d_ns.support.errors import UserError
+from fit3d_ns.support.files import atomic_path
+from fit3d_ns.support.processes import average_gradients, gather_objects, rank, wait_for_all
 from probe.features import Row, row_features, row_width
-from probe.recipes import Optimization
-from probe.schedules import first_beta, learning_rate_factor
-from probe.task import Task
+from probe.heads import LossFunction
+from probe.protocols import Optimization
+from probe.tasks.task import Task
 
-LossFunction = Callable[[nn.Module, BackboneOutput], Tensor]
+_COSINE_END = 1e-8
+_BETA1_HIGH, _BETA1_LOW, _BETA1_TURN = 0.95, 0.85, 0.3
+
+
+def learning_rate_factor(optimization: Optimization, step: int) -> float:
+    """Returns what a head's learning rate is multiplied with.
+
+    Args:
+        optimization: The recipe's.
+        step: From 0; ``optimization.iterations - 1`` is the last.
+
+    Returns:
+        In (0, 1].
+    """
+    share = step / optimization.iterations
+    if optimization.schedule == "poly":
+        factor = 1.0 - share
+    else:
+        factor = _cosine(1.0, _COSINE_END, share)
+    warmup = optimization.warmup_share * optimization.iterations
+    if step < warmup:
+        factor *= 1.0 - (1.0 - step / warmup) * (1.0 - optimization.warmup_ratio)
+    return factor
+
+
+def first_beta(optimization: Optimization, step: int) -> float:
+    """Returns Adam's first beta at a step: .9, or one cycle with cosines, as mmcv's OneCycle hook for momentum."""
+    if not optimization.beta1_cycle:
+        return 0.9
+    turn = _BETA1_TURN * optimization.iterations - 1
+    end = optimization.iterations - 1
+    if step <= turn:
+        return _cosine(_BETA1_HIGH, _BETA1_LOW, step / max(turn, 1e-9))
+    return _cosine(_BETA1_LOW, _BETA1_HIGH, (step - turn) / max(end - turn, 1e-9))
+
+
+def _cosine(start: float, end: float, share: float) -> float:
+    return end + 0.5 * (start - end) * (1.0 + math.cos(math.pi * min(max(share, 0.0), 1.0)))
 
 
 @dataclass

@@ -15,13 +15,13 @@ from fit3d_ns.backbones.assembly import (
 from fit3d_ns.backbones.backbone import Backbone, BackboneOutput, load_backbone
 from fit3d_ns.backbones.dense_features import DenseFeatures, load, load_published
 from fit3d_ns.backbones.fine_tuned import FineTuned, find_fine_tuned, load_fine_tuned
-from fit3d_ns.backbones.flags import flags_named
 from fit3d_ns.backbones.identity import backbone_identity, hash_state_dict, spec_of_identity
 from fit3d_ns.backbones.published import PUBLISHED_BACKBONES, PublishedBackbone
 from fit3d_ns.backbones.registry import NAMED_BACKBONES, NamedBackbone
 from fit3d_ns.backbones.sizing import input_size, patch_grid, resize_to_patches
 from fit3d_ns.backbones.spec import BackboneInfo, BackboneSpec
 from fit3d_ns.backbones.weights import weights_available
+from fit3d_ns.support.command_line import flags_named
 
 __all__ = [
     "ASSEMBLIES",

@@ -9,10 +9,10 @@ import torch
 from packaging.version import Version
 from torch import nn
 
-from fit3d_ns.backbones.flags import BACKBONE_FLAG, LAYER_FLAG
 from fit3d_ns.backbones.registry import NAMED_BACKBONES, NamedBackbone, find_named
 from fit3d_ns.backbones.spec import BackboneInfo, BackboneSpec
-from fit3d_ns.errors import UserError
+from fit3d_ns.support.command_line import BACKBONE_FLAG, LAYER_FLAG
+from fit3d_ns.support.errors import UserError
 
 OLDEST_TIMM = "1.0.9"
 IMAGENET_MEAN = (0.485, 0.456, 0.406)

@@ -10,7 +10,6 @@ import torch
 
 from fit3d_ns.backbones.architecture import describe_backbone
 from fit3d_ns.backbones.backbone import Backbone, load_backbone
-from fit3d_ns.backbones.flags import BACKBONE_FLAG
 from fit3d_ns.backbones.hub import DownloadError, cached_file, download_file, download_url, hash_matches
 from fit3d_ns.backbones.identity import spec_of_identity
 from fit3d_ns.backbones.published import (
@@ -21,7 +20,8 @@ from fit3d_ns.backbones.published import (
 )
 from fit3d_ns.backbones.spec import BackboneSpec
 from fit3d_ns.backbones.state_dicts import WEIGHT_SUFFIXES
-from fit3d_ns.errors import UserError
+from fit3d_ns.support.command_line import BACKBONE_FLAG
+from fit3d_ns.support.errors import UserError
 
 WEIGHTS_NAME = "backbone.safetensors"
 """What fit3d-distill saves: a plain timm state dict."""

@@ -14,11 +14,10 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from fit3d_ns.backbones.flags import WEIGHTS_FLAG
 from fit3d_ns.backbones.registry import FOCUS_NAME, NAMED_BACKBONES
-from fit3d_ns.errors import UserError
-from fit3d_ns.files import atomic_write_bytes
-from fit3d_ns.storage import is_complete_safetensors, user_cache_directory
+from fit3d_ns.support.command_line import WEIGHTS_FLAG
+from fit3d_ns.support.errors import UserError
+from fit3d_ns.support.files import atomic_write_bytes, is_complete_safetensors, user_cache_directory
 
 if TYPE_CHECKING:
     from onnx import GraphProto

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Optional, Union
 from urllib.parse import urlsplit
 
-from fit3d_ns.errors import UserError
-from fit3d_ns.files import atomic_path
-from fit3d_ns.storage import is_complete_safetensors, user_cache_directory
+from fit3d_ns.support.errors import UserError
+from fit3d_ns.support.files import atomic_path, is_complete_safetensors, user_cache_directory
 
 _REACH_SECONDS = 5.0
 

@@ -14,9 +14,8 @@ from fit3d_ns.backbones.architecture import describe_backbone, resolve_architect
 from fit3d_ns.backbones.spec import BackboneInfo, BackboneSpec
 from fit3d_ns.backbones.state_dicts import read_state_dict, to_timm_layout
 from fit3d_ns.backbones.weights import find_weights
-from fit3d_ns.errors import UserError
-from fit3d_ns.files import atomic_write_json
-from fit3d_ns.storage import user_cache_directory
+from fit3d_ns.support.errors import UserError
+from fit3d_ns.support.files import atomic_write_json, user_cache_directory
 
 IDENTITY_SCHEMA = 1
 """Raise it when the same choice of a backbone comes to give other features."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Optional
 import torch.nn.functional as F
 from torch import Tensor
 
-from fit3d_ns.errors import UserError
+from fit3d_ns.support.errors import UserError
 
 if TYPE_CHECKING:
     from jaxtyping import Float

@@ -12,8 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fit3d_ns.backbones.flags import BACKBONE_FLAG, WEIGHTS_FLAG
-from fit3d_ns.errors import UserError
+from fit3d_ns.support.command_line import BACKBONE_FLAG, WEIGHTS_FLAG
+from fit3d_ns.support.errors import UserError
 
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 """Files that `read_state_dict` reads."""

@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import Any, Optional
 
 from fit3d_ns.backbones.architecture import resolve_architecture, skeleton
-from fit3d_ns.backbones.flags import BACKBONE_FLAG, WEIGHTS_FLAG
 from fit3d_ns.backbones.focus import focus_available, focus_weights
 from fit3d_ns.backbones.hub import DownloadError, cached_file, download_file, offered_file
 from fit3d_ns.backbones.registry import FOCUS_NAME, NamedBackbone
 from fit3d_ns.backbones.spec import BackboneSpec
-from fit3d_ns.errors import UserError
+from fit3d_ns.support.command_line import BACKBONE_FLAG, WEIGHTS_FLAG
+from fit3d_ns.support.errors import UserError
 
 
 def find_weights(spec: BackboneSpec) -> Path:

@@ -6,10 +6,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fit3d_ns.feature_grid import sample_teacher
+from fit3d_ns.features.grid import sample_teacher
+from fit3d_ns.features.pca import PCABasis
 from fit3d_ns.lifting.operator import FeatureOperator
 from fit3d_ns.lifting.solver import Advance, LiftView, stack_weights
-from fit3d_ns.pca import PCABasis
 
 
 def centre_tap(basis: PCABasis) -> Float[Tensor, "C D 3 3"]:

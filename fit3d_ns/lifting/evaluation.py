@@ -9,11 +9,11 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from fit3d_ns.decoder import FeatureDecoder
+from fit3d_ns.features.correspondences import Correspondences, View, correspondences
+from fit3d_ns.features.decoder import FeatureDecoder
+from fit3d_ns.features.metrics import choose_pairs, feature_cosine, feature_l1, match_rate
 from fit3d_ns.lifting.operator import FeatureOperator
 from fit3d_ns.lifting.solver import LiftView
-from fit3d_ns.metrics import choose_pairs, feature_cosine, feature_l1, match_rate
-from fit3d_ns.view_geometry import Correspondences, View, correspondences
 
 MATCH_VIEWS = 40
 """Most views whose maps are compared with each other; bounds memory."""

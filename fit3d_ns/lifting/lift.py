@@ -11,15 +11,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fit3d_ns.decoder import FeatureDecoder
-from fit3d_ns.errors import UserError
+from fit3d_ns.features.decoder import FeatureDecoder
+from fit3d_ns.features.pca import FeatureCovariance, PCABasis
 from fit3d_ns.lifting.decoder_fit import centre_tap, fit_decoder
 from fit3d_ns.lifting.evaluation import EvaluationView, LiftEvaluation, MatchedViews
 from fit3d_ns.lifting.operator import FeatureOperator
 from fit3d_ns.lifting.settings import LiftSettings
 from fit3d_ns.lifting.solver import SEEN, Advance, LiftSolver, LiftView
 from fit3d_ns.lifting.unseen import fill_unseen
-from fit3d_ns.pca import FeatureCovariance, PCABasis
+from fit3d_ns.support.errors import UserError
 
 PATIENCE = 2
 """A selection stops after this many steps in a row without a better number."""

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from fit3d_ns.feature_grid import FeatureGrid
+from fit3d_ns.features.grid import FeatureGrid
 from fit3d_ns.lifting.memory import rendering_budget
 from fit3d_ns.rasterization import rasterize
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal, Optional
 
-from fit3d_ns.errors import UserError
+from fit3d_ns.support.errors import UserError
 
 DEFAULT_REFINEMENTS = 1
 """Refinement steps without selection; docs/lifting.md says why."""

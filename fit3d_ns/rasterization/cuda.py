@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fit3d_ns.errors import UserError
+from fit3d_ns.support.errors import UserError
 
 # Measured with 64 to 384 channels: launches of 64 are the fastest forward and backward; one of 128 or more is slower.
 _CHANNELS_PER_LAUNCH = 64

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from fit3d_ns.rasterization.spreading import spread_over_gaussians
+from fit3d_ns.rasterization.projection import spread_over_gaussians
 
 
 def spherical_harmonics_colors(

@@ -20,11 +20,10 @@ from nerfstudio.viewer.viewer_elements import (
 )
 from torch import nn
 
-from fit3d_ns.errors import UserError
-from fit3d_ns.viewer.export import export_segment
+from fit3d_ns.runs.record import read_disagreement
+from fit3d_ns.support.errors import UserError
 from fit3d_ns.viewer.feature_view import FeatureView
-from fit3d_ns.viewer.query import look_at_pixel
-from fit3d_ns.viewer.stored import read_disagreement
+from fit3d_ns.viewer.query import export_segment, look_at_pixel
 
 MARKER = "/fit3d/clicked"
 """Name of the ball at the clicked point among the viewer's objects."""

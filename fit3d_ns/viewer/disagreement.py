@@ -11,8 +11,8 @@ from fit3d_ns.lifting.lift import project, teacher_basis
 from fit3d_ns.lifting.operator import FeatureOperator
 from fit3d_ns.lifting.settings import LiftSettings
 from fit3d_ns.lifting.solver import SEEN, LiftSolver, LiftView
-from fit3d_ns.lifting.views import model_geometry
 from fit3d_ns.model import Fit3DSplatModel
+from fit3d_ns.scenes.views import model_geometry
 
 _PERCENTILES = (0.02, 0.98)
 """Share of what the training views see that is shown in the darkest colour, and in all but the brightest."""

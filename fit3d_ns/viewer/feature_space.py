@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fit3d_ns.decoder import FeatureDecoder
+from fit3d_ns.features.decoder import FeatureDecoder
 
 
 @dataclass(frozen=True)

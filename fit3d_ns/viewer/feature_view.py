@@ -11,18 +11,17 @@ from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 
-from fit3d_ns.errors import UserError
+from fit3d_ns.features.colors import SceneColors
+from fit3d_ns.features.pca import ColorBasis
 from fit3d_ns.model import FEATURES, Fit3DSplatModel
-from fit3d_ns.pca import ColorBasis
-from fit3d_ns.scene_colors import SceneColors
-from fit3d_ns.viewer.clusters import fit_clusters
+from fit3d_ns.scenes.teacher_views import TeacherViews
+from fit3d_ns.support.errors import UserError
+from fit3d_ns.viewer.clusters import fit_clusters, sample_gaussians, visible_weights
 from fit3d_ns.viewer.disagreement import Disagreement, view_disagreement
 from fit3d_ns.viewer.feature_space import FeatureSpace
 from fit3d_ns.viewer.outputs import PICTURES, Frame
 from fit3d_ns.viewer.pictures import lettering
 from fit3d_ns.viewer.selection import GaussianSelection, similarity
-from fit3d_ns.viewer.teacher_views import TeacherViews
-from fit3d_ns.viewer.weights import sample_gaussians, visible_weights
 
 NO_FEATURES = "There are no features yet: they come with the first training steps, or when they are lifted."
 

@@ -10,11 +10,11 @@ from jaxtyping import Float
 from nerfstudio.cameras.cameras import Cameras
 from torch import Tensor
 
-from fit3d_ns.errors import UserError
+from fit3d_ns.scenes.teacher_views import seen_from
+from fit3d_ns.support.errors import UserError
 from fit3d_ns.viewer.clusters import UNASSIGNED, assign_clusters
 from fit3d_ns.viewer.pictures import heat_over, label_colors, luminance, over, resize
 from fit3d_ns.viewer.selection import similarity
-from fit3d_ns.viewer.teacher_views import seen_from
 
 if TYPE_CHECKING:
     from fit3d_ns.model import Fit3DSplatModel

@@ -1,6 +1,7 @@
 """A click into the scene: what is seen there, and its feature."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,8 +10,10 @@ from jaxtyping import Float
 from nerfstudio.cameras.cameras import Cameras
 from torch import Tensor
 
-from fit3d_ns.errors import UserError
+from fit3d_ns.data.ply import standard_gaussians, write_splat_ply
 from fit3d_ns.model import Fit3DSplatModel
+from fit3d_ns.support.errors import UserError
+from fit3d_ns.viewer.feature_view import FeatureView
 from fit3d_ns.viewer.outputs import Frame
 
 _SOLID = 0.3
@@ -70,3 +73,27 @@ def look_at_pixel(
     pixel = intrinsics.new_tensor([x * width, y * height, 1.0])
     point = torch.linalg.inv(intrinsics) @ pixel * outputs["depth"][row, column]
     return ClickedPoint(viewmat[:3, :3].T @ (point - viewmat[:3, 3]), feature)
+
+
+def export_segment(view: FeatureView, path: Path) -> int:
+    """Writes the Gaussians that are similar to the query, with their features, as ``ns-export`` writes splats.
+
+    Args:
+        view: With a query.
+        path: The file; it must not exist.
+
+    Returns:
+        The number of Gaussians written.
+
+    Raises:
+        UserError: If nothing was clicked, nothing is similar, the file exists, or it cannot be written.
+    """
+    if path.suffix != ".ply":
+        raise UserError(f"{path} is no name of a PLY file: let it end in .ply.")
+    if path.exists():
+        raise UserError(f"{path} exists: choose another name.")
+    chosen = view.similar()
+    model = view.model
+    gaussians = standard_gaussians(dict(model.gauss_params.items()), model.config.sh_degree)
+    picked = {name: values[chosen] for name, values in gaussians.items()}
+    return write_splat_ply(path, picked, view.features[chosen])

@@ -16,8 +16,8 @@ import pytest
 
 from demo.cli import run_demo
 from demo.config import DemoConfig
-from fit3d_ns.errors import UserError
-from fit3d_ns.rooms.dataset import RoomSettings, write_index
+from fit3d_ns.support.errors import UserError
+from fit3d_rooms.dataset import RoomSettings, write_index
 
 ROOT = Path(__file__).parents[2]
 TINY_ROOM = ROOT / "tests" / "data" / "tiny_room"

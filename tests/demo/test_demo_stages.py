@@ -11,7 +11,7 @@ from demo.config import DemoConfig, complete
 from demo.results import comparisons
 from demo.runner import hold, run_stages
 from demo.stages import Stage, stages
-from fit3d_ns.errors import UserError
+from fit3d_ns.support.errors import UserError
 
 BACKBONE = "dinov2_small_focus"
 

@@ -11,9 +11,9 @@ from PIL import Image
 
 from distill.config import DistillConfig
 from fit3d_ns.backbones import BackboneSpec, backbone_identity
-from fit3d_ns.feature_grid import FEATURE_GRIDS
-from fit3d_ns.photos import Photo, hash_file
-from fit3d_ns.scene_bundle import BundleCameras, BundleInfo, BundleView, SceneTensors, write_bundle
+from fit3d_ns.data.photos import Photo, hash_file
+from fit3d_ns.features.grid import FEATURE_GRIDS
+from fit3d_ns.runs.bundle import BundleCameras, BundleInfo, BundleView, SceneTensors, write_bundle
 
 TINY_TEACHER = "test_vit"
 """A timm ViT of 64 channels with patches of 16 pixels, made for tests."""

@@ -19,7 +19,7 @@ from distill.cli import distil
 from distill.photo_store import PhotoStore
 from distill.step import DistillLoss, EagerStep, GraphStep, StepInput
 from fit3d_ns.backbones import BackboneSpec
-from fit3d_ns.errors import UserError
+from fit3d_ns.support.errors import UserError
 
 FILL = PhotoStore.fill
 

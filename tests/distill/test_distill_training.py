@@ -19,7 +19,7 @@ from distill.step import DistillLoss, EagerStep, StepInput, learning_rate
 from distill.student import load_student, plain_state_dict, prepare_training
 from distill.trainer import advice_for_few_views
 from fit3d_ns.backbones import BackboneSpec, load, load_backbone
-from fit3d_ns.errors import UserError
+from fit3d_ns.support.errors import UserError
 
 
 def weights_of(config):
@@ -197,7 +197,7 @@ def test_a_broken_loss_names_the_batch_and_saves_nothing(make_scene, make_config
 def test_fully_masked_views_do_not_break_the_loss(make_scene, make_config, monkeypatch):
     folder = make_scene(views=3, held_out=0, masked=(0, 1, 2))
     monkeypatch.setattr(
-        "fit3d_ns.scene_bundle.SceneBundle.read_patch_weights", lambda self: dict.fromkeys(range(3), torch.zeros(3, 4))
+        "fit3d_ns.runs.bundle.SceneBundle.read_patch_weights", lambda self: dict.fromkeys(range(3), torch.zeros(3, 4))
     )
     config = make_config(folder, steps=3)
     distil(config)

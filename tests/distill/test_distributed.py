@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from distill.cli import distil
 from distill.config import DistillConfig
 from distill.scenes import open_scenes
-from distill.world import World, join_world
-from fit3d_ns.errors import UserError
+from fit3d_ns.support.errors import UserError
+from fit3d_ns.support.processes import World, join_world
 
 ROOT = Path(__file__).parents[2]
 

@@ -7,10 +7,9 @@ import torch
 from safetensors.torch import load_file
 
 from distill.cli import distil
-from distill.scene_bank import SceneBank
-from distill.scenes import open_scenes
+from distill.scenes import SceneBank, open_scenes
 from distill.targets import LiftedTargets
-from distill.world import World
+from fit3d_ns.support.processes import World
 
 pytestmark = pytest.mark.gpu
 

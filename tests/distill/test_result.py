@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from distill.result import push_to_hub, to_dinov2_layout, write_result
 from distill.student import plain_state_dict
 from fit3d_ns.backbones import BackboneSpec, load_backbone
-from fit3d_ns.errors import UserError
+from fit3d_ns.support.errors import UserError
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from distill.cli import distil
-from fit3d_ns.errors import UserError
+from fit3d_ns.support.errors import UserError
 
 TINY_ROOM = Path(__file__).parents[1] / "data" / "tiny_room"
 

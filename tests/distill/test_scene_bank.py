@@ -3,11 +3,10 @@
 import pytest
 import torch
 
-from distill import scene_bank
-from distill.scene_bank import SceneBank
-from distill.scenes import open_scenes
-from distill.world import World
-from fit3d_ns.errors import UserError
+from distill import scenes as scene_bank
+from distill.scenes import SceneBank, open_scenes
+from fit3d_ns.support.errors import UserError
+from fit3d_ns.support.processes import World
 
 CPU = torch.device("cpu")
 

@@ -7,13 +7,12 @@ import torch.nn.functional as F
 from distill.feed import Feed
 from distill.photo_store import PhotoStore
 from distill.sampler import Sampler
-from distill.scene_bank import SceneBank
-from distill.scenes import open_scenes
+from distill.scenes import SceneBank, open_scenes
 from distill.student import load_teacher
 from distill.targets import ControlTargets, LiftedTargets, accumulation_weights, low_dimensional_basis
-from distill.world import World
-from fit3d_ns.decoder import FeatureDecoder
+from fit3d_ns.features.decoder import FeatureDecoder
 from fit3d_ns.rasterization import rasterize
+from fit3d_ns.support.processes import World
 
 CPU = torch.device("cpu")
 

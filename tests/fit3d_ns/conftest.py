@@ -160,7 +160,7 @@ def feature_run(scene, make_config, make_trainer, parser):
 @pytest.fixture
 def lift_command(teacher_weights):
     """Builds a command of fit3d-lift with the tiny teacher."""
-    from fit3d_ns.lifting.cli import LiftCommand
+    from fit3d_ns.commands.lift.cli import LiftCommand
     from fit3d_ns.lifting.settings import LiftSettings
 
     def make(lift=None, **fields):

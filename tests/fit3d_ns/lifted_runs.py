@@ -6,9 +6,9 @@ import pytest
 import torch
 from nerfstudio.utils.eval_utils import eval_setup
 
-from fit3d_ns.errors import UserError
-from fit3d_ns.lifting.cli import run_lift
-from fit3d_ns.runs import find_checkpoint
+from fit3d_ns.commands.lift.cli import run_lift
+from fit3d_ns.runs.checkpoints import find_checkpoint
+from fit3d_ns.support.errors import UserError
 
 STEPS = 12
 """Training steps of the runs that features are lifted onto, unless a test asks for others."""

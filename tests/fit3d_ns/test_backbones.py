@@ -29,7 +29,7 @@ from fit3d_ns.backbones import (
     resize_to_patches,
 )
 from fit3d_ns.backbones.architecture import IMAGENET_MEAN
-from fit3d_ns.errors import UserError
+from fit3d_ns.support.errors import UserError
 
 TINY = "vit_tiny_patch16_224"
 

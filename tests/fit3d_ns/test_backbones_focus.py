@@ -14,7 +14,7 @@ from onnx.reference import ReferenceEvaluator
 
 from fit3d_ns.backbones import NAMED_BACKBONES, BackboneSpec, describe_backbone, load_backbone, weights_available
 from fit3d_ns.backbones.focus import convert_focus_graph, find_focus_graph, focus_weights
-from fit3d_ns.errors import UserError
+from fit3d_ns.support.errors import UserError
 
 FOCUS = BackboneSpec("dinov2_small_focus")
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fit3d_ns.backbones import BackboneSpec, load_backbone, weights_available
 from fit3d_ns.backbones.state_dicts import read_state_dict, to_timm_layout
-from fit3d_ns.errors import UserError
+from fit3d_ns.support.errors import UserError
 
 TINY = "vit_tiny_patch16_224"
 FLAG = "--pipeline.datamanager.backbone-weights"

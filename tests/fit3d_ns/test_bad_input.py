@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from fit3d_ns.errors import UserError
 from fit3d_ns.lifting.settings import LiftSettings
-from fit3d_ns.runs import find_checkpoint, read_checkpoint
+from fit3d_ns.runs.checkpoints import find_checkpoint, read_checkpoint
+from fit3d_ns.support.errors import UserError
 
 
 def edit(scene, change):
@@ -187,7 +187,8 @@ def test_lift_that_would_fail_after_training(scene, make_config, make_trainer, s
 def test_full_disk_while_caching(scene, make_config, make_trainer, monkeypatch):
     import errno
 
-    from fit3d_ns import feature_cache, files
+    from fit3d_ns.data import feature_cache
+    from fit3d_ns.support import files
 
     def full(path, data):
         raise UserError("full") from OSError(errno.ENOSPC, "No space left on device")

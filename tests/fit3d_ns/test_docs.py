@@ -52,7 +52,7 @@ RUN_BY = {
     "fit3d-probe retrieval --dataset": "tests/probe/test_probe_matching.py::test_retrieval_command_finds_colours",
     "fit3d-probe correspondence": "tests/probe/test_probe_matching.py::test_correspondence_command",
     "fit3d-export": "tests/fit3d_ns/test_exporting.py::test_bundle_feature_maps_and_video_along_a_path",
-    "fit3d-rooms": "tests/fit3d_ns/test_rooms.py::test_finished_rooms_are_kept",
+    "fit3d-rooms": "tests/fit3d_rooms/test_rooms.py::test_finished_rooms_are_kept",
     "torchrun -m distill": "tests/distill/test_distributed.py::test_two_processes_equal_one",
 }
 """Programs with the subcommands and flags that make another command of them, and the test that runs that."""
@@ -75,9 +75,9 @@ def _configurations() -> dict[str, Any]:
 
     from demo.config import DemoConfig
     from distill.config import DistillConfig
-    from fit3d_ns.exporting.cli import ExportCommand
-    from fit3d_ns.lifting.cli import LiftCommand
-    from fit3d_ns.rooms.cli import RoomsConfig
+    from fit3d_ns.commands.export.cli import ExportCommand
+    from fit3d_ns.commands.lift.cli import LiftCommand
+    from fit3d_rooms.cli import RoomsConfig
     from probe.config import Command as ProbeCommand
 
     return {
@@ -258,7 +258,7 @@ def test_flags_in_the_text_exist(monkeypatch):
 def _sentences() -> list[str]:
     """Every string of the program, with … in the place of what is put in at run time."""
     found = []
-    for package in ("fit3d_ns", "distill", "probe"):
+    for package in ("fit3d_ns", "fit3d_rooms", "distill", "probe"):
         for path in sorted((ROOT / package).rglob("*.py")):
             for node in ast.walk(ast.parse(path.read_text())):
                 if isinstance(node, ast.JoinedStr):

@@ -19,16 +19,15 @@ from nerfstudio.utils.eval_utils import eval_setup
 from plyfile import PlyData
 from scipy.spatial.transform import Rotation
 
-from fit3d_ns.errors import UserError
-from fit3d_ns.exporting.camera_path import path_along_views
-from fit3d_ns.exporting.cli import ExportCommand, run_export
-from fit3d_ns.exporting.splat_ply import SH_C0
-from fit3d_ns.exporting.trained_run import open_run
-from fit3d_ns.exporting.turntable import render_pair
-from fit3d_ns.lifting.cli import LiftCommand, run_lift
-from fit3d_ns.lifting.ply import read_ply
-from fit3d_ns.runs import find_checkpoint, read_checkpoint
-from fit3d_ns.scene_bundle import SceneBundle
+from fit3d_ns.commands.export.camera_path import path_along_views
+from fit3d_ns.commands.export.cli import ExportCommand, run_export
+from fit3d_ns.commands.export.trained_run import open_run
+from fit3d_ns.commands.export.turntable import render_pair
+from fit3d_ns.commands.lift.cli import LiftCommand, run_lift
+from fit3d_ns.data.ply import SH_C0, read_ply
+from fit3d_ns.runs.bundle import SceneBundle
+from fit3d_ns.runs.checkpoints import find_checkpoint, read_checkpoint
+from fit3d_ns.support.errors import UserError
 
 STEPS = 12
 NOTHING = {"splat": False, "pca_splat": False, "point_cloud": False, "bundle": False, "video": False}

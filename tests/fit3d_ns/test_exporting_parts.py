@@ -8,15 +8,14 @@ import pytest
 import torch
 from plyfile import PlyData
 
-from fit3d_ns.errors import UserError
-from fit3d_ns.exporting import ply_table
-from fit3d_ns.exporting.camera_path import orbit, path_along_views
-from fit3d_ns.exporting.splat_ply import visible_rows, write_splat_ply
-from fit3d_ns.exporting.video import video_writer
-from fit3d_ns.files import atomic_folder
-from fit3d_ns.lifting.ply import read_ply
-from fit3d_ns.photos import Photo
-from fit3d_ns.scene_bundle import BundleCameras, BundleView
+from fit3d_ns.commands.export.camera_path import orbit, path_along_views
+from fit3d_ns.commands.export.video import video_writer
+from fit3d_ns.data import ply as ply_table
+from fit3d_ns.data.photos import Photo
+from fit3d_ns.data.ply import read_ply, visible_rows, write_splat_ply
+from fit3d_ns.runs.bundle import BundleCameras, BundleView
+from fit3d_ns.support.errors import UserError
+from fit3d_ns.support.files import atomic_folder
 
 
 def gaussians(count=1000, coefficients=8):

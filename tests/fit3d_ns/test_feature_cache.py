@@ -15,10 +15,10 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from fit3d_ns import feature_cache
 from fit3d_ns.backbones import Backbone, BackboneSpec, load_backbone, resize_to_patches
-from fit3d_ns.errors import UserError
-from fit3d_ns.feature_cache import FeatureCache, image_key
+from fit3d_ns.data import feature_cache
+from fit3d_ns.data.feature_cache import FeatureCache, image_key
+from fit3d_ns.support.errors import UserError
 
 FLAG = "--pipeline.datamanager.feature-cache-dir"
 MAX_SIZE = 64
@@ -90,7 +90,7 @@ def test_images_are_kept_between_hashing_and_the_teacher_within_a_bound(
     room, opened, spec, teacher, images, tmp_path, monkeypatch
 ):
     """Each image takes 15,000 bytes, and the fifth, equal to the first, needs no map of its own."""
-    monkeypatch.setattr("fit3d_ns.feature_cache._KEPT_IMAGES", room)
+    monkeypatch.setattr("fit3d_ns.data.feature_cache._KEPT_IMAGES", room)
     calls = []
     counted = [lambda image=image: calls.append(1) or image for image in images]
     keys = FeatureCache(tmp_path, spec, MAX_SIZE).fill(counted, lambda: teacher, "cpu", batch_size=2)
@@ -216,7 +216,7 @@ FILL_IN_A_PROCESS = """
 import os, signal, sys, torch
 from pathlib import Path
 from fit3d_ns.backbones import BackboneSpec, load_backbone
-from fit3d_ns.feature_cache import FeatureCache
+from fit3d_ns.data.feature_cache import FeatureCache
 folder, weights, images, die_at = sys.argv[1:]
 spec = BackboneSpec("vit_tiny_patch16_224", weights=Path(weights), layer=0)
 rename, calls = os.replace, []

@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fit3d_ns.decoder import FeatureDecoder
-from fit3d_ns.errors import UserError
-from fit3d_ns.feature_grid import FEATURE_GRIDS, FeatureGrid, sample_teacher, sampling_offset
+from fit3d_ns.features.decoder import FeatureDecoder
+from fit3d_ns.features.grid import FEATURE_GRIDS, FeatureGrid, sample_teacher, sampling_offset
+from fit3d_ns.support.errors import UserError
 
 
 @pytest.fixture

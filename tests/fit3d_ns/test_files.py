@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fit3d_ns.errors import UserError
-from fit3d_ns.files import atomic_path
+from fit3d_ns.support.errors import UserError
+from fit3d_ns.support.files import atomic_path
 
 WRITERS = {
     "torch": lambda path: torch.save({"values": torch.zeros(100_000)}, path),

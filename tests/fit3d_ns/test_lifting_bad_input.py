@@ -11,9 +11,9 @@ import torch
 from lifted_runs import STEPS, refused, splat_of, state_of, write_ply
 from PIL import Image
 
-from fit3d_ns.errors import UserError
-from fit3d_ns.lifting.cli import main, run_lift
-from fit3d_ns.runs import find_checkpoint
+from fit3d_ns.commands.lift.cli import main, run_lift
+from fit3d_ns.runs.checkpoints import find_checkpoint
+from fit3d_ns.support.errors import UserError
 
 
 def test_nothing_or_too_much_named(lift_command, tmp_path):
@@ -114,7 +114,7 @@ def test_other_scenes_go_on_and_the_end_says_which_failed_and_why(
 
 def test_an_error_that_nobody_foresaw_fails_one_scene_only(lift_command, splatfacto_run, tmp_path, monkeypatch):
     first, second = splatfacto_run("a"), splatfacto_run("b")
-    from fit3d_ns.lifting import scene
+    from fit3d_ns.scenes import lift as scene
 
     real, calls = scene.lift_scene, []
 
@@ -151,7 +151,10 @@ def test_full_disk(lift_command, splatfacto_run, monkeypatch, full_at):
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     else:
-        writer = {"record": "fit3d_ns.lifting.run_writer.write_record", "config": "fit3d_ns.trainer.atomic_write_text"}
+        writer = {
+            "record": "fit3d_ns.commands.lift.run_writer.write_record",
+            "config": "fit3d_ns.trainer.atomic_write_text",
+        }
         with monkeypatch.context() as patched:
             error = UserError("Cannot write it (No space left on device).")
             patched.setattr(writer[full_at], mock.Mock(side_effect=error))

@@ -10,8 +10,8 @@ import torch
 from lifted_runs import opened, splat_of, write_ply
 from scipy.spatial.transform import Rotation
 
-from fit3d_ns.lifting.cli import run_lift
-from fit3d_ns.lifting.ply import read_ply
+from fit3d_ns.commands.lift.cli import run_lift
+from fit3d_ns.data.ply import read_ply
 
 
 def test_ply_round_trip(tmp_path, splatfacto_run):

@@ -9,12 +9,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fit3d_ns.lifting.cli import run_lift
+from fit3d_ns.commands.lift.cli import run_lift
 from fit3d_ns.lifting.operator import FeatureOperator
-from fit3d_ns.lifting.report import disagreement_map
-from fit3d_ns.lifting.scene import lift_scene
 from fit3d_ns.lifting.settings import LiftSettings
-from fit3d_ns.lifting.views import model_geometry, resident_scene
+from fit3d_ns.scenes.lift import disagreement_map, lift_scene
+from fit3d_ns.scenes.views import model_geometry, resident_scene
 
 
 def test_report_shows_views_where_they_disagree_and_what_was_measured(feature_run, lift_command, scene):

@@ -18,12 +18,12 @@ from nerfstudio.engine.callbacks import TrainingCallbackAttributes
 from PIL import Image
 from safetensors.torch import load_file
 
-from fit3d_ns.bundle_runs import bundle_run, choose_runs
-from fit3d_ns.errors import UserError
-from fit3d_ns.lifting.cli import LiftCommand, run_lift
+from fit3d_ns.commands.lift.cli import LiftCommand, run_lift
 from fit3d_ns.lifting.settings import LiftSettings
-from fit3d_ns.lifting.views import resident_scene, streamed_scene
-from fit3d_ns.runs import find_checkpoint
+from fit3d_ns.runs.bundling import bundle_run, choose_runs
+from fit3d_ns.runs.checkpoints import find_checkpoint
+from fit3d_ns.scenes.views import resident_scene, streamed_scene
+from fit3d_ns.support.errors import UserError
 
 
 def test_splatfacto_run_becomes_a_run_like_a_trained_one(splatfacto_run, feature_run, lift_command, tmp_path):
@@ -163,7 +163,7 @@ def test_killed_command_resumes_to_the_same_result(splatfacto_run, lift_command,
     first, second = splatfacto_run("a"), splatfacto_run("b")
     arguments = ["--runs", tmp_path / "outputs", "--output-dir", tmp_path / "killed", "--backbone", "test_vit"]
     arguments += ["--backbone-weights", teacher_weights, "--feature-dim", "8"]
-    words = [sys.executable, "-m", "fit3d_ns.lifting.cli", *map(str, arguments)]
+    words = [sys.executable, "-m", "fit3d_ns.commands.lift.cli", *map(str, arguments)]
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     runs = tmp_path / "killed" / "scene" / "fit3d-splat"
     deadline = time.monotonic() + 200

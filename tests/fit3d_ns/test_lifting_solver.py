@@ -6,9 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fit3d_ns.decoder import FeatureDecoder
-from fit3d_ns.errors import UserError
-from fit3d_ns.feature_grid import FEATURE_GRIDS, sample_teacher
+from fit3d_ns.features.correspondences import View
+from fit3d_ns.features.decoder import FeatureDecoder
+from fit3d_ns.features.grid import FEATURE_GRIDS, sample_teacher
+from fit3d_ns.features.metrics import feature_cosine
 from fit3d_ns.lifting.decoder_fit import centre_tap, fit_decoder
 from fit3d_ns.lifting.evaluation import EvaluationView
 from fit3d_ns.lifting.lift import LiftScene, lift_features, passes, project, teacher_basis
@@ -17,8 +18,7 @@ from fit3d_ns.lifting.operator import FeatureOperator, Geometry, PatchCamera
 from fit3d_ns.lifting.settings import LiftSettings
 from fit3d_ns.lifting.solver import LiftSolver, LiftView
 from fit3d_ns.lifting.unseen import fill_unseen
-from fit3d_ns.metrics import feature_cosine
-from fit3d_ns.view_geometry import View
+from fit3d_ns.support.errors import UserError
 
 SIZE, GRID = (48, 64), (6, 8)
 

@@ -18,7 +18,7 @@ from fit3d_ns.backbones import (
     load_backbone,
     resize_to_patches,
 )
-from fit3d_ns.errors import UserError
+from fit3d_ns.support.errors import UserError
 
 TINY = "test_vit"
 LAYER = 2

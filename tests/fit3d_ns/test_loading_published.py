@@ -21,7 +21,7 @@ from fit3d_ns.backbones import fine_tuned as fine_tuned_module
 from fit3d_ns.backbones.architecture import resolve_architecture, skeleton
 from fit3d_ns.backbones.published import PUBLISHED_REVISION
 from fit3d_ns.backbones.state_dicts import to_timm_layout
-from fit3d_ns.errors import UserError
+from fit3d_ns.support.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 TINY = "test_vit"

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from fit3d_ns.metrics import ViewMatch, choose_pairs, feature_cosine, feature_l1, match_rate, view_match
-from fit3d_ns.view_geometry import Correspondences, View, correspondences
+from fit3d_ns.features.correspondences import Correspondences, View, correspondences
+from fit3d_ns.features.metrics import ViewMatch, choose_pairs, feature_cosine, feature_l1, match_rate, view_match
 
 ROOM = torch.tensor([3.0, 2.0, 2.5], dtype=torch.float64)
 """Half extents of a box room around the origin; y points down."""

@@ -4,8 +4,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fit3d_ns.errors import UserError
-from fit3d_ns.pca import ColorBasis, FeatureCovariance, PCABasis
+from fit3d_ns.features.pca import ColorBasis, FeatureCovariance, PCABasis
+from fit3d_ns.support.errors import UserError
 
 CHANNELS = 24
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from rasterization_oracle import random_scene
 
-from fit3d_ns.errors import UserError
 from fit3d_ns.rasterization import rasterize
+from fit3d_ns.support.errors import UserError
 
 RENDER_ONCE = """
 import torch

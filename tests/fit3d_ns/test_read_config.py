@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fit3d_ns.errors import UserError
-from fit3d_ns.runs import read_config
+from fit3d_ns.runs.config_reader import read_config
+from fit3d_ns.support.errors import UserError
 
 
 @pytest.fixture

@@ -16,9 +16,9 @@ import pytest
 import torch
 from PIL import Image
 
-from fit3d_ns.errors import UserError
-from fit3d_ns.files import atomic_path, atomic_write_bytes, atomic_write_json, atomic_write_text
-from fit3d_ns.report import Report
+from fit3d_ns.support.errors import UserError
+from fit3d_ns.support.files import atomic_path, atomic_write_bytes, atomic_write_json, atomic_write_text
+from fit3d_ns.support.html_report import Report
 
 
 class Page(HTMLParser):
@@ -147,7 +147,7 @@ def test_kill_while_writing_leaves_the_old_file(tmp_path):
     path = tmp_path / "value.txt"
     atomic_write_text(path, "old")
     program = (
-        "import os, sys; from fit3d_ns.files import atomic_path\n"
+        "import os, sys; from fit3d_ns.support.files import atomic_path\n"
         "with atomic_path(sys.argv[1]) as temporary:\n"
         "    temporary.write_text('half'); os.kill(os.getpid(), 9)\n"
     )

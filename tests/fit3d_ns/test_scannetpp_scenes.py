@@ -9,7 +9,7 @@ from PIL import Image
 from plyfile import PlyData
 from scannetpp_scenes import main, prepare_scene
 
-from fit3d_ns.bundle_runs import bundle_run, choose_runs
+from fit3d_ns.runs.bundling import bundle_run, choose_runs
 
 FISHEYE = "OPENCV_FISHEYE 96 72 60 60 48 36 0.03 -0.01 0.002 -0.001"
 

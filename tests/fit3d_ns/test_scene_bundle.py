@@ -12,13 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
-from fit3d_ns import bundle_runs
-from fit3d_ns.bundle_runs import bundle_run, choose_runs
-from fit3d_ns.decoder import FeatureDecoder
-from fit3d_ns.errors import UserError
-from fit3d_ns.photos import Lens, Photo, hash_file, locate, read_photo
+from fit3d_ns.data.cameras import Lens
+from fit3d_ns.data.photos import Photo, hash_file, locate, read_photo
+from fit3d_ns.features.decoder import FeatureDecoder
 from fit3d_ns.rasterization import rasterize
-from fit3d_ns.scene_bundle import SceneBundle, find_bundles, write_bundle
+from fit3d_ns.runs import bundling as bundle_runs
+from fit3d_ns.runs.bundle import SceneBundle, find_bundles, write_bundle
+from fit3d_ns.runs.bundling import bundle_run, choose_runs
+from fit3d_ns.support.errors import UserError
 
 
 @pytest.fixture
@@ -235,7 +236,7 @@ def test_damaged_files_of_a_run_are_named(scene, train):
 
 
 def test_what_needs_nerfstudio_says_so(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "fit3d_ns.lifting.scene", None)
+    monkeypatch.setitem(sys.modules, "fit3d_ns.scenes.lift", None)
     with pytest.raises(UserError, match=r"^Trained runs \(--runs\) need nerfstudio, .*pip install nerfstudio"):
         choose_runs([tmp_path])
     path = tmp_path / "photo.png"

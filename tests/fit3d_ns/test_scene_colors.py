@@ -2,9 +2,9 @@
 
 import torch
 
-from fit3d_ns.decoder import FeatureDecoder
-from fit3d_ns.pca import ColorBasis
-from fit3d_ns.scene_colors import SceneColors
+from fit3d_ns.features.colors import SceneColors
+from fit3d_ns.features.decoder import FeatureDecoder
+from fit3d_ns.features.pca import ColorBasis
 
 
 def _scene(width=24, count=500):

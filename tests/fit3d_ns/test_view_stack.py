@@ -5,8 +5,8 @@ import itertools
 import torch
 from test_metrics import make_view
 
-from fit3d_ns.metrics import choose_pairs
-from fit3d_ns.view_geometry import View, ViewStack, correspondences
+from fit3d_ns.features.correspondences import View, ViewStack, correspondences
+from fit3d_ns.features.metrics import choose_pairs
 
 SIZES = [(168, 224), (126, 224), (168, 224), (140, 196)]
 GRIDS = [(12, 16), (9, 16), (12, 16), (10, 14)]
@@ -54,6 +54,6 @@ def test_pairs_are_chosen_by_what_each_of_both_views_sees_of_the_other(monkeypat
         ]
         counts.append(len(expected))
         for points in (1 << 17, 50):
-            monkeypatch.setattr("fit3d_ns.metrics._POINTS_PER_STEP", points)
+            monkeypatch.setattr("fit3d_ns.features.metrics._POINTS_PER_STEP", points)
             assert choose_pairs(views, GRIDS, min_overlap=overlap, min_displacement=displacement) == expected
     assert counts[0] > counts[1] > counts[2]

@@ -14,9 +14,9 @@ from nerfstudio.scripts.viewer import run_viewer
 from nerfstudio.utils.eval_utils import eval_setup
 from nerfstudio.viewer.viewer_elements import ViewerClick, ViewerElement
 
-from fit3d_ns.errors import UserError
-from fit3d_ns.lifting.ply import read_ply
-from fit3d_ns.scene_colors import SceneColors
+from fit3d_ns.data.ply import read_ply
+from fit3d_ns.features.colors import SceneColors
+from fit3d_ns.support.errors import UserError
 from fit3d_ns.viewer.clusters import UNASSIGNED, assign_clusters, fit_clusters
 from fit3d_ns.viewer.feature_space import FeatureSpace
 

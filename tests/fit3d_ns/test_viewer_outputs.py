@@ -10,12 +10,13 @@ from fake_browser import FakeBrowser, running_viewer
 from nerfstudio.data.scene_box import OrientedBox
 from nerfstudio.utils.eval_utils import eval_setup
 
-from fit3d_ns.errors import UserError
 from fit3d_ns.lifting.lift import project, teacher_basis
 from fit3d_ns.lifting.operator import FeatureOperator
 from fit3d_ns.lifting.solver import LiftSolver
-from fit3d_ns.lifting.views import model_geometry, resident_scene
-from fit3d_ns.viewer import feature_view, outputs, teacher_views
+from fit3d_ns.scenes import teacher_views
+from fit3d_ns.scenes.views import model_geometry, resident_scene
+from fit3d_ns.support.errors import UserError
+from fit3d_ns.viewer import feature_view, outputs
 from fit3d_ns.viewer.outputs import PICTURES
 from fit3d_ns.viewer.pictures import lettering
 from fit3d_ns.viewer.query import look_at_pixel
@@ -206,8 +207,8 @@ def test_view_variance_is_that_of_the_lifting_solver(viewed_run):
 def test_no_teacher_is_run_for_looking(viewed_run, monkeypatch):
     """A run that is opened finds its maps in the cache; without the cache it says so."""
     monkeypatch.setattr("fit3d_ns.datamanager.load_backbone", lambda *_: pytest.fail("the teacher was loaded"))
-    monkeypatch.setattr("fit3d_ns.lifting.views.load_backbone", lambda *_: pytest.fail("the teacher was loaded"))
-    monkeypatch.setattr("fit3d_ns.feature_cache.backbone_identity", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr("fit3d_ns.scenes.views.load_backbone", lambda *_: pytest.fail("the teacher was loaded"))
+    monkeypatch.setattr("fit3d_ns.data.feature_cache.backbone_identity", lambda *_: pytest.fail("weights were read"))
     _, pipeline, _, _ = eval_setup(viewed_run.base_dir / "config.yml")
     camera = training_camera(pipeline, 2)
     result = pipeline.model.get_outputs_for_camera(camera)

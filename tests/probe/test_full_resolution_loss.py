@@ -4,10 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from probe.datasets.samples import IGNORE
-from probe.full_resolution_loss import cell_cross_entropy, full_resolution_cross_entropy
-from probe.fusing import can_fuse
-from probe.losses import cross_entropy
+from probe.data.base import IGNORE
+from probe.losses import can_fuse, cell_cross_entropy, cross_entropy, full_resolution_cross_entropy
 
 
 def plain_cross_entropy(logits, labels):

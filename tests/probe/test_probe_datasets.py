@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from probe_files import save_photo, save_png
 
-from fit3d_ns.errors import UserError
-from probe.datasets import DataChoice, Kind, LabelRule, check_data, load_data, read_sample
-from probe.datasets.posed_scene import read_posed_scene
+from fit3d_ns.support.errors import UserError
+from probe.data import DataChoice, Kind, LabelRule, check_data, load_data, read_sample
+from probe.data.own import read_posed_scene
 
 LABELS = np.array([[0, 1, 2, 3], [4, 5, 12, 255]], np.uint8)
 DEPTH = np.array([[0, 1000, 2000, 9000], [500, 700, 800, 30000]], np.uint16)
@@ -130,7 +130,7 @@ def test_official_lists_have_their_published_length():
 
     counts = {}
     for name in ("nyu_train", "nyu_test", "kitti_eigen_train", "kitti_eigen_test"):
-        content = lzma.decompress((resources.files("probe.datasets") / "splits" / f"{name}.txt.xz").read_bytes())
+        content = lzma.decompress((resources.files("probe.data") / "splits" / f"{name}.txt.xz").read_bytes())
         lines = content.decode().splitlines()
         counts[name] = (len(lines), sum(line.endswith("None") for line in lines))
     assert counts["nyu_train"] == (24_231, 0) and counts["nyu_test"] == (654, 0)

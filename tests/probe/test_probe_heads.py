@@ -5,14 +5,12 @@ import torch
 import torch.nn.functional as F
 
 from fit3d_ns.backbones import ASSEMBLIES, BackboneOutput, assemble, assembled_width
-from fit3d_ns.errors import UserError
+from fit3d_ns.support.errors import UserError
 from probe.features import centre_pad, choose_rows, row_features
-from probe.heads import SegmentationHead, TokenAndClassHead, expected_depth, sample_map
+from probe.heads import SegmentationHead, TokenAndClassHead, expected_depth, resize_maps, sample_map
 from probe.losses import cross_entropy
-from probe.recipes import Optimization
-from probe.resizing import resize_maps
-from probe.schedules import first_beta, learning_rate_factor
-from probe.training import HeadBank
+from probe.protocols import Optimization
+from probe.training import HeadBank, first_beta, learning_rate_factor
 
 WIDTH = 6
 

@@ -10,14 +10,14 @@ from PIL import Image
 from probe_files import TINY, save_photo, save_png
 
 from fit3d_ns.backbones import BackboneInfo, BackboneOutput
-from fit3d_ns.errors import UserError
-from fit3d_ns.view_geometry import View
-from probe import correspondence as correspondence_module
+from fit3d_ns.features.correspondences import View
+from fit3d_ns.support.errors import UserError
 from probe.config import CorrespondenceConfig, RetrievalConfig
-from probe.correspondence import load_photos, run_correspondence
-from probe.datasets.posed_scene import read_posed_scene
+from probe.data.own import read_posed_scene
 from probe.features import centre_pad
-from probe.matching import (
+from probe.zero_shot import correspondence as correspondence_module
+from probe.zero_shot.correspondence import load_photos, run_correspondence
+from probe.zero_shot.matching import (
     choose_pairs_by_angle,
     features_on_grid,
     match_views,
@@ -25,7 +25,7 @@ from probe.matching import (
     relative_angle,
     same_place_errors,
 )
-from probe.retrieval import patch_labels, retrieve, run_retrieval
+from probe.zero_shot.retrieval import patch_labels, retrieve, run_retrieval
 
 FOCAL, HEIGHT, WIDTH = 60.0, 48, 64
 

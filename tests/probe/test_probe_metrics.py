@@ -12,10 +12,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
-from fit3d_ns.errors import UserError
+from fit3d_ns.support.errors import UserError
+from probe.data.batches import check_batch_size
 from probe.losses import cross_entropy, log_gradient, normal_distance, scale_invariant
 from probe.metrics import DepthMetric, NormalMetric, SegmentationMetric, evaluation_mask
-from probe.stream import check_batch_size
 
 
 def _reference_segmentation(predictions, truths, classes):

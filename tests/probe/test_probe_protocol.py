@@ -7,21 +7,24 @@ import pytest
 import torch
 
 from fit3d_ns.backbones import BackboneOutput
-from probe.colors import change_colors, distort, draw_color_change, draw_distortion
-from probe.datasets import LabelRule, ProbeData
-from probe.geometry import (
+from probe.augment import (
     augment_depth,
     augment_normals,
     augment_segmentation,
+    change_colors,
     depth_window,
+    distort,
+    draw_color_change,
+    draw_distortion,
     resize_image,
     resize_nearest,
     scaled_size,
 )
-from probe.normals import normals_from_depth
-from probe.recipes import DepthRecipe, SegmentationRecipe, choose_recipe
-from probe.segmentation import SegmentationTask, sliding_windows
-from probe.stream import sample_index, sample_rng
+from probe.data import LabelRule, ProbeData
+from probe.data.batches import sample_index, sample_rng
+from probe.protocols import DepthRecipe, SegmentationRecipe, choose_recipe
+from probe.tasks.normals import normals_from_depth
+from probe.tasks.segmentation import SegmentationTask, sliding_windows
 
 
 def _segmentation_recipe() -> SegmentationRecipe:

@@ -12,12 +12,12 @@ import torch
 from PIL import Image
 from probe_files import TINY, save_png
 
-from fit3d_ns.errors import UserError
+from fit3d_ns.support.errors import UserError
 from probe import run as run_module
 from probe.cli import main
 from probe.config import DepthConfig, SegmentationConfig
-from probe.datasets import Kind
-from probe.recipes import choose_recipe
+from probe.data import Kind
+from probe.protocols import choose_recipe
 from probe.run import run_trained_probe
 
 

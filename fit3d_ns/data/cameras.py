@@ -1,0 +1,84 @@
+"""Lenses: what a camera file says of them, and photos undistorted by it."""
+
+from dataclasses import dataclass
+from typing import Any, List, Optional, Tuple
+
+import numpy as np
+import torch
+
+from fit3d_ns.compat import nerfstudio_needed
+
+
+@dataclass(frozen=True)
+class Lens:
+    """The distorting lens of a photo, as nerfstudio describes it; undistorting gives what the bundle's camera sees."""
+
+    camera_type: int
+    """nerfstudio's ``CameraType``."""
+    fx: float
+    """Focal length of the distorted photo, pixels."""
+    fy: float
+    """Likewise, vertical."""
+    cx: float
+    """Principal point of the distorted photo, pixels, pixel centres at +0.5."""
+    cy: float
+    """Likewise, vertical."""
+    width: int
+    """Width of the distorted photo, pixels."""
+    height: int
+    """Height of the distorted photo, pixels."""
+    distortion: Tuple[float, ...]
+    """nerfstudio's distortion parameters."""
+    fisheye_crop_radius: Optional[float] = None
+    """Only of nerfstudio's FISHEYE624 cameras, pixels."""
+
+
+def lenses_of(cameras: Any) -> List[Optional[Lens]]:
+    """Returns the lens of each of nerfstudio's cameras, None where there is no distortion.
+
+    Args:
+        cameras: nerfstudio's ``Cameras`` of V views, before nerfstudio undistorted anything (it overwrites them).
+    """
+    parameters = cameras.distortion_params
+    metadata = cameras.metadata or {}
+    lenses: List[Optional[Lens]] = []
+    for index in range(len(cameras)):
+        if parameters is None or not bool(parameters[index].any()):
+            lenses.append(None)
+            continue
+        values = {name: float(getattr(cameras, name)[index]) for name in ("fx", "fy", "cx", "cy")}
+        lenses.append(
+            Lens(
+                camera_type=int(cameras.camera_type[index]),
+                width=int(cameras.width[index]),
+                height=int(cameras.height[index]),
+                distortion=tuple(float(value) for value in parameters[index]),
+                fisheye_crop_radius=metadata.get("fisheye_crop_radius"),
+                **values,
+            )
+        )
+    return lenses
+
+
+def _undistort(image: np.ndarray, lens: Lens) -> np.ndarray:
+    # nerfstudio's own function, so that the pixels are those the scene was trained on; most scenes never need it.
+    with nerfstudio_needed("Photos of a distorting lens"):
+        from nerfstudio.cameras.cameras import Cameras
+        from nerfstudio.data.datamanagers.full_images_datamanager import _undistort_image
+
+    distortion = torch.tensor(lens.distortion, dtype=torch.float32)
+    metadata = None if lens.fisheye_crop_radius is None else {"fisheye_crop_radius": lens.fisheye_crop_radius}
+    camera = Cameras(
+        camera_to_worlds=torch.eye(4)[None, :3],
+        fx=lens.fx,
+        fy=lens.fy,
+        cx=lens.cx,
+        cy=lens.cy,
+        width=lens.width,
+        height=lens.height,
+        distortion_params=distortion[None],
+        camera_type=torch.tensor([[lens.camera_type]]),
+        metadata=metadata,
+    )[0]
+    intrinsics = camera.get_intrinsics_matrices().numpy()
+    return _undistort_image(camera, distortion.numpy(), {}, image, intrinsics)[1]

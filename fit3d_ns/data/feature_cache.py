@@ -1,0 +1,304 @@
+"""The teacher's maps on disk: one file per view, named by its content, so that nothing stale is ever found.
+
+A folder per teacher (its identity, the size limit, the schema), in it a safetensors file per image (its pixels). Each
+file is written under a temporary name and renamed, so a kill at any moment leaves whole files only, and two processes
+that fill the same folder merely do some work twice.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional, Union
+
+import torch
+from jaxtyping import Float16, UInt8
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from fit3d_ns.backbones import Backbone, BackboneSpec, backbone_identity, patch_grid, resize_to_patches
+from fit3d_ns.support.errors import UserError
+from fit3d_ns.support.files import atomic_write_bytes, atomic_write_json, is_complete_safetensors, user_cache_directory
+
+__all__ = ["FeatureCache", "image_key", "user_cache_directory"]
+
+CACHE_SCHEMA = 1
+"""Raise it when the same image and teacher come to be stored in another way."""
+CACHE_FLAG = "--pipeline.datamanager.feature-cache-dir"
+_TENSOR = "patch_tokens"
+_STALE_AFTER_SECONDS = 24 * 3600
+_KEPT_IMAGES = 2**30
+"""Bytes of images that stay in memory between hashing them and showing them to the teacher."""
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+ImageSource = Callable[[], UInt8[Tensor, "H W 3"]]
+
+
+@dataclass(frozen=True)
+class _View:
+    """An image by content: its key, its height and width in pixels, and how to get it again."""
+
+    key: str
+    size: tuple[int, int]
+    source: ImageSource
+
+
+def image_key(image: UInt8[Tensor, "H W 3"]) -> str:
+    """Returns the content key of an image: a hash of its shape and pixels.
+
+    Args:
+        image: 8-bit RGB, ``[H, W, 3]``.
+
+    Raises:
+        ValueError: If it is no such image.
+    """
+    if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[-1] != 3:
+        raise ValueError(f"expected 8-bit RGB of shape [H, W, 3], got {image.dtype} of shape {tuple(image.shape)}")
+    digest = hashlib.blake2b(str(tuple(image.shape)).encode(), digest_size=16)
+    digest.update(image.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+class FeatureCache:
+    """Teacher maps in half precision, computed once per image, read memory-mapped.
+
+    Attributes:
+        identity: The teacher's `backbone_identity`.
+        teacher_id: Short hash of all that decides a map beside the image; names the folder.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        spec: BackboneSpec,
+        max_size: Optional[int],
+        fallback_directory: Optional[Path] = None,
+        identity: Optional[dict[str, Any]] = None,
+    ) -> None:
+        """Names the folders; touches nothing on disk beside reading the teacher's weights to hash them.
+
+        Args:
+            directory: Where maps are kept.
+            spec: The teacher.
+            max_size: Limit of the long side at which the teacher sees an image, pixels; None or 0: no limit.
+            fallback_directory: Used when ``directory`` cannot be written to; None: that is an error.
+            identity: The teacher's `backbone_identity` where it is known, so that its weights are not needed.
+
+        Raises:
+            UserError: If the teacher's name, layer or weights are not usable; see `backbone_identity`.
+        """
+        self.identity = backbone_identity(spec) if identity is None else identity
+        self._max_size = max_size or None
+        self._description = {"schema": CACHE_SCHEMA, "max_size": self._max_size, "teacher": self.identity}
+        content = json.dumps(self._description, sort_keys=True).encode()
+        self.teacher_id = f"{self.identity['name']}-{hashlib.blake2b(content, digest_size=8).hexdigest()}"
+        directories = [directory] if fallback_directory is None else [directory, fallback_directory]
+        self._folders = [Path(place).expanduser().resolve() / self.teacher_id for place in directories]
+        self._console = Console()
+
+    @property
+    def folder(self) -> Path:
+        """Where maps are looked for first."""
+        return self._folders[0]
+
+    def fill(
+        self,
+        images: Sequence[ImageSource],
+        load_teacher: Callable[[], Backbone],
+        device: Union[str, torch.device],
+        batch_size: int = 8,
+    ) -> list[str]:
+        """Makes the maps that are missing; the teacher is loaded only if any is.
+
+        Images without a map stay in memory up to 1 GiB, so that the photos of most scenes are opened once. Images of
+        equal size share a batch; bfloat16 autocast on CUDA, float32 elsewhere (both share one key: they agree to the
+        precision that is stored). Prints how many maps are missing, their grid, size and place, and shows a progress
+        bar.
+
+        Args:
+            images: One function per view that returns its image, 8-bit RGB ``[H, W, 3]``. Called once to hash it,
+                and once more if its map is missing and the image could not be kept.
+            load_teacher: Returns the backbone that the spec describes; its result is freed afterwards.
+            device: Where the teacher runs.
+            batch_size: Images at once.
+
+        Returns:
+            One key per image, in order, for `load`.
+
+        Raises:
+            UserError: If an image is smaller than a patch, the disk is full or no folder can be written to, or the
+                teacher's output is not finite in half precision.
+        """
+        keys = []
+        views: dict[str, _View] = {}
+        missing: list[_View] = []
+        room = _KEPT_IMAGES
+        for source in images:
+            image = source()
+            keys.append(key := image_key(image))
+            if key in views:
+                continue
+            absent = not self.has(key)
+            kept = absent and image.nbytes <= room
+            room -= image.nbytes * kept
+            views[key] = _View(key, (image.shape[0], image.shape[1]), (lambda image=image: image) if kept else source)
+            if absent:
+                missing.append(views[key])
+        if missing:
+            folder = self._writable_folder()
+            self._announce(folder, missing, len(views))
+            batches = _batches_of_equal_size(missing, batch_size)
+            self._compute(folder, batches, load_teacher, torch.device(device))
+        paths = {key: path for key in views if (path := self._find(key)) is not None}
+        places = sorted({str(path.parent) for path in paths.values()})
+        megabytes = sum(path.stat().st_size for path in paths.values()) / 1e6
+        self._say(f"Teacher features of {len(keys)} views: {megabytes:.1f} MB in {', '.join(places)}")
+        return keys
+
+    def has(self, key: str) -> bool:
+        """Tells whether the map of this key lies on disk, whole."""
+        return self._find(key) is not None
+
+    def load(self, key: str) -> Float16[Tensor, "C h w"]:
+        """Returns the map of a key, memory-mapped: pages are read when touched, writing to it changes no file.
+
+        Args:
+            key: From `fill` or `image_key`.
+
+        Returns:
+            Half precision on the CPU, ``[C, h, w]``.
+
+        Raises:
+            UserError: If there is none, or its file is damaged.
+        """
+        for folder in self._folders:
+            try:
+                with safe_open(self._path(folder, key), framework="pt") as file:
+                    return file.get_tensor(_TENSOR)
+            except (OSError, SafetensorError):
+                continue
+        raise UserError(
+            f"The teacher features {key} are missing from {self._folders[0]} or damaged: start again to make them anew."
+        )
+
+    def _say(self, sentence: str) -> None:
+        # A path is neither markup nor to be broken across lines.
+        self._console.print(sentence, markup=False, highlight=False, soft_wrap=True)
+
+    def _find(self, key: str) -> Optional[Path]:
+        paths = (self._path(folder, key) for folder in self._folders)
+        return next((path for path in paths if is_complete_safetensors(path)), None)
+
+    @staticmethod
+    def _path(folder: Path, key: str) -> Path:
+        return folder / f"{key}.safetensors"
+
+    def _writable_folder(self) -> Path:
+        """Returns the first folder that takes the file which describes the teacher."""
+        reason: Optional[BaseException] = None
+        for folder in self._folders:
+            try:
+                atomic_write_json(folder / "teacher.json", self._description)
+            except UserError as error:
+                reason = error.__cause__
+                if isinstance(reason, OSError) and reason.errno in _DISK_FULL:
+                    raise self._unwritable(folder, reason) from None
+                continue
+            _remove_stale_temporaries(folder)
+            return folder
+        raise self._unwritable(self._folders[-1], reason) from None
+
+    def _announce(self, folder: Path, missing: Sequence[_View], num_images: int) -> None:
+        """Prints what will be made, and checks beforehand that the disk takes it."""
+        patch, width = self.identity["patch_size"], self.identity["width"]
+        grids = [patch_grid(*view.size, patch, self._max_size) for view in missing]
+        needed = sum(rows * columns for rows, columns in grids) * width * 2
+        different = sorted(set(grids))
+        shown = ", ".join(f"{rows}x{columns}" for rows, columns in different[:3])
+        shown += f" and {len(different) - 3} more" if len(different) > 3 else ""
+        self._say(
+            f"Making teacher features ({self.identity['name']}) of {len(missing)} of {num_images} views: patch grid "
+            f"{shown}, {width} channels, {needed / 1e6:.1f} MB in {folder}"
+        )
+        free = shutil.disk_usage(folder).free
+        if needed > free:
+            raise UserError(
+                f"The teacher features need {needed / 1e6:.0f} MB and {folder} has {free / 1e6:.0f} MB left: free "
+                f"some space, or choose another folder with {CACHE_FLAG}."
+            )
+
+    def _compute(
+        self,
+        folder: Path,
+        batches: Sequence[list[_View]],
+        load_teacher: Callable[[], Backbone],
+        device: torch.device,
+    ) -> None:
+        teacher = load_teacher()
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self._console) as progress:
+            task = progress.add_task("Teacher features", total=sum(len(batch) for batch in batches))
+            for batch in batches:
+                # Another process may have made some meanwhile.
+                views = [view for view in batch if not self.has(view.key)]
+                if views:
+                    images = torch.stack([view.source() for view in views])
+                    for view, patch_tokens in zip(views, self._run(teacher, images, device)):
+                        self._write(folder, view.key, patch_tokens)
+                progress.advance(task, len(batch))
+        del teacher
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _run(
+        self, teacher: Backbone, images: UInt8[Tensor, "B H W 3"], device: torch.device
+    ) -> Float16[Tensor, "B C h w"]:
+        autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
+        with torch.inference_mode(), autocast:
+            batch = images.to(device).permute(0, 3, 1, 2).float() / 255.0
+            batch = resize_to_patches(batch, teacher.info.patch_size, self._max_size)
+            patch_tokens = teacher(batch).patch_tokens.to(torch.float16)
+        if not bool(torch.isfinite(patch_tokens).all()):
+            raise UserError(
+                f"The backbone {teacher.info.name} gives features that are not finite in half precision: its weights "
+                "are damaged, or its layer needs the final norm (--pipeline.datamanager.backbone-norm True)."
+            )
+        return patch_tokens.cpu()
+
+    def _write(self, folder: Path, key: str, patch_tokens: Float16[Tensor, "C h w"]) -> None:
+        try:
+            atomic_write_bytes(self._path(folder, key), save({_TENSOR: patch_tokens.contiguous()}))
+        except UserError as error:
+            raise self._unwritable(folder, error.__cause__) from None
+
+    @staticmethod
+    def _unwritable(folder: Path, reason: Optional[BaseException]) -> UserError:
+        cause = getattr(reason, "strerror", None) or reason
+        return UserError(
+            f"The teacher features cannot be written to {folder} ({cause}): free some space there, or choose another "
+            f"folder with {CACHE_FLAG}."
+        )
+
+
+def _batches_of_equal_size(views: Sequence[_View], batch_size: int) -> list[list[_View]]:
+    groups: dict[tuple[int, int], list[_View]] = {}
+    for view in views:
+        groups.setdefault(view.size, []).append(view)
+    return [group[i : i + batch_size] for group in groups.values() for i in range(0, len(group), batch_size)]
+
+
+def _remove_stale_temporaries(folder: Path) -> None:
+    """Removes what killed processes left: temporary files older than any process that fills a cache."""
+    for path in folder.glob(".*.tmp"):
+        try:
+            if time.time() - path.stat().st_mtime > _STALE_AFTER_SECONDS:
+                os.unlink(path)
+        except OSError:
+            continue  # Another process was quicker: nothing depends on the cleaning.

@@ -1,0 +1,145 @@
+"""Photos as files: found again after a move, checked against their hash, freed of their lens."""
+
+import hashlib
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Dict, Optional, Tuple
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from PIL import Image
+from torch import Tensor
+
+from fit3d_ns.data.cameras import Lens, _undistort
+from fit3d_ns.support.errors import UserError
+
+DATA_ROOT_FLAG = "--data-root"
+
+
+@dataclass(frozen=True)
+class Photo:
+    """A photo as a file, and what turns it into the picture that a pinhole camera describes."""
+
+    path: str
+    """Absolute path on the machine where the photo was described."""
+    sha256: str
+    """Hash of the file's bytes."""
+    height: int
+    """Height of the picture that `read_photo` returns, pixels."""
+    width: int
+    """Likewise, width."""
+    lens: Optional[Lens] = None
+    """None for a photo without distortion."""
+    scale_factor: float = 1.0
+    """Factor by which the file's picture is resized first."""
+    alpha_color: Optional[Tuple[float, float, float]] = None
+    """Colour in [0, 1] behind transparent parts where the scene asks for one; they are black otherwise."""
+
+    def content_key(self) -> str:
+        """Returns a hash of everything that decides what `read_photo` returns, the path excepted."""
+        facts = (self.sha256, self.height, self.width, self.lens, self.scale_factor, self.alpha_color)
+        return hashlib.blake2b(repr(facts).encode(), digest_size=16).hexdigest()
+
+    @classmethod
+    def from_dict(cls, values: Dict[str, Any]) -> "Photo":
+        """Reads what ``dataclasses.asdict`` made of a photo, after JSON turned tuples into lists."""
+        lens, alpha_color = values["lens"], values["alpha_color"]
+        if lens is not None:
+            lens = Lens(**{**lens, "distortion": tuple(lens["distortion"])})
+        return cls(**{**values, "lens": lens, "alpha_color": None if alpha_color is None else tuple(alpha_color)})
+
+
+def hash_file(path: Path) -> str:
+    """Returns the SHA-256 of a file's bytes, hexadecimal.
+
+    Raises:
+        UserError: If it cannot be read.
+    """
+    return hashlib.sha256(_read_bytes(path)).hexdigest()
+
+
+def locate(path: Path, data_root: Optional[Path]) -> Path:
+    """Finds a file or folder that may have moved.
+
+    Args:
+        path: Where it was.
+        data_root: Folder below which to look for it: the longest end of ``path`` that exists there is taken, for a
+            folder at last ``data_root`` itself. None: it is where it was.
+
+    Returns:
+        Where it is.
+
+    Raises:
+        UserError: If it is not there.
+    """
+    if data_root is None:
+        if not path.exists():
+            raise UserError(f"{path} is missing: restore it, or name the folder it moved to with {DATA_ROOT_FLAG}.")
+        return path
+    parts = path.parts[1:] if path.is_absolute() else path.parts
+    for first in range(len(parts)):
+        candidate = data_root.joinpath(*parts[first:])
+        if candidate.exists():
+            return candidate
+    if not path.suffix and data_root.is_dir():
+        return data_root  # a scene's folder that was renamed
+    raise UserError(f"Nothing below {data_root} looks like {path}: check {DATA_ROOT_FLAG}.")
+
+
+def read_photo(photo: Photo, data_root: Optional[Path] = None) -> UInt8[Tensor, "H W 3"]:
+    """Reads a photo as its pinhole camera sees it: resized, undistorted, transparent parts filled.
+
+    The same pixels as nerfstudio's data manager gives for an 8-bit image cache.
+
+    Args:
+        photo: Which.
+        data_root: See `locate`.
+
+    Returns:
+        8-bit RGB.
+
+    Raises:
+        UserError: If the file is missing, unreadable, or not the one that was described.
+    """
+    path = locate(Path(photo.path), data_root)
+    content = _read_bytes(path)
+    if hashlib.sha256(content).hexdigest() != photo.sha256:
+        raise UserError(
+            f"The photo {path} is not the one that the scene was made with (its hash differs): restore it, or train "
+            "and bundle the scene again."
+        )
+    try:
+        with Image.open(io.BytesIO(content)) as opened:
+            picture = opened
+            if photo.scale_factor != 1.0:
+                size = (int(opened.width * photo.scale_factor), int(opened.height * photo.scale_factor))
+                picture = opened.resize(size, resample=Image.Resampling.BILINEAR)
+            image = np.array(picture, dtype=np.uint8)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"The photo {path} cannot be decoded ({error}): replace it.") from error
+    if image.ndim == 2:
+        image = image[:, :, None].repeat(3, axis=2)
+    if photo.alpha_color is not None and image.shape[2] == 4:
+        alpha = image[:, :, 3:].astype(np.float32) / 255.0
+        background = 255.0 * np.asarray(photo.alpha_color, dtype=np.float32) * (1.0 - alpha)
+        image = np.clip(image[:, :, :3] * alpha + background, 0, 255).astype(np.uint8)
+    if photo.lens is not None:
+        image = _undistort(image, photo.lens)
+    if image.shape[2] == 4:
+        values = image.astype(np.float32) / 255.0
+        image = np.clip(np.round(values[..., :3] * values[..., 3:] * 255.0), 0, 255).astype(np.uint8)
+    if image.shape != (photo.height, photo.width, 3):
+        raise UserError(
+            f"The photo {path} gives a picture of {image.shape[1]}x{image.shape[0]} pixels, but its camera describes "
+            f"{photo.width}x{photo.height}: bundle the scene again."
+        )
+    return torch.from_numpy(np.ascontiguousarray(image))
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"The photo {path} cannot be read ({error.strerror or error}): restore it.") from error

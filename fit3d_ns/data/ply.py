@@ -1,0 +1,349 @@
+"""Reads the PLY files in which 3D Gaussian Splatting programs exchange their scenes."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int, Num
+from torch import Tensor
+
+from fit3d_ns.support.errors import UserError
+from fit3d_ns.support.files import atomic_path
+
+_TYPES = {
+    **{name: "f4" for name in ("float", "float32")},
+    **{name: "f8" for name in ("double", "float64")},
+    **{name: "u1" for name in ("uchar", "uint8")},
+    **{name: "i1" for name in ("char", "int8")},
+    **{name: "u2" for name in ("ushort", "uint16")},
+    **{name: "i2" for name in ("short", "int16")},
+    **{name: "u4" for name in ("uint", "uint32")},
+    **{name: "i4" for name in ("int", "int32")},
+}
+_COLUMNS = {
+    "means": ("x", "y", "z"),
+    "scales": ("scale_0", "scale_1", "scale_2"),
+    "quats": ("rot_0", "rot_1", "rot_2", "rot_3"),
+    "opacities": ("opacity",),
+    "features_dc": ("f_dc_0", "f_dc_1", "f_dc_2"),
+}
+
+
+def read_ply(path: Path) -> dict[str, Tensor]:
+    """Reads Gaussians as 3DGS, gsplat and ``ns-export gaussian-splat`` write them.
+
+    Args:
+        path: A PLY file, ASCII or binary.
+
+    Returns:
+        Splatfacto's parameters: ``means`` [N, 3], ``scales`` [N, 3] (logarithms), ``quats`` [N, 4] (wxyz),
+        ``opacities`` [N, 1] (logits), ``features_dc`` [N, 3], ``features_rest`` [N, K, 3], all float32.
+
+    Raises:
+        UserError: If the file is missing, damaged, or lacks a column.
+    """
+    try:
+        with open(path, "rb") as file:
+            layout, count, dtype = _read_header(file, path)
+            if layout == "ascii":
+                rows = np.loadtxt(file, max_rows=count, ndmin=2, dtype=np.float64)
+                table = {name: rows[:, column] for column, name in enumerate(dtype.names or ())}
+            else:
+                data = file.read(count * dtype.itemsize)
+                vertices = np.frombuffer(data, dtype.newbyteorder("<" if "little" in layout else ">"))
+                table = {name: vertices[name] for name in dtype.names or ()}
+    except OSError as error:
+        raise UserError(f"The file {path} cannot be read ({error.strerror or error}): check --ply.") from error
+    except (ValueError, IndexError) as error:
+        raise UserError(f"The file {path} is damaged ({error}): export it again.") from error
+    lengths = {len(column) for column in table.values()}
+    if lengths != {count} or count == 0:
+        raise UserError(f"The file {path} is truncated, or holds no Gaussians: export it again.")
+    return _parameters(table, count, path)
+
+
+def _read_header(file: Any, path: Path) -> tuple[str, int, np.dtype]:
+    """Layout, number of vertices and their columns; the file then stands at the first vertex."""
+    if file.readline().strip() != b"ply":
+        raise UserError(f"{path} is no PLY file: name one that a Gaussian splatting program exported.")
+    layout, count, columns, element = "", 0, [], None
+    while (line := file.readline()) and line.strip() != b"end_header":
+        words = line.decode("ascii", "replace").split()
+        if words[:1] == ["format"]:
+            layout = words[1]
+        elif words[:1] == ["element"]:
+            if element is None and words[1] != "vertex":
+                raise UserError(f"{path} does not begin with vertices: it is no file of Gaussians.")
+            element = words[1]
+            count = int(words[2]) if element == "vertex" else count
+        elif words[:1] == ["property"] and element == "vertex":
+            if words[1] not in _TYPES:
+                raise UserError(f"{path} has a column of the type `{words[1]}`: it is no file of Gaussians.")
+            columns.append((words[2], _TYPES[words[1]]))
+    if layout not in ("ascii", "binary_little_endian", "binary_big_endian") or not columns:
+        raise UserError(f"The header of {path} is damaged: export the file again.")
+    return layout, count, np.dtype(columns)
+
+
+def _parameters(table: dict[str, np.ndarray], count: int, path: Path) -> dict[str, Tensor]:
+    missing = [name for names in _COLUMNS.values() for name in names if name not in table]
+    if missing:
+        raise UserError(
+            f"{path} lacks the columns {', '.join(missing)}: it is no file of Gaussians (a point cloud?); export one "
+            "with `ns-export gaussian-splat` or take the point_cloud.ply of 3DGS."
+        )
+    rest = sorted((name for name in table if name.startswith("f_rest_")), key=lambda name: int(name.split("_")[-1]))
+    bands = len(rest) // 3 + 1
+    if len(rest) % 3 or math.isqrt(bands) ** 2 != bands:
+        raise UserError(f"{path} has {len(rest)} f_rest columns, which is no whole degree of spherical harmonics.")
+    parameters = {name: _stack(table, columns) for name, columns in _COLUMNS.items()}
+    # The file holds all red coefficients, then all green, then all blue.
+    colors = _stack(table, rest).reshape(count, 3, bands - 1) if rest else torch.zeros(count, 3, 0)
+    return {**parameters, "features_rest": colors.transpose(1, 2).contiguous()}
+
+
+def _stack(table: dict[str, np.ndarray], names: Any) -> Tensor:
+    return torch.from_numpy(np.stack([table[name].astype(np.float32) for name in names], axis=1))
+
+
+def sh_degree(parameters: dict[str, Tensor]) -> int:
+    """Returns the degree of the spherical harmonics in ``features_rest``."""
+    return math.isqrt(parameters["features_rest"].shape[1] + 1) - 1
+
+
+_ROWS_PER_CALL = 2**18
+"""Rows that go to the disk at once, which bounds the memory: 130 MB for a splat with 64 features."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Columns of a PLY file that lie side by side.
+
+    Attributes:
+        names: Their k names.
+        values: [N, k], on any device; uint8 becomes ``uchar``, everything else ``float``.
+    """
+
+    names: Sequence[str]
+    values: Num[Tensor, "N k"]
+
+
+def write_ply_table(
+    path: Path, columns: Sequence[Columns], rows: Int[Tensor, "M"], comments: Iterable[str] = ()
+) -> None:
+    """Writes columns as a binary little-endian PLY file of vertices, whole or not at all.
+
+    Args:
+        path: The file; what stands there is replaced.
+        columns: In the order of the file.
+        rows: Rows to write, in this order.
+        comments: Lines for the header.
+
+    Raises:
+        UserError: If there is no row, or the file cannot be written.
+    """
+    if len(rows) == 0:
+        raise UserError(f"No Gaussian is left to write to {path}: all are invisible, not finite or not selected.")
+    kinds = ["u1" if block.values.dtype == torch.uint8 else "<f4" for block in columns]
+    layout = np.dtype(
+        [(str(number), kind, (len(block.names),)) for number, (kind, block) in enumerate(zip(kinds, columns))]
+    )
+    header = ["ply", "format binary_little_endian 1.0", *(f"comment {comment}" for comment in comments)]
+    header.append(f"element vertex {len(rows)}")
+    for kind, block in zip(kinds, columns):
+        header += [f"property {'uchar' if kind == 'u1' else 'float'} {name}" for name in block.names]
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        file.write(("\n".join([*header, "end_header"]) + "\n").encode("ascii"))
+        for chosen in rows.split(_ROWS_PER_CALL):
+            table = np.empty(len(chosen), layout)
+            for number, block in enumerate(columns):
+                table[str(number)] = block.values.detach()[chosen.to(block.values.device)].cpu().numpy()
+            file.write(table.view(np.uint8).data)
+
+
+SH_C0 = 0.28209479177387814
+"""The constant spherical harmonic, 1 / (2 sqrt(pi))."""
+INVISIBLE = -5.5373
+"""Logit of the opacity 1/255, as ``ns-export`` rounds it: rasterizers skip Gaussians below."""
+FULL_SH = 15
+"""Coefficients beyond the constant one of degree 3, which programs with a fixed layout expect."""
+
+
+def rgb_to_sh(rgb: Float[Tensor, "*shape 3"]) -> Float[Tensor, "*shape 3"]:
+    """The constant coefficient that shows a colour in [0, 1] from all sides."""
+    return (rgb - 0.5) / SH_C0
+
+
+def sh_to_rgb(coefficient: Float[Tensor, "*shape 3"]) -> Float[Tensor, "*shape 3"]:
+    """The inverse of `rgb_to_sh`; a coefficient may stand for a colour beyond [0, 1]."""
+    return coefficient * SH_C0 + 0.5
+
+
+def standard_gaussians(parameters: Mapping[str, Tensor], sh_degree: int) -> dict[str, Tensor]:
+    """Turns a splatfacto model's parameters into those of the files.
+
+    They differ in one thing: at degree 0 splatfacto keeps the logits of colours instead of a coefficient.
+
+    Args:
+        parameters: Splatfacto's ``gauss_params``; other names than its own are left out.
+        sh_degree: The model's.
+
+    Returns:
+        As `fit3d_ns.data.ply.read_ply` returns.
+    """
+    names = ("means", "scales", "quats", "opacities", "features_dc", "features_rest")
+    gaussians = {name: parameters[name].detach() for name in names}
+    if sh_degree == 0:
+        gaussians["features_dc"] = rgb_to_sh(gaussians["features_dc"].sigmoid())
+    return gaussians
+
+
+def splatfacto_parameters(gaussians: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `standard_gaussians`; colours beyond [0, 1], which have no logit, are cut.
+
+    Args:
+        gaussians: As `fit3d_ns.data.ply.read_ply` returns.
+    """
+    parameters = dict(gaussians)
+    if parameters["features_rest"].shape[1] == 0:
+        parameters["features_dc"] = torch.logit(sh_to_rgb(parameters["features_dc"]), eps=1e-6)
+    return parameters
+
+
+def visible_rows(gaussians: Mapping[str, Tensor]) -> Bool[Tensor, "N"]:
+    """Says which Gaussians ``ns-export gaussian-splat`` would write: finite ones of an opacity of at least 1/255.
+
+    Args:
+        gaussians: As `write_splat_ply`.
+    """
+    visible = gaussians["opacities"].squeeze(-1) >= INVISIBLE
+    for values in gaussians.values():
+        visible = visible & torch.isfinite(values.flatten(1)).all(1)
+    return visible
+
+
+def write_splat_ply(
+    path: Path,
+    gaussians: Mapping[str, Tensor],
+    features: Optional[Float[Tensor, "N D"]] = None,
+    comments: Iterable[str] = (),
+) -> int:
+    """Writes Gaussians in the layout of 3DGS and ``ns-export``, with their features as further columns.
+
+    Columns: ``x y z``, ``nx ny nz`` (zeros), ``f_dc_0..2``, ``f_rest_*`` (all red coefficients, then green, then blue),
+    ``opacity`` (logit), ``scale_0..2`` (logarithms), ``rot_0..3`` (wxyz, of any length), ``feat_0..``; all float32.
+    Rows that `visible_rows` refuses are left out.
+
+    Args:
+        path: The file; what stands there is replaced, in one step.
+        gaussians: ``means`` [N, 3], ``scales`` [N, 3] (logarithms), ``quats`` [N, 4] (wxyz), ``opacities`` [N, 1]
+            (logits), ``features_dc`` [N, 3] and ``features_rest`` [N, K, 3] (spherical harmonics); on any device. A
+            splatfacto model's own are brought here by `standard_gaussians`.
+        features: Written as ``feat_0`` to ``feat_{D-1}``.
+        comments: Lines for the header.
+
+    Returns:
+        The number of Gaussians written.
+
+    Raises:
+        UserError: If no Gaussian is left, or the file cannot be written.
+    """
+    means, rest = gaussians["means"], gaussians["features_rest"]
+    columns = [
+        Columns(("x", "y", "z"), means),
+        Columns(("nx", "ny", "nz"), means.new_zeros(1, 1).expand(len(means), 3)),
+        _numbered("f_dc", gaussians["features_dc"]),
+        _numbered("f_rest", rest.transpose(1, 2).flatten(1)),
+        Columns(("opacity",), gaussians["opacities"]),
+        _numbered("scale", gaussians["scales"]),
+        _numbered("rot", gaussians["quats"]),
+    ]
+    if features is not None:
+        columns.append(_numbered("feat", features))
+    rows = visible_rows(gaussians).nonzero().squeeze(-1)
+    write_ply_table(path, columns, rows, ["Vertical Axis: z", *comments])
+    return len(rows)
+
+
+def write_colored_splat_ply(
+    path: Path, gaussians: Mapping[str, Tensor], rgb: Float[Tensor, "N 3"], comments: Iterable[str] = ()
+) -> int:
+    """Writes Gaussians in other colours, the same from all sides.
+
+    The file has the 62 columns of the original 3DGS program whatever the model's degree, because some viewers read no
+    other layout.
+
+    Args:
+        path: As `write_splat_ply`.
+        gaussians: As `write_splat_ply`; ``features_dc`` and ``features_rest`` are only asked whether they are finite.
+        rgb: Colours in [0, 1].
+        comments: Lines for the header.
+
+    Returns:
+        The number of Gaussians written, the same rows as `write_splat_ply`.
+
+    Raises:
+        UserError: As `write_splat_ply`.
+    """
+    flat = rgb.new_zeros(1, 1, 1).expand(len(rgb), FULL_SH, 3)
+    rows = visible_rows(gaussians)
+    kept = {name: values[rows] for name, values in gaussians.items()}
+    return write_splat_ply(
+        path, {**kept, "features_dc": rgb_to_sh(rgb)[rows], "features_rest": flat[rows]}, comments=comments
+    )
+
+
+def _numbered(name: str, values: Tensor) -> Columns:
+    return Columns([f"{name}_{number}" for number in range(values.shape[1])], values)
+
+
+def write_point_cloud(
+    path: Path, gaussians: Mapping[str, Tensor], rgb: Float[Tensor, "N 3"], comments: Iterable[str] = ()
+) -> int:
+    """Writes one point for every Gaussian that `fit3d_ns.data.ply.write_splat_ply` writes, in that order.
+
+    Columns: ``x y z``, ``nx ny nz`` (the Gaussian's shortest axis, of either sign), ``red green blue`` (uchar) and
+    ``opacity`` (float, 0 to 1, which Open3D's tensor reader finds and others skip).
+
+    Args:
+        path: The file; what stands there is replaced, in one step.
+        gaussians: As of `fit3d_ns.data.ply.write_splat_ply`.
+        rgb: Colours, cut to [0, 1].
+        comments: Lines for the header.
+
+    Returns:
+        The number of points.
+
+    Raises:
+        UserError: If no point is left, or the file cannot be written.
+    """
+    rows = visible_rows(gaussians).nonzero().squeeze(-1)
+    columns = [
+        Columns(("x", "y", "z"), gaussians["means"]),
+        Columns(("nx", "ny", "nz"), shortest_axes(gaussians["quats"], gaussians["scales"])),
+        Columns(("red", "green", "blue"), (rgb.nan_to_num(0).clamp(0, 1) * 255).round().to(torch.uint8)),
+        Columns(("opacity",), gaussians["opacities"].sigmoid()),
+    ]
+    write_ply_table(path, columns, rows, comments)
+    return len(rows)
+
+
+def shortest_axes(quats: Float[Tensor, "N 4"], scales: Float[Tensor, "N 3"]) -> Float[Tensor, "N 3"]:
+    """Returns the unit vector along which each Gaussian is thinnest: the normal of a flat one.
+
+    Args:
+        quats: wxyz, of any length.
+        scales: Sizes along the axes, or their logarithms.
+    """
+    w, x, y, z = torch.nn.functional.normalize(quats.detach().float(), dim=1).unbind(1)
+    columns = (
+        torch.stack([1 - 2 * (y * y + z * z), 2 * (x * y + w * z), 2 * (x * z - w * y)], 1),
+        torch.stack([2 * (x * y - w * z), 1 - 2 * (x * x + z * z), 2 * (y * z + w * x)], 1),
+        torch.stack([2 * (x * z + w * y), 2 * (y * z - w * x), 1 - 2 * (x * x + y * y)], 1),
+    )
+    thinnest = scales.detach().argmin(1)
+    return torch.stack(columns, 1)[torch.arange(len(quats), device=quats.device), thinnest.to(quats.device)]

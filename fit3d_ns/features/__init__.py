@@ -1,0 +1,1 @@
+"""The mathematics of feature maps; knows no nerfstudio."""

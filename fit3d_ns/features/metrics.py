@@ -1,0 +1,255 @@
+"""How well lifted features keep the teacher's content, and how well they agree between views.
+
+`feature_l1` and `feature_cosine` compare a map with the teacher's map of the same view. `view_match` compares maps of
+different views: a feature that belongs to a point of the surface, not to a picture of it, finds that point again.
+Mean cosine of matched points is no such measure, because features that are alike everywhere score high on it.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Optional
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fit3d_ns.features.correspondences import Correspondences, View, ViewStack, correspondences
+
+MATCH_RADIUS = 1.5
+"""Distance, in patches, up to which a nearest neighbour counts as the true one."""
+
+_SIMILARITIES_PER_STEP = 1 << 22
+"""Cosines held at a time by `match_rate`: 16 MiB in float32."""
+
+_POINTS_PER_STEP = 1 << 17
+"""Points that `choose_pairs` follows at a time; each takes about 1 kB."""
+
+
+def feature_l1(
+    pred: Float[Tensor, "C h w"], teacher: Float[Tensor, "C h w"], mask: Optional[Tensor] = None
+) -> Float[Tensor, ""]:
+    """Mean absolute difference over channels and valid patches.
+
+    Args:
+        pred: decoded map, any float dtype.
+        teacher: the teacher's map of the same view.
+        mask: [h, w] bool, or weights of the patches in [0, 1]; all valid if None.
+
+    Returns:
+        float32 scalar, at least 0; NaN if no patch is valid (leave such a view out of an average).
+
+    Raises:
+        ValueError: if the shapes differ.
+    """
+    _check_maps(pred, teacher, mask)
+    return _masked_mean((pred.float() - teacher.float()).abs().mean(0), mask)
+
+
+def feature_cosine(
+    pred: Float[Tensor, "C h w"], teacher: Float[Tensor, "C h w"], mask: Optional[Tensor] = None
+) -> Float[Tensor, ""]:
+    """Mean over valid patches of the cosine between the two features; a zero feature counts as cosine 0.
+
+    Args:
+        pred: decoded map, any float dtype.
+        teacher: the teacher's map of the same view.
+        mask: [h, w] bool, or weights of the patches in [0, 1]; all valid if None.
+
+    Returns:
+        float32 scalar in [-1, 1]; NaN if no patch is valid (leave such a view out of an average).
+
+    Raises:
+        ValueError: if the shapes differ.
+    """
+    _check_maps(pred, teacher, mask)
+    return _masked_mean(torch.nn.functional.cosine_similarity(pred.float(), teacher.float(), dim=0), mask)
+
+
+@dataclass(frozen=True)
+class ViewMatch:
+    """Result of :func:`view_match`.
+
+    Attributes:
+        rate: share of points matched, in [0, 1]; NaN if there was no point to match.
+        num_points: points matched, both directions of every pair counted.
+        num_pairs: pairs of views compared.
+    """
+
+    rate: float
+    num_points: int
+    num_pairs: int
+
+
+def match_rate(
+    map_a: Float[Tensor, "C ha wa"],
+    map_b: Float[Tensor, "C hb wb"],
+    points: Correspondences,
+    radius: float = MATCH_RADIUS,
+) -> tuple[int, int]:
+    """Counts the points whose nearest neighbour by cosine, among all patches of b, lies where b sees them.
+
+    Args:
+        map_a: feature map of the first view, any float dtype.
+        map_b: feature map of the second view, of any grid.
+        points: from :func:`correspondences`, made for these two grids.
+        radius: distance in patches up to which the neighbour counts as the right one.
+
+    Returns:
+        (hits, total), with total = len(points).
+    """
+    features_a = _unit_features(map_a)
+    features_b = _unit_features(map_b)
+    patch_index = points.patch_index.to(map_a.device)
+    target = points.target.to(map_a.device)
+    step = max(1, _SIMILARITIES_PER_STEP // features_b.shape[0])
+    hits = torch.zeros((), dtype=torch.int64, device=map_a.device)
+    for start in range(0, len(points), step):
+        nearest = (features_a[patch_index[start : start + step]] @ features_b.T).argmax(1)
+        width = map_b.shape[-1]
+        centre = torch.stack([nearest % width, nearest // width], -1).float() + 0.5
+        hits += ((centre - target[start : start + step]).norm(dim=-1) <= radius).sum()
+    return int(hits), len(points)
+
+
+def choose_pairs(
+    views: Sequence[View],
+    grids: Sequence[tuple[int, int]],
+    *,
+    min_overlap: float = 0.4,
+    min_displacement: float = MATCH_RADIUS,
+    max_pairs: int = 40,
+    max_views: int = 40,
+) -> list[tuple[int, int]]:
+    """Chooses the pairs of views that are worth comparing, by geometry alone and without chance.
+
+    A pair is eligible if, in both directions, the other view sees at least ``min_overlap`` of a view's surface, and if
+    the median displacement of the shared points between the two images is at least ``min_displacement`` patches. With
+    less overlap, trained and random networks match about alike; with less displacement, features that know nothing but
+    their place in the image would be counted as consistent. Of more than ``max_pairs`` eligible pairs, evenly spaced
+    ones in the order of falling overlap are taken, so that near and far pairs keep their proportion.
+
+    Args:
+        views: V views.
+        grids: (h, w) of each view's patch grid.
+        min_overlap: least share of a view's surface that the other view sees, in (0, 1].
+        min_displacement: in patches.
+        max_pairs: most pairs returned.
+        max_views: of more views than this, as many evenly spaced ones are considered (cost grows with their square).
+
+    Returns:
+        Pairs (a, b) with a < b, sorted; none if no pair is eligible.
+
+    Raises:
+        ValueError: if there are not as many grids as views.
+    """
+    if len(views) != len(grids):
+        raise ValueError(f"{len(views)} views but {len(grids)} patch grids")
+    considered = _evenly_spaced(list(range(len(views))), max_views)
+    # A third of the grid in each direction estimates the overlap well enough, nine times as fast.
+    coarse = [(max(1, round(h / 3)), max(1, round(w / 3))) for h, w in grids]
+    overlap, displacement = _overlaps([views[a] for a in considered], [(coarse[a], grids[a]) for a in considered])
+    eligible = []
+    for (i, a), (j, b) in itertools.combinations(enumerate(considered), 2):
+        least = min(overlap[i][j], overlap[j][i])
+        if least >= min_overlap and min(displacement[i][j], displacement[j][i]) >= min_displacement:
+            eligible.append((-least, a, b))
+    return sorted((a, b) for _, a, b in _evenly_spaced(sorted(eligible), max_pairs))
+
+
+def view_match(
+    maps: Sequence[Float[Tensor, "C h w"]],
+    views: Sequence[View],
+    pairs: Optional[Sequence[tuple[int, int]]] = None,
+) -> ViewMatch:
+    """Share of surface points seen in two views that their features find again in the other view.
+
+    For each pair and in both directions, the feature of a patch whose centre the other view sees too is looked up among
+    all patches of that view; it is a hit if the one with the largest cosine lies within 1.5 patches of the true place.
+    Chance is about 7 patches over the number of patches.
+
+    Args:
+        maps: one feature map for each view; grids may differ.
+        views: the cameras and rendered depths of the same views.
+        pairs: from :func:`choose_pairs` (pass the same to compare two sets of maps); chosen here if None.
+
+    Returns:
+        The rate over all points of all pairs, with the counts.
+
+    Raises:
+        ValueError: if there are not as many maps as views.
+    """
+    if len(maps) != len(views):
+        raise ValueError(f"{len(maps)} maps but {len(views)} views")
+    grids = [(feature_map.shape[-2], feature_map.shape[-1]) for feature_map in maps]
+    if pairs is None:
+        pairs = choose_pairs(views, grids)
+    hits, total = 0, 0
+    for a, b in pairs:
+        for first, second in ((a, b), (b, a)):
+            points = correspondences(views[first], views[second], grids[first], grids[second])
+            pair_hits, pair_total = match_rate(maps[first], maps[second], points)
+            hits, total = hits + pair_hits, total + pair_total
+    return ViewMatch(rate=hits / total if total else math.nan, num_points=total, num_pairs=len(pairs))
+
+
+def _check_maps(pred: Tensor, teacher: Tensor, mask: Optional[Tensor]) -> None:
+    if pred.ndim != 3 or pred.shape != teacher.shape:
+        raise ValueError(f"expected two maps [C, h, w] of one shape, got {list(pred.shape)} and {list(teacher.shape)}")
+    if mask is not None and mask.shape != pred.shape[1:]:
+        raise ValueError(f"expected a mask {list(pred.shape[1:])}, got {list(mask.shape)}")
+
+
+def _masked_mean(values: Float[Tensor, "h w"], mask: Optional[Tensor]) -> Float[Tensor, ""]:
+    if mask is None:
+        return values.mean()
+    weights = mask.to(values)
+    # Not a product: a masked patch may hold anything, NaN included.
+    return torch.where(weights > 0, values * weights, 0.0).sum() / weights.sum()
+
+
+def _unit_features(feature_map: Float[Tensor, "C h w"]) -> Float[Tensor, "hw C"]:
+    """Patches as unit vectors; NaN and infinity become 0, so that they never win a comparison."""
+    features = torch.nan_to_num(feature_map.detach().float(), posinf=0.0, neginf=0.0).flatten(1).T
+    return torch.nn.functional.normalize(features, dim=1)
+
+
+def _overlaps(
+    views: Sequence[View], grids: Sequence[tuple[tuple[int, int], tuple[int, int]]]
+) -> tuple[list[list[float]], list[list[float]]]:
+    """Compares all views with all others.
+
+    Args:
+        views: V views.
+        grids: (h, w) of the grid that each is looked at on, and of its own patch grid.
+
+    Returns:
+        For views a and b, which share of the surface that a sees b sees too, and the median shift of the shared points
+        between the two images laid over each other, in patches of b; 0 where there is none.
+    """
+    if not views:
+        return [], []
+    stack, looked_at = ViewStack(views), [grid for grid, _ in grids]
+    counts = torch.zeros(len(views), len(views), dtype=torch.float64, device=views[0].depth.device)
+    shifts = torch.zeros_like(counts)
+    patches = torch.tensor([(w, h) for _, (h, w) in grids], dtype=torch.float64, device=counts.device)
+    widths = torch.tensor([(w, h) for h, w in looked_at], dtype=torch.float64, device=counts.device)
+    for grid in dict.fromkeys(looked_at):
+        height, width = grid
+        place = torch.arange(height * width, device=counts.device)
+        start = (torch.stack([place % width, place // width], -1) + 0.5) / widths.new_tensor([width, height])
+        firsts = torch.tensor([index for index, other in enumerate(looked_at) if other == grid], device=counts.device)
+        pairs = torch.cartesian_prod(firsts, torch.arange(len(views), device=counts.device))
+        for a, b in (part.unbind(1) for part in pairs.split(max(1, _POINTS_PER_STEP // (height * width)))):
+            valid, target = stack.follow(a, b, grid, looked_at)
+            shift = ((target / widths[b, None] - start) * patches[b, None]).norm(dim=-1)
+            counts[a, b] = valid.sum(1).to(counts)
+            shifts[a, b] = torch.where(valid, shift, torch.nan).nanmedian(1).values.nan_to_num(0)
+    return (counts / counts.diagonal().clamp_min(1)[:, None]).tolist(), shifts.tolist()
+
+
+def _evenly_spaced(items: list, count: int) -> list:
+    if len(items) <= count:
+        return items
+    return [items[(2 * k + 1) * len(items) // (2 * count)] for k in range(count)]

@@ -1,0 +1,311 @@
+"""Scene bundles from trained or lifted ``fit3d-splat`` runs."""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Tuple
+
+import torch
+from torch import Tensor
+
+from fit3d_ns.backbones import backbone_identity
+from fit3d_ns.compat import nerfstudio_needed
+from fit3d_ns.data.cameras import lenses_of
+from fit3d_ns.data.photos import DATA_ROOT_FLAG, Photo, hash_file, locate
+from fit3d_ns.features.grid import FEATURE_GRIDS, FeatureGrid
+from fit3d_ns.runs.bundle import (
+    BundleCameras,
+    BundleInfo,
+    BundleView,
+    SceneBundle,
+    SceneTensors,
+    write_bundle,
+)
+from fit3d_ns.runs.checkpoints import find_checkpoint, read_checkpoint
+from fit3d_ns.runs.config_reader import find_runs, read_config
+from fit3d_ns.support.errors import UserError, first_line
+
+METHOD = "fit3d-splat"
+BUNDLE_FOLDER = "bundle"
+"""Name of a run's bundle, below the run."""
+_METHOD_LINE = re.compile(r"^method_name: ['\"]?([^'\"\s]+)", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run of this project's method."""
+
+    config_path: Path
+    """Its ``config.yml``."""
+    checkpoint: Path
+    """Its newest checkpoint."""
+    data: Path
+    """The scene it was trained on, as its configuration says."""
+
+    @property
+    def name(self) -> str:
+        """The scene's name for humans."""
+        return self.data.parent.name if self.data.suffix else self.data.name
+
+
+def choose_runs(paths: List[Path], all_runs: bool = False) -> Tuple[List[Run], List[str]]:
+    """Finds finished ``fit3d-splat`` runs, trained or lifted.
+
+    Args:
+        paths: Run folders, ``config.yml`` files, or folders that hold runs at any depth.
+        all_runs: Whether to take every run of a scene instead of the newest (by the time of its checkpoint).
+
+    Returns:
+        The runs, sorted by scene; and one sentence for each run that was left out.
+
+    Raises:
+        UserError: If a path does not exist, a configuration is refused, or no finished run is left.
+    """
+    with nerfstudio_needed("Trained runs (--runs)"):
+        from fit3d_ns.runs.record import RECORD
+
+    runs: Dict[Path, Run] = {}
+    notes: List[str] = []
+    for config_path in _config_paths(paths):
+        try:
+            method = _METHOD_LINE.search(config_path.read_text(errors="replace"))
+        except OSError as error:
+            raise UserError(
+                f"The configuration {config_path} cannot be read ({error.strerror or error}): make it readable, or "
+                "leave its run out of --runs."
+            ) from error
+        if method is None or method[1] != METHOD:
+            found = method[1] if method else "an unknown method"
+            notes.append(f"{config_path} is a run of {found}, not of {METHOD}: left out.")
+            continue
+        config = read_config(config_path)
+        checkpoint = find_checkpoint(config_path)
+        steps = int(checkpoint.stem.removeprefix("step-")) + 1
+        lifted = (config_path.parent / RECORD).is_file()
+        if steps < config.max_num_iterations and not lifted:
+            notes.append(f"{config_path} stopped after {steps} of {config.max_num_iterations} steps: left out.")
+            continue
+        data = config.pipeline.datamanager.data
+        if data is None:
+            raise UserError(f"The configuration {config_path} names no scene (its data is null): restore it.")
+        runs[config_path] = Run(config_path, checkpoint, Path(data))
+    if not runs:
+        listed = " ".join(str(path) for path in paths)
+        reason = f" ({notes[0].removesuffix('.')})" if notes else ""
+        raise UserError(
+            f"No finished run of {METHOD} below {listed}{reason}: train one with ns-train {METHOD}, or lift features "
+            "into a splatfacto run with fit3d-lift."
+        )
+    found = sorted(runs.values(), key=lambda run: (str(run.data), run.checkpoint.stat().st_mtime_ns))
+    if not all_runs:
+        newest = {run.data: run for run in found}
+        for run in found:
+            if newest[run.data] is not run:
+                notes.append(f"{run.config_path} is older than another run of {run.name}: left out (--all-runs).")
+        found = list(newest.values())
+    return found, notes
+
+
+def bundle_run(run: Run, folder: Optional[Path] = None, data_root: Optional[Path] = None) -> Tuple[SceneBundle, bool]:
+    """Makes a run's bundle, or finds it made already.
+
+    Args:
+        run: The run.
+        folder: Where the bundle goes; ``bundle`` below the run if None.
+        data_root: Folder that holds the scene if it moved; see `fit3d_ns.data.photos.locate`.
+
+    Returns:
+        The bundle, and whether it was there already.
+
+    Raises:
+        UserError: If checkpoint or photos cannot be read, the scene's coordinates differ from the run's, or nothing
+            was ever lifted.
+    """
+    folder = folder or run.config_path.parent / BUNDLE_FOLDER
+    status = run.checkpoint.stat()
+    source = {
+        "config": str(run.config_path.absolute()),
+        "checkpoint": run.checkpoint.name,
+        "bytes": status.st_size,
+        "modified_ns": status.st_mtime_ns,
+    }
+    try:
+        existing = SceneBundle(folder)
+        if existing.info.source == source:
+            return existing, True
+    except UserError:
+        pass  # none there, or one of another version: it is made below
+    config = read_config(run.config_path)
+    state = read_checkpoint(run.checkpoint)["pipeline"]
+    scene = _read_scene(state, run.checkpoint)
+    datamanager = _datamanager(config, data_root)
+    _check_coordinates(run, datamanager)
+    extra = state.get("_extra_state") or {}
+    spec = datamanager.config.backbone_spec()
+    identity = extra.get("teacher_identity") or backbone_identity(spec)
+    grid = extra.get("feature_grid")
+    outputs = datamanager.train_dataparser_outputs
+    views, cameras, weights = _read_views(datamanager, config, state, identity["patch_size"])
+    info = BundleInfo(
+        scene=run.name,
+        teacher=identity,
+        teacher_max_size=datamanager.config.backbone_max_size or None,
+        teacher_weights=None if spec.weights is None else str(Path(spec.weights).expanduser().absolute()),
+        feature_grid=FeatureGrid.from_dict(grid) if grid else FEATURE_GRIDS[config.pipeline.model.feature_grid],
+        dataparser_transform=outputs.dataparser_transform.tolist(),
+        dataparser_scale=float(outputs.dataparser_scale),
+        source=source,
+        views=views,
+    )
+    return write_bundle(folder, info, scene, cameras, weights), False
+
+
+def read_views(
+    run: Run, config: Any, state: Dict[str, Tensor], data_root: Optional[Path] = None
+) -> Tuple[List[BundleView], BundleCameras]:
+    """Reads a run's photos and their cameras, undistorted and with their optimised poses.
+
+    Args:
+        run: The run.
+        config: Its configuration.
+        state: The ``pipeline`` entry of its checkpoint.
+        data_root: Folder that holds the scene if it moved; see `fit3d_ns.data.photos.locate`.
+
+    Returns:
+        All views, training views first, and one camera for each.
+
+    Raises:
+        UserError: If photos cannot be read, or the scene's coordinates differ from the run's.
+    """
+    datamanager = _datamanager(config, data_root)
+    _check_coordinates(run, datamanager)
+    views, cameras, _ = _read_views(datamanager, config, state, datamanager.teacher_info.patch_size)
+    return views, cameras
+
+
+def _config_paths(paths: List[Path]) -> List[Path]:
+    found: Dict[Path, None] = {}
+    for path in paths:
+        path = path.expanduser()
+        if path.is_file() and path.name == "config.yml":
+            found[path.absolute()] = None
+        elif path.is_dir():
+            found.update(dict.fromkeys(match.absolute() for match in find_runs(path)))
+        else:
+            raise UserError(f"{path} is neither a folder nor a run's config.yml: check --runs.")
+    return list(found)
+
+
+def _read_scene(state: Dict[str, Tensor], checkpoint: Path) -> SceneTensors:
+    """Geometry, features and decoder of a checkpoint, without splatfacto's parametrisation."""
+    names = ("means", "quats", "scales", "opacities", "fit3d_features")
+    parameters = {name: state.get(f"_model.gauss_params.{name}") for name in names}
+    parameters["decoder"] = state.get("_model.fit3d_decoder.weight")
+    missing = [name for name, tensor in parameters.items() if tensor is None]
+    if missing:
+        raise UserError(f"{checkpoint} holds no {missing[0]}: it is no complete {METHOD} checkpoint; train it again.")
+    tensors: Dict[str, Any] = {name: tensor.float() for name, tensor in parameters.items() if tensor is not None}
+    return SceneTensors(
+        means=tensors["means"],
+        quats=tensors["quats"],
+        scales=tensors["scales"].exp(),
+        opacities=tensors["opacities"].sigmoid().squeeze(-1),
+        features=tensors["fit3d_features"].half(),
+        decoder=tensors["decoder"],
+    )
+
+
+def _datamanager(config: Any, data_root: Optional[Path]) -> Any:
+    """The run's own data manager, on the CPU."""
+    from fit3d_ns.data.scene_checks import SCENE_ADVICE  # imports nerfstudio
+
+    settings = config.pipeline.datamanager
+    settings.data = locate(Path(settings.data), data_root)
+    settings.dataparser.data = settings.data
+    settings.cache_images, settings.cache_images_type = "gpu", "uint8"
+    try:
+        return settings.setup(device="cpu", test_mode="val", world_size=1, local_rank=0)
+    except UserError as error:
+        advice = f"restore what the run was trained on, or check {DATA_ROOT_FLAG}."
+        raise UserError(str(error).replace(SCENE_ADVICE, advice)) from error
+
+
+def _check_coordinates(run: Run, datamanager: Any) -> None:
+    """Refuses a scene whose poses are no longer those that the run was trained with."""
+    path = run.config_path.parent / "dataparser_transforms.json"
+    if not path.is_file():
+        return
+    try:
+        stored = json.loads(path.read_text())
+        transform, scale = torch.tensor(stored["transform"]).view(3, 4), float(stored["scale"])
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise UserError(f"{path} is damaged ({first_line(error)}): restore it or train again.") from error
+    outputs = datamanager.train_dataparser_outputs
+    same = abs(scale - outputs.dataparser_scale) < 1e-4 * abs(outputs.dataparser_scale)
+    if not (same and torch.allclose(transform, outputs.dataparser_transform.float(), atol=1e-4)):
+        raise UserError(
+            f"The scene {datamanager.config.data} has other coordinates than when {run.config_path} was trained (its "
+            f"dataparser_transforms.json differs): restore the scene, or check {DATA_ROOT_FLAG}."
+        )
+
+
+def _read_views(
+    datamanager: Any, config: Any, state: Dict[str, Tensor], patch_size: int
+) -> Tuple[List[BundleView], BundleCameras, Dict[int, Tensor]]:
+    """Photos, cameras and masks of both splits: training views first."""
+    from nerfstudio.models import splatfacto
+
+    from fit3d_ns import compat
+    from fit3d_ns.backbones import patch_grid
+    from fit3d_ns.data.masks import patch_weights
+
+    views: List[BundleView] = []
+    weights: Dict[int, Tensor] = {}
+    viewmats, intrinsics = [], []
+    data = Path(datamanager.config.data)
+    root = data if data.is_dir() else data.parent
+    for split, dataset in (("train", datamanager.train_dataset), ("eval", datamanager.eval_dataset)):
+        if len(dataset) == 0:
+            continue
+        lenses = lenses_of(dataset.cameras)  # nerfstudio overwrites the cameras while it undistorts
+        color = dataset._dataparser_outputs.alpha_color
+        red, green, blue = (0.0, 0.0, 0.0) if color is None else (float(value) for value in color)
+        for index, batch in enumerate(getattr(datamanager, f"cached_{split}")):
+            height, width = batch["image"].shape[:2]
+            path = Path(dataset.image_filenames[index]).absolute()
+            photo = Photo(
+                path=str(path),
+                sha256=hash_file(path),
+                height=height,
+                width=width,
+                lens=lenses[index],
+                scale_factor=datamanager.config.camera_res_scale_factor,
+                alpha_color=None if color is None else (red, green, blue),
+            )
+            valid = patch_weights(batch, patch_grid(height, width, patch_size, datamanager.config.backbone_max_size))
+            if valid is not None and bool((valid < 1).any()):
+                weights[len(views)] = valid
+            name = str(path.relative_to(root)) if path.is_relative_to(root) else path.name
+            views.append(BundleView(name, split, photo))  # type: ignore[arg-type]
+        poses = dataset.cameras.camera_to_worlds
+        if split == "train":
+            poses = _optimised_poses(poses, config, state)
+        with compat.splatfacto_on(torch.device("cpu")):
+            viewmats.append(splatfacto.get_viewmat(poses))
+        intrinsics.append(dataset.cameras.get_intrinsics_matrices())
+    return views, BundleCameras(torch.cat(viewmats).float(), torch.cat(intrinsics).float()), weights
+
+
+def _optimised_poses(poses: Tensor, config: Any, state: Dict[str, Tensor]) -> Tensor:
+    """Training poses as the run's camera optimizer left them (splatfacto's is off by default)."""
+    adjustment = state.get("_model.camera_optimizer.pose_adjustment")
+    if adjustment is None:
+        return poses
+    optimizer = config.pipeline.model.camera_optimizer.setup(num_cameras=len(poses), device="cpu")
+    with torch.no_grad():
+        optimizer.load_state_dict({"pose_adjustment": adjustment})
+        corrections = optimizer(torch.arange(len(poses)))
+    # nerfstudio's CameraOptimizer.apply_to_camera, for all views at once.
+    rotations = torch.bmm(corrections[:, :3, :3], poses[:, :3, :3])
+    return torch.cat([rotations, poses[:, :3, 3:] + corrections[:, :3, 3:]], dim=2)

@@ -1,0 +1,201 @@
+"""Finds nerfstudio runs, reads their configurations and checkpoints without executing anything stored in them."""
+
+import dataclasses
+import enum
+import importlib
+import re
+from pathlib import Path, PurePath
+from typing import Any, Dict, Iterator, List, Tuple
+
+import yaml
+
+from fit3d_ns.support.errors import UserError, first_line
+
+_OWN_PACKAGES = ("nerfstudio", "fit3d_ns")
+_TAG = "tag:yaml.org,2002:python/"
+_PARTS: Dict[str, Tuple[type, ...]] = {
+    "pipeline": (),
+    "pipeline.datamanager": (),
+    "pipeline.model": (),
+    "output_dir": (str, Path),
+    "max_num_iterations": (int,),
+    "data": (str, Path, type(None)),
+    "pipeline.datamanager.data": (str, Path, type(None)),
+    "pipeline.datamanager.dataparser.data": (str, Path, type(None)),
+}
+"""What readers of a configuration go into, and what it may be; a dataclass where nothing is named."""
+
+
+def find_runs(root: Path) -> List[Path]:
+    """Finds the ``config.yml`` of every run with a checkpoint.
+
+    Args:
+        root: Any folder above them, such as nerfstudio's ``outputs``.
+
+    Returns:
+        Their paths, sorted.
+
+    Raises:
+        UserError: If there is no such folder.
+    """
+    root = root.expanduser()
+    if not root.is_dir():
+        raise UserError(f"The folder {root} does not exist: check --runs.")
+    configs = (path for path in root.rglob("config.yml") if ".tmp" not in path.parent.suffixes)
+    return sorted(path for path in configs if any((path.parent / "nerfstudio_models").glob("step-*.ckpt")))
+
+
+def read_config(path: Path) -> Any:
+    """Reads a run's configuration with a restricted loader.
+
+    nerfstudio writes configurations as YAML with Python tags and reads them with a loader that runs whatever they say.
+    This one builds configuration dataclasses of nerfstudio and of this package, paths, tuples and enumerations, and
+    mentions classes of these packages and of ``torch.optim``; everything else is refused, and nothing is called.
+
+    Relative paths are taken from the folder that the run was started in, as far as the place of ``config.yml`` tells
+    it, and the run is where it was found, so it may have been moved.
+
+    Args:
+        path: A run's ``config.yml``, or its folder.
+
+    Returns:
+        nerfstudio's ``TrainerConfig``, with absolute paths.
+
+    Raises:
+        UserError: If the file is missing, damaged, no configuration, or holds anything else.
+    """
+    path = path.expanduser().absolute()
+    path = path / "config.yml" if path.is_dir() else path
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"The configuration {path} cannot be read ({reason}): check the path.") from error
+    try:
+        config = yaml.load(text, Loader=_ConfigLoader)  # noqa: S506  a SafeLoader with few additions
+    except _Forbidden as error:
+        raise UserError(
+            f"The configuration {path} asks for {error}, which is no part of nerfstudio's or fit3d-ns's configuration; "
+            "nothing was loaded: use a run of a method of these packages."
+        ) from error
+    except (yaml.YAMLError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"The configuration {path} is damaged ({first_line(error)}): restore it or train again."
+        ) from error
+    from nerfstudio.engine.trainer import TrainerConfig
+
+    if not isinstance(config, TrainerConfig):
+        raise UserError(f"{path} is not the configuration of a nerfstudio run: name the config.yml of a run.")
+    _check_parts(config, path)
+    _resolve_paths(config, path.parent)
+    return config
+
+
+def _check_parts(config: Any, path: Path) -> None:
+    """Refuses a configuration in which something else stands in the place of a part that readers go into."""
+    for name, kinds in _PARTS.items():
+        part = config
+        for step in name.split("."):
+            part = getattr(part, step, None)
+        fits = isinstance(part, kinds) if kinds else dataclasses.is_dataclass(part) and not isinstance(part, type)
+        if not fits:
+            raise UserError(
+                f"The configuration {path} is damaged ({name} is {type(part).__name__}): restore it or train again."
+            )
+
+
+def _resolve_paths(config: Any, run: Path) -> None:
+    """Makes paths absolute; the run is where it was found."""
+    started_in = Path.cwd()
+    if run.parts[-3:] == (config.experiment_name, config.method_name, config.timestamp):
+        outputs = run.parents[2]
+        stored = Path(config.output_dir)
+        depth = len(stored.parts)
+        if not stored.is_absolute() and ".." not in stored.parts and outputs.parts[-depth:] == stored.parts:
+            started_in = outputs.parents[depth - 1]
+        config.output_dir = outputs
+    else:
+        config.output_dir = Path(config.output_dir).absolute()
+    datamanager = config.pipeline.datamanager
+    for holder in (config, datamanager, getattr(datamanager, "dataparser", None)):
+        stored = getattr(holder, "data", None)
+        if stored is None or stored == Path() or Path(stored).is_absolute():
+            continue
+        candidates = [base / stored for base in (started_in, Path.cwd(), run)]
+        holder.data = next((place for place in candidates if place.exists()), candidates[0])  # type: ignore[union-attr]
+
+
+class _Forbidden(Exception):
+    """Names what a configuration must not hold."""
+
+
+class _ConfigLoader(yaml.SafeLoader):
+    """PyYAML's safe loader plus what nerfstudio's configurations are made of."""
+
+
+def _named_class(name: str) -> type:
+    """Finds a class by its full name, only in modules whose classes configurations mention."""
+    module_name, _, class_name = name.rpartition(".")
+    if not _is_ours(module_name) and not _is_optimizer(module_name):
+        raise _Forbidden(f"`{name}`")
+    try:
+        found = getattr(importlib.import_module(module_name), class_name, None)
+    except ImportError as error:
+        raise _Forbidden(f"`{name}` (which cannot be imported here)") from error
+    # Modules hold what they import, so the class itself must come from such a module too.
+    if not isinstance(found, type) or not (_is_ours(found.__module__) or _is_optimizer(found.__module__)):
+        raise _Forbidden(f"`{name}`")
+    return found
+
+
+def _is_ours(module: str) -> bool:
+    return module.partition(".")[0] in _OWN_PACKAGES
+
+
+def _is_optimizer(module: str) -> bool:
+    return module == "torch.optim" or module.startswith("torch.optim.")
+
+
+def _construct_dataclass(loader: _ConfigLoader, name: str, node: yaml.Node) -> Iterator[Any]:
+    """Fills a dataclass without running its code; fields that an older version did not have get their defaults."""
+    kind = _named_class(name)
+    if not dataclasses.is_dataclass(kind) or not isinstance(node, yaml.MappingNode):
+        raise _Forbidden(f"an object of `{name}`")
+    instance = object.__new__(kind)
+    yield instance  # before its fields, which may refer to it
+    state = {str(key): value for key, value in loader.construct_mapping(node, deep=True).items()}
+    for field in dataclasses.fields(kind):
+        if field.name not in state and field.default_factory is not dataclasses.MISSING:
+            state[field.name] = field.default_factory()
+    instance.__dict__.update(state)
+
+
+def _construct_value(loader: _ConfigLoader, name: str, node: yaml.Node) -> Any:
+    """Paths and enumerations, which YAML writes as a call with arguments."""
+    if not isinstance(node, yaml.SequenceNode):
+        raise _Forbidden(f"a call of `{name}`")
+    arguments = loader.construct_sequence(node, deep=True)
+    if re.fullmatch(r"pathlib(\._local)?\.(Pure)?(Posix|Windows)?Path", name):
+        if not all(isinstance(argument, (str, PurePath)) for argument in arguments):
+            raise _Forbidden("a path that is not made of words")
+        return Path(*arguments)
+    if not _is_ours(name):
+        raise _Forbidden(f"a call of `{name}`")
+    kind = _named_class(name)
+    if not issubclass(kind, enum.Enum) or len(arguments) != 1:
+        raise _Forbidden(f"a call of `{name}`")
+    return kind(arguments[0])
+
+
+def _construct_class(loader: _ConfigLoader, name: str, node: yaml.Node) -> type:
+    return _named_class(name)
+
+
+def _construct_tuple(loader: _ConfigLoader, node: Any) -> tuple:
+    return tuple(loader.construct_sequence(node, deep=True))
+
+
+_ConfigLoader.add_multi_constructor(f"{_TAG}object:", _construct_dataclass)
+_ConfigLoader.add_multi_constructor(f"{_TAG}object/apply:", _construct_value)
+_ConfigLoader.add_multi_constructor(f"{_TAG}name:", _construct_class)
+_ConfigLoader.add_constructor(f"{_TAG}tuple", _construct_tuple)

@@ -1,0 +1,1 @@
+"""A model together with its photos: what pipeline, viewer and commands share."""

@@ -1,0 +1,159 @@
+"""Lifting in place: a model's features and decoder are replaced by lifted ones."""
+
+import math
+import time
+from collections.abc import Sequence
+from typing import Any, Optional
+
+import matplotlib as mpl
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from fit3d_ns.features.pca import ColorBasis
+from fit3d_ns.lifting.evaluation import EvaluationView, decode_view
+from fit3d_ns.lifting.lift import Lift, LiftScene, lift_features, passes
+from fit3d_ns.lifting.operator import FeatureOperator
+from fit3d_ns.lifting.settings import LiftSettings
+from fit3d_ns.model import FEATURES, Fit3DSplatModel
+from fit3d_ns.scenes.views import model_geometry
+from fit3d_ns.support.html_report import ImageLike, Report
+
+
+def lift_scene(model: Fit3DSplatModel, scene: LiftScene, settings: LiftSettings) -> Lift:
+    """Lifts features onto a model's Gaussians, under a progress bar.
+
+    Args:
+        model: In evaluation mode; its features and decoder are overwritten.
+        scene: Its views.
+        settings: The user's choices.
+
+    Raises:
+        UserError: As ``lift_features``.
+    """
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as progress:
+        total = passes(settings) * len(scene.training)
+        task = progress.add_task(f"Lifting {len(scene.training)} views", total=total)
+        with torch.no_grad():
+            lift = lift_features(
+                FeatureOperator(model_geometry(model), model.feature_grid),
+                scene,
+                model.fit3d_decoder.width,
+                model.config.feature_dim,
+                settings,
+                lambda count: progress.advance(task, count),
+            )
+        progress.update(task, completed=total)
+    model.gauss_params[FEATURES].data.copy_(lift.values)
+    model.fit3d_decoder.weight.data.copy_(lift.decoder.weight.data)
+    model.feature_view.refresh()
+    model.feature_view.take_disagreement(lift.variance, lift.coverage)
+    return lift
+
+
+PICTURED = 3
+"""Views that are shown."""
+_BRIGHTEST = 0.99
+"""Share of the shown pixels that are darker than the brightest colour of the heat map."""
+_CURVES = {"feature_cosine": "held-out cosine", "feature_l1": "held-out L1", "view_match_lifted": "match between views"}
+_METRICS = {
+    "feature_cosine": "cosine to the teacher, held-out views",
+    "feature_l1": "L1 to the teacher, held-out views",
+    "view_match_lifted": "match between views, lifted",
+    "view_match_teacher": "match between views, teacher",
+}
+
+
+@torch.no_grad()
+def lift_report(
+    model: Fit3DSplatModel, scene: LiftScene, lift: Lift, teacher: str, peak_memory_mb: Optional[float] = None
+) -> Report:
+    """Describes a lift; notes its own time under ``report`` in the lift's seconds.
+
+    Args:
+        model: With the lifted features, in evaluation mode.
+        scene: Its views.
+        lift: The outcome.
+        teacher: Name of the backbone.
+        peak_memory_mb: Largest memory of the GPU, if there is one.
+    """
+    start = time.perf_counter()
+    operator = FeatureOperator(model_geometry(model), model.feature_grid)
+    summary = f"{len(lift.values):,} Gaussians carry {lift.values.shape[1]} channels"
+    report = Report(f"Features of {teacher} lifted onto a trained splat")
+    report.add_text(
+        f"{summary}, which hold {lift.basis_share:.1%} of the teacher's squared length; solved from "
+        f"{len(scene.training)} views with {lift.refinements} refinement steps on the {model.feature_grid.name} grid."
+    )
+    rows = [(text, lift.metrics[name]) for name, text in _METRICS.items() if name in lift.metrics]
+    if rows:
+        report.add_heading("Quality")
+        report.add_table(rows)
+        if "view_match_lifted" in lift.metrics:
+            report.add_text(
+                "Match is the share of surface points that their feature finds again in another view, here between "
+                f"{lift.metrics['view_match_split']} views."
+            )
+    report.add_heading("Views")
+    _add_views(report, operator, scene, lift)
+    _add_curve(report, "Quality against refinement steps", lift.curve, "refinements", "refinement steps")
+    _add_curve(report, "Quality against channels", lift.dim_curve, "dim", "channels on every Gaussian")
+    report.add_heading("Time")
+    report.add_table([*lift.seconds.items(), ("in all", sum(lift.seconds.values()))], header=("stage", "seconds"))
+    if peak_memory_mb is not None:
+        report.add_text(f"At most {peak_memory_mb:,.0f} MB on the GPU.")
+    lift.seconds["report"] = time.perf_counter() - start
+    return report
+
+
+def _add_views(report: Report, operator: FeatureOperator, scene: LiftScene, lift: Lift) -> None:
+    """Photo, teacher and lifted features in the same colours, and how far views disagree about what is seen there."""
+    views, kind = (scene.held_out, "held-out view") if scene.held_out else (scene.training_surfaces, "training view")
+    count = min(PICTURED, len(views))
+    places = [(2 * number + 1) * len(views) // (2 * count) for number in range(count)]
+    shown = [views[place] for place in places]
+    teachers = [item.view.load().float() for item in shown]
+    lifted = [decode_view(operator, item.view, lift.values, lift.decoder) for item in shown]
+    spreads = [disagreement_map(operator, item, lift) for item in shown]
+    brightest = max(float(np.quantile(np.concatenate([spread.ravel() for spread in spreads]), _BRIGHTEST)), 1e-6)
+    report.add_text(
+        "Teacher and lifted features share their colours (principal components). The heat map shows how far the "
+        "training views' features spread about the mean of what is seen at a pixel, as a share of a feature's length: "
+        f"black is none, the brightest colour {brightest:.0%}. Surfaces that no training view sees are black too."
+    )
+    colors = ColorBasis.fit(torch.cat([teacher.flatten(1).T for teacher in teachers]))
+    for place, item, teacher, features, spread in zip(places, shown, teachers, lifted, spreads):
+        pictures: list[tuple[str, ImageLike]] = [
+            ("photo", item.photo()),
+            ("teacher", colors.to_rgb(teacher.permute(1, 2, 0))),
+            ("lifted", colors.to_rgb(features.permute(1, 2, 0))),
+            ("where views disagree", mpl.colormaps["inferno"](np.clip(spread / brightest, 0, 1))[..., :3]),
+        ]
+        report.add_pictures(pictures, f"{kind} {place + 1} of {len(views)}".capitalize())
+
+
+def disagreement_map(operator: FeatureOperator, item: EvaluationView, lift: Lift) -> np.ndarray:
+    """[H, W] rendered standard deviation of what the training views say, as a share of a feature's length."""
+    deviations = lift.variance.sqrt()[:, None] / max(lift.feature_energy, 1e-12) ** 0.5
+    return operator.low_maps([item.view.camera], deviations)[0, 0].cpu().numpy()
+
+
+def _add_curve(report: Report, title: str, points: Sequence[dict[str, Any]], axis: str, label: str) -> None:
+    """Fidelity and consistency against a choice, where more than one was measured."""
+    if len(points) < 2:
+        return
+    names = [name for name in _CURVES if any(name in point for point in points)]
+    report.add_heading(title)
+    report.add_table(
+        [(point[axis], *(point.get(name) for name in names)) for point in points],
+        header=(label, *(_CURVES[name] for name in names)),
+    )
+    steps = [float(point[axis]) for point in points]
+    curves = {
+        _CURVES[name]: (steps, [float(point.get(name, math.nan)) for point in points])
+        for name in names
+        if name != "feature_l1"  # of another scale
+    }
+    report.add_curve("Fidelity and consistency", curves, label, "")

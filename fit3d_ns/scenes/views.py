@@ -1,0 +1,312 @@
+"""A scene's views for lifting: cameras, patch weights, and teacher maps that are read when needed.
+
+Photos are opened one by one, undistorted as nerfstudio's data manager would, hashed or shown to the teacher, and let
+go; nothing that stays is larger than a patch grid, and of maps only what `fit3d_ns.lifting.memory` allows. So memory
+does not grow with the number of photos beyond that.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from jaxtyping import Float, UInt8
+from nerfstudio.cameras.cameras import Cameras
+from nerfstudio.data.datamanagers.full_images_datamanager import _undistort_image
+from nerfstudio.data.datasets.base_dataset import InputDataset
+from torch import Tensor
+
+from fit3d_ns.backbones import load_backbone
+from fit3d_ns.data.feature_cache import FeatureCache, image_key
+from fit3d_ns.data.masks import composite_on_black, patch_weights
+from fit3d_ns.data.scene_checks import check_image_files
+from fit3d_ns.datamanager import Fit3DDataManager
+from fit3d_ns.lifting.evaluation import EvaluationView
+from fit3d_ns.lifting.lift import LiftScene
+from fit3d_ns.lifting.memory import ResidentMaps
+from fit3d_ns.lifting.operator import Geometry, PatchCamera
+from fit3d_ns.lifting.solver import LiftView
+from fit3d_ns.model import Fit3DSplatModel
+from fit3d_ns.support.errors import UserError
+
+_AHEAD = 8
+"""Photos opened ahead of the one that is used."""
+
+
+@dataclass
+class Photo:
+    """One photo as its camera really describes it.
+
+    Attributes:
+        image: [H, W, 3] 8-bit RGB, transparent parts black.
+        camera: One camera without distortion, of the photo's size.
+        weights: [h, w] share of each patch that masks leave valid; None where all is.
+    """
+
+    image: UInt8[Tensor, "H W 3"]
+    camera: Cameras
+    weights: Optional[Float[Tensor, "h w"]]
+
+
+class PhotoReader:
+    """Photos of a split, opened ahead on other threads when they are asked for in order.
+
+    Args:
+        dataset: The split.
+        image_type: ``uint8`` or ``float32``, as the data manager opens photos; decides rounding when undistorting.
+        grid: Patch grid of a photo's height and width.
+    """
+
+    def __init__(self, dataset: InputDataset, image_type: Any, grid: Callable[[int, int], tuple[int, int]]) -> None:
+        self._dataset = dataset
+        self._image_type = image_type
+        self._grid = grid
+        self._pool = ThreadPoolExecutor(max_workers=_AHEAD)
+        self._opened: dict[int, Future[Photo]] = {}
+        self._next = 0
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def read(self, index: int) -> Photo:
+        """Returns a photo.
+
+        Args:
+            index: Its position in the split.
+
+        Raises:
+            UserError: If it is missing, damaged, or not of its camera's size; the sentence names the file.
+        """
+        ahead = _AHEAD if index == self._next else 1  # whoever skips photos does not want those in between
+        self._next = index + 1
+        for position in range(index, min(index + ahead, len(self._dataset))):
+            if position not in self._opened:
+                self._opened[position] = self._pool.submit(self._open, position)
+        for position in [position for position in self._opened if not index <= position < index + _AHEAD]:
+            self._opened.pop(position).cancel()
+        try:
+            return self._opened.pop(index).result()
+        except UserError:
+            raise
+        except Exception as error:
+            check_image_files(self._dataset)
+            raise UserError(f"The photo {self._dataset.image_filenames[index]} cannot be prepared: {error}") from error
+
+    def _open(self, index: int) -> Photo:
+        data = self._dataset.get_data(index, image_type=self._image_type)
+        camera = deepcopy(self._dataset.cameras[index : index + 1])
+        height, width = data["image"].shape[:2]
+        if (height, width) != (int(camera.height.item()), int(camera.width.item())):
+            raise UserError(
+                f"The photo {self._dataset.image_filenames[index]} is {width}x{height} pixels, but its camera says "
+                f"{int(camera.width.item())}x{int(camera.height.item())}: it was changed, restore the photo of the run."
+            )
+        if camera.distortion_params is not None and bool((camera.distortion_params != 0).any()):
+            self._undistort(data, camera)
+        camera.distortion_params = None
+        size = (data["image"].shape[0], data["image"].shape[1])
+        camera.metadata = {**(camera.metadata or {}), "image_size": size, "cam_idx": index}
+        return Photo(composite_on_black(data["image"]), camera, patch_weights(data, self._grid(*size)))
+
+    @staticmethod
+    def _undistort(data: dict[str, Any], camera: Cameras) -> None:
+        single = camera[0]
+        intrinsics = single.get_intrinsics_matrices().numpy()
+        distortion = single.distortion_params.numpy()  # type: ignore[union-attr]
+        intrinsics, image, mask = _undistort_image(single, distortion, data, data["image"].numpy(), intrinsics)
+        data["image"] = torch.from_numpy(image)
+        if mask is not None:
+            data["mask"] = mask
+        values = {"fx": intrinsics[0, 0], "fy": intrinsics[1, 1], "cx": intrinsics[0, 2], "cy": intrinsics[1, 2]}
+        for name, value in {**values, "width": image.shape[1], "height": image.shape[0]}.items():
+            getattr(camera, name)[:] = float(value) if name in values else value
+
+
+@dataclass
+class _Split:
+    """What stays of a split once its photos were gone through."""
+
+    reader: PhotoReader
+    cameras: dict[int, Cameras] = field(default_factory=dict)
+    weights: dict[int, Optional[Tensor]] = field(default_factory=dict)
+
+    def source(self, index: int) -> UInt8[Tensor, "H W 3"]:
+        """Opens a photo for the teacher, and notes what the lift needs beside its map."""
+        photo = self.reader.read(index)
+        self.cameras[index], self.weights[index] = photo.camera, photo.weights
+        return photo.image
+
+
+def photo_reader(datamanager: Fit3DDataManager, model: Fit3DSplatModel, split: str, ahead: int = _AHEAD) -> PhotoReader:
+    """Returns a reader of a split's photos.
+
+    Args:
+        datamanager: Of the scene.
+        model: Whose teacher's patch grid masks are brought to.
+        split: ``train`` or ``eval``.
+    """
+    dataset = datamanager.train_dataset if split == "train" else datamanager.eval_dataset
+    return PhotoReader(dataset, datamanager.config.cache_images_type, model.patch_grid)
+
+
+def cached_training_views(datamanager: Fit3DDataManager, model: Fit3DSplatModel, cache: FeatureCache) -> list[LiftView]:
+    """Returns the training views from maps that lie in the cache already; the teacher is not run.
+
+    Args:
+        datamanager: Of the scene; its own store of photos is not touched.
+        model: The geometry.
+        cache: Of the teacher's maps.
+
+    Raises:
+        UserError: If a photo cannot be used, or the map of one is missing.
+    """
+    reader = photo_reader(datamanager, model, "train")
+    views = []
+    for index in range(len(reader)):
+        photo = reader.read(index)
+        key = cached_key(cache, photo)
+
+        def load(key: str = key) -> Float[Tensor, "C h w"]:
+            return cache.load(key).to(model.device)
+
+        views.append(_lift_view(model, photo.camera.to(model.device), load, photo.weights, training=True))
+    return views
+
+
+def cached_key(cache: FeatureCache, photo: Photo) -> str:
+    """Returns the key of a photo's map in the cache.
+
+    Raises:
+        UserError: If there is none.
+    """
+    key = image_key(photo.image)
+    if not cache.has(key):
+        raise UserError(
+            f"The teacher's maps are not in {cache.folder} (removed, or the photos changed): fit3d-lift "
+            "--load-config makes them anew."
+        )
+    return key
+
+
+def streamed_scene(datamanager: Fit3DDataManager, model: Fit3DSplatModel) -> LiftScene:
+    """Fills the feature cache photo by photo and returns the scene's views; no photo is kept.
+
+    Args:
+        datamanager: Of the scene; its own store of photos is not touched.
+        model: The geometry.
+
+    Raises:
+        UserError: If a photo or the teacher cannot be used.
+    """
+    splits = {name: _Split(photo_reader(datamanager, model, name)) for name in ("train", "eval")}
+    positions = [(split, index) for split in splits.values() for index in range(len(split.reader))]
+    cache, spec = datamanager.open_feature_cache(), datamanager.config.backbone_spec()
+    with torch.random.fork_rng():
+        keys = cache.fill(
+            [lambda split=split, index=index: split.source(index) for split, index in positions],
+            load_teacher=lambda: load_backbone(spec, datamanager.device),
+            device=datamanager.device,
+            batch_size=datamanager.config.feature_batch_size,
+        )
+    maps = ResidentMaps(cache.load, model.device)
+    views: dict[str, list[EvaluationView]] = {"train": [], "eval": []}
+    names = {id(split): name for name, split in splits.items()}
+    for (split, index), key in zip(positions, keys):
+
+        def load(key: str = key) -> Float[Tensor, "C h w"]:
+            return maps.load(key)
+
+        name = names[id(split)]
+        camera = split.cameras[index].to(model.device)
+        views[name].append(
+            _evaluation_view(
+                model,
+                camera,
+                load,
+                split.weights[index],
+                training=name == "train",
+                photo=lambda split=split, index=index: split.reader.read(index).image,
+            )
+        )
+    return _scene(datamanager, views)
+
+
+def resident_scene(datamanager: Fit3DDataManager, model: Fit3DSplatModel) -> LiftScene:
+    """Returns the views of a scene whose photos the data manager holds already, as while training.
+
+    Args:
+        datamanager: Of the scene.
+        model: The geometry.
+    """
+    views: dict[str, list[EvaluationView]] = {"train": [], "eval": []}
+    for split, dataset in (("train", datamanager.train_dataset), ("eval", datamanager.eval_dataset)):
+        photos = datamanager.cached_train if split == "train" else datamanager.cached_eval
+        for index, photo in enumerate(photos):
+            size = (photo["image"].shape[0], photo["image"].shape[1])
+            camera = dataset.cameras[index : index + 1].to(model.device)
+            camera.metadata = {**(camera.metadata or {}), "image_size": size, "cam_idx": index}
+            weights = patch_weights(photo, model.patch_grid(*size))
+
+            def load(split: Any = split, index: int = index) -> Float[Tensor, "C h w"]:
+                return datamanager.teacher_map(split, index)
+
+            views[split].append(
+                _evaluation_view(
+                    model,
+                    camera,
+                    load,
+                    weights,
+                    training=split == "train",
+                    photo=lambda photo=photo: composite_on_black(photo["image"]),
+                )
+            )
+    return _scene(datamanager, views)
+
+
+def held_out_flags(datamanager: Fit3DDataManager) -> list[bool]:
+    """Says of each evaluation view whether it is no training view too (nerfstudio's ``--eval-mode all``)."""
+    trained = {Path(name) for name in datamanager.train_dataset.image_filenames}
+    return [Path(name) not in trained for name in datamanager.eval_dataset.image_filenames]
+
+
+def model_geometry(model: Fit3DSplatModel) -> Geometry:
+    """Returns a model's Gaussians in the units of the rasteriser, without gradients."""
+    return Geometry(
+        means=model.means.detach(),
+        quats=model.quats.detach(),
+        scales=torch.exp(model.scales.detach()),
+        opacities=torch.sigmoid(model.opacities.detach()).squeeze(-1),
+    )
+
+
+def _evaluation_view(
+    model: Fit3DSplatModel,
+    camera: Cameras,
+    load: Callable[[], Float[Tensor, "C h w"]],
+    weights: Optional[Tensor],
+    training: bool,
+    photo: Callable[[], UInt8[Tensor, "H W 3"]],
+) -> EvaluationView:
+    view = _lift_view(model, camera, load, weights, training)
+    return EvaluationView(view, lambda: model.surface_view(camera), photo)
+
+
+def _lift_view(
+    model: Fit3DSplatModel,
+    camera: Cameras,
+    load: Callable[[], Float[Tensor, "C h w"]],
+    weights: Optional[Tensor],
+    training: bool,
+) -> LiftView:
+    size: tuple[int, int] = camera.metadata["image_size"]  # type: ignore[index]
+    viewmat, intrinsics = model.view_matrices(camera, optimized=training)
+    patch_camera = PatchCamera(viewmat, intrinsics, size, model.patch_grid(*size))
+    return LiftView(patch_camera, load, None if weights is None else weights.to(model.device))
+
+
+def _scene(datamanager: Fit3DDataManager, views: dict[str, list[EvaluationView]]) -> LiftScene:
+    held_out = [view for view, kept in zip(views["eval"], held_out_flags(datamanager)) if kept]
+    return LiftScene([item.view for item in views["train"]], held_out, views["train"])

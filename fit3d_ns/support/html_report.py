@@ -1,0 +1,254 @@
+"""A report as one HTML file: text, tables, pictures and curves, with everything embedded and no network needed."""
+
+import base64
+import html
+import io
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Union
+
+import numpy as np
+import torch
+from PIL import Image
+
+from fit3d_ns.support.files import atomic_write_text
+
+ImageLike = Union[np.ndarray, torch.Tensor]
+"""[H, W, 3] or [H, W]: uint8, or float in [0, 1] (clamped; NaN is black)."""
+
+_CONTENT_WIDTH = 1080
+"""Width of the page's content in CSS pixels; rows of pictures are made to fit it."""
+
+_LARGEST_SIDE = 640
+"""Pictures are scaled down to this many pixels before they are embedded."""
+
+_SMALL_SIDE = 128
+"""Pictures with no side above this are maps of patches: their pixels are shown as crisp squares."""
+
+_CURVE_COLORS = ("#3b82f6", "#f59e0b", "#10b981", "#ef4444", "#8b5cf6", "#14b8a6", "#ec4899", "#84cc16")
+"""Readable on white and on near-black."""
+
+_STYLE = """
+:root { color-scheme: light dark;
+  --text: #1f2328; --quiet: #656d76; --page: #ffffff; --card: #f6f8fa; --line: #d8dee4; }
+@media (prefers-color-scheme: dark) {
+  :root { --text: #e6edf3; --quiet: #9198a1; --page: #0d1117; --card: #161b22; --line: #30363d; }
+}
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--page); color: var(--text);
+  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
+main { max-width: 1128px; margin: 0 auto; padding: 24px 24px 64px; }
+h1 { font-size: 1.75rem; line-height: 1.25; margin: 16px 0 24px; letter-spacing: -0.01em; }
+h2 { font-size: 1.2rem; margin: 40px 0 12px; padding-top: 20px; border-top: 1px solid var(--line); }
+h3 { font-size: 1rem; margin: 24px 0 8px; }
+p { margin: 0 0 12px; max-width: 72ch; white-space: pre-line; overflow-wrap: anywhere; }
+pre { margin: 0 0 12px; padding: 12px 14px; background: var(--card); border: 1px solid var(--line); border-radius: 8px;
+  white-space: pre-wrap; overflow-wrap: anywhere;
+  font: 0.875rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
+.table { overflow-x: auto; margin: 0 0 16px; }
+table { border-collapse: collapse; font-size: 0.9375rem; font-variant-numeric: tabular-nums; }
+th, td { padding: 6px 20px 6px 0; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top; }
+th { color: var(--quiet); font-weight: 600; white-space: nowrap; }
+.number { text-align: right; white-space: nowrap; }
+.pictures { display: flex; flex-wrap: wrap; gap: 12px; margin: 0 0 16px; align-items: flex-start; }
+figure { margin: 0; max-width: 100%; width: min-content; cursor: zoom-in; outline: none; }
+.pictures img { display: block; width: auto; max-width: calc(100vw - 48px); object-fit: contain; border-radius: 6px;
+  background: var(--card); height: var(--height); }
+.pictures img.patches { image-rendering: pixelated; }
+figure:focus { width: 100%; cursor: zoom-out; }
+figure:focus img { width: 100%; height: auto; max-width: 100%; }
+figcaption { font-size: 0.8125rem; line-height: 1.35; color: var(--quiet);
+  padding: 6px 2px 0; overflow-wrap: anywhere; }
+.curve { margin: 0 0 20px; max-width: 720px; }
+.curve svg { display: block; width: 100%; height: auto; color: var(--quiet); }
+.curve text { font-family: inherit; }
+.legend { display: flex; flex-wrap: wrap; gap: 4px 18px; font-size: 0.875rem; margin: 0 0 4px; }
+.legend i { display: inline-block; width: 18px; height: 3px; border-radius: 2px; margin: 0 8px 4px 0; }
+@media (max-width: 600px) { main { padding: 12px 16px 48px; } .pictures { gap: 10px; } h1 { font-size: 1.4rem; } }
+"""
+
+
+class Report:
+    """Collects the parts of a page, in order, and writes it as one self-contained file.
+
+    The page needs no script and no network, follows the reader's light or dark setting, and fits a phone; a picture
+    grows to the page's width when tapped. All text is escaped.
+    """
+
+    def __init__(self, title: str) -> None:
+        """Starts an empty page under ``title``."""
+        self._title = title
+        self._parts: list[str] = []
+
+    def add_heading(self, text: str) -> None:
+        """Starts a section."""
+        self._parts.append(f"<h2>{html.escape(text)}</h2>")
+
+    def add_text(self, text: str) -> None:
+        """Adds a paragraph; line breaks are kept."""
+        self._parts.append(f"<p>{html.escape(text)}</p>")
+
+    def add_code(self, text: str) -> None:
+        """Adds a block in a fixed-width font, such as a command to copy."""
+        self._parts.append(f"<pre>{html.escape(text)}</pre>")
+
+    def add_table(self, rows: Sequence[Sequence[object]], header: Sequence[object] | None = None) -> None:
+        """Adds a table.
+
+        Args:
+            rows: cells; floats are shown with four significant digits, None as a dash, anything else by ``str``.
+            header: names of the columns, if they need any.
+        """
+        lines = ["<div class='table'><table>"]
+        if header is not None:
+            columns = ([row[k] for row in rows if k < len(row)] for k in range(len(header)))
+            names = (
+                _tag("th", cell, bool(column) and all(_is_number(value) for value in column))
+                for cell, column in zip(header, columns)
+            )
+            lines.append(f"<tr>{''.join(names)}</tr>")
+        lines += (f"<tr>{''.join(_tag('td', cell, _is_number(cell)) for cell in row)}</tr>" for row in rows)
+        self._parts.append("".join(lines) + "</table></div>")
+
+    def add_pictures(self, pictures: Sequence[tuple[str, ImageLike]], title: str | None = None) -> None:
+        """Adds a row of pictures of the same height, each with its caption below; the row wraps on a narrow screen.
+
+        Maps of patches (no side above 128) keep their crisp squares when they are shown larger than they are.
+
+        Args:
+            pictures: (caption, image [H, W, 3] or [H, W]), uint8 or float in [0, 1].
+            title: a line above the row.
+
+        Raises:
+            ValueError: if an image has another shape.
+        """
+        images = [(caption, _to_uint8(image)) for caption, image in pictures]
+        aspects = sum(image.shape[1] / image.shape[0] for _, image in images)
+        gaps, aspects = 12 * (len(images) - 1), max(aspects, 1e-6)
+        height = int(np.clip((_CONTENT_WIDTH - gaps) / aspects, 112, 320))
+        # As high as lets the row fit the window, whose width is less by margins and a scroll bar; then it wraps.
+        fitting = f"clamp(112px, calc((100vw - {64 + gaps}px) / {aspects:.3f}), {height}px)"
+        if title is not None:
+            self._parts.append(f"<h3>{html.escape(title)}</h3>")
+        figures = "".join(_figure(caption, image) for caption, image in images)
+        self._parts.append(f"<div class='pictures' style='--height:{fitting}'>{figures}</div>")
+
+    def add_curve(
+        self, title: str, curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], xlabel: str, ylabel: str
+    ) -> None:
+        """Adds one diagram.
+
+        Args:
+            title: a line above it.
+            curves: name to (x, y), each of the same length; NaN leaves a gap.
+            xlabel: name of the x axis.
+            ylabel: name of the y axis.
+
+        Raises:
+            ValueError: if an x and its y differ in length.
+        """
+        legend = "".join(
+            f"<span><i style='background:{color}'></i>{html.escape(name)}</span>"
+            for name, color in zip(curves, _cycle(len(curves)))
+        )
+        self._parts.append(
+            f"<div class='curve'><h3>{html.escape(title)}</h3><div class='legend'>{legend}</div>"
+            f"{_curve_svg(curves, xlabel, ylabel)}</div>"
+        )
+
+    def to_html(self) -> str:
+        """The whole page."""
+        title = html.escape(self._title)
+        return (
+            "<!DOCTYPE html>\n<html lang='en'><head><meta charset='utf-8'>"
+            "<meta name='viewport' content='width=device-width, initial-scale=1'>"
+            f"<title>{title}</title><style>{_STYLE}</style></head>\n<body><main>\n<h1>{title}</h1>\n"
+            + "\n".join(self._parts)
+            + "\n</main></body></html>\n"
+        )
+
+    def write(self, path: Path | str) -> None:
+        """Writes the page as one step: ``path`` holds either the whole report or what it held before.
+
+        Raises:
+            UserError: if the file cannot be written.
+        """
+        atomic_write_text(path, self.to_html())
+
+
+def _is_number(value: object) -> bool:
+    return value is None or isinstance(value, (int, float))
+
+
+def _tag(name: str, value: object, right: bool) -> str:
+    text = "–" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"<{name}{' class=number' if right else ''}>{html.escape(text)}</{name}>"
+
+
+def _to_uint8(image: ImageLike) -> np.ndarray:
+    """[H, W, 3] uint8, no larger than the report shows it."""
+    array = image.detach().cpu().float().numpy() if isinstance(image, torch.Tensor) else np.asarray(image)
+    if isinstance(image, torch.Tensor) and image.dtype == torch.uint8:
+        array = array.astype(np.uint8)
+    if array.ndim == 2:
+        array = np.repeat(array[:, :, None], 3, axis=2)
+    if array.ndim != 3 or array.shape[2] != 3 or array.size == 0:
+        raise ValueError(f"expected a picture [H, W, 3] or [H, W], got {list(array.shape)}")
+    if array.dtype != np.uint8:
+        array = np.round(np.nan_to_num(array.astype(np.float32)).clip(0, 1) * 255).astype(np.uint8)
+    scale = _LARGEST_SIDE / max(array.shape[:2])
+    if scale < 1:
+        size = (max(1, round(array.shape[1] * scale)), max(1, round(array.shape[0] * scale)))
+        array = np.asarray(Image.fromarray(array).resize(size, Image.Resampling.LANCZOS))
+    return array
+
+
+def _figure(caption: str, image: np.ndarray) -> str:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="PNG", optimize=True)
+    data = base64.b64encode(buffer.getvalue()).decode("ascii")
+    kind = " class='patches'" if max(image.shape[:2]) <= _SMALL_SIDE else ""
+    text = html.escape(caption)
+    # The natural size is given as the aspect ratio, because a small map must still fill the row's height.
+    style = f"aspect-ratio:{image.shape[1]}/{image.shape[0]}"
+    return (
+        f"<figure tabindex='0'><img{kind} style='{style}' alt='{text}' src='data:image/png;base64,{data}'>"
+        f"<figcaption>{text}</figcaption></figure>"
+    )
+
+
+def _cycle(count: int) -> list[str]:
+    return [_CURVE_COLORS[k % len(_CURVE_COLORS)] for k in range(count)]
+
+
+def _curve_svg(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], xlabel: str, ylabel: str) -> str:
+    # Imported here: only the commands that write reports need it, and it takes a while.
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    text_color = "#0a0b0c"  # stands for the page's own colour, put in below
+    style: Any = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "report",
+        "font.size": 10,
+        "axes.edgecolor": text_color,
+        "axes.labelcolor": text_color,
+        "xtick.color": text_color,
+        "ytick.color": text_color,
+    }
+    with mpl.rc_context(style):
+        figure = Figure(figsize=(6.0, 3.0), layout="constrained")
+        axes = figure.add_subplot()
+        for (x, y), color in zip(curves.values(), _cycle(len(curves))):
+            axes.plot(x, y, color=color, linewidth=1.8, marker="o" if len(x) <= 20 else None, markersize=4)
+        axes.grid(color=text_color, alpha=0.15, linewidth=0.8)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_xlabel(xlabel, parse_math=False)
+        axes.set_ylabel(ylabel, parse_math=False)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :].replace(text_color, "currentColor")
+    # Names of groups are not referred to, and would repeat from diagram to diagram.
+    return re.sub(r'<g id="[^"]*"', "<g", svg)

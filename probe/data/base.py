@@ -1,0 +1,296 @@
+"""Samples on disk, and what a data set says of them; reading them, with errors that name the file."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Optional
+
+import numpy as np
+from PIL import Image
+
+from fit3d_ns.support.errors import UserError
+
+IGNORE = 255
+"""Label of pixels that count neither in a loss nor in a metric."""
+
+Kind = Literal["segmentation", "depth", "normals"]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A photo and its truth."""
+
+    image: Path
+    """8-bit colour photo."""
+    target: Path
+    """Index PNG for segmentation, 16-bit PNG for depth."""
+    name: str
+    """Short and unique within the split, for reports."""
+    intrinsics: Optional[tuple[float, float, float, float]] = None
+    """fx, fy, cx, cy in pixels of the photo, where known; needed for normals."""
+
+
+@dataclass(frozen=True)
+class LabelRule:
+    """How the values of an index PNG become class ids."""
+
+    num_classes: int
+    zero_is_ignored: bool = False
+    """Whether 0 means "no class" and k means class k - 1 (ADE20K, NYU40)."""
+    ids: Optional[tuple[int, ...]] = None
+    """Value of each class, where only some values are classes; all other values are ignored."""
+
+    def apply(self, values: np.ndarray, path: Path) -> np.ndarray:
+        """Maps PNG values to class ids 0..num_classes-1 and 255.
+
+        Raises:
+            UserError: If a value is neither a class nor the ignore value.
+        """
+        if self.ids is not None:
+            table = np.full(max(int(values.max(initial=0)), *self.ids) + 1, IGNORE, np.uint8)
+            table[list(self.ids)] = np.arange(len(self.ids))
+            return table[values]
+        values = values.astype(np.int64)
+        ignored = values == IGNORE
+        if self.zero_is_ignored:
+            ignored |= values == 0
+            values = values - 1
+        wrong = ~ignored & (values >= self.num_classes)
+        if wrong.any():
+            value = int(values[wrong][0]) + int(self.zero_is_ignored)
+            raise UserError(
+                f"{path} holds the label {value}, but the data set has {self.num_classes} classes "
+                f"({'1' if self.zero_is_ignored else '0'} to {self.num_classes - (not self.zero_is_ignored)}, and 255 "
+                "for ignored pixels): correct the label file, or the class list."
+            )
+        return np.where(ignored, IGNORE, values).astype(np.uint8)
+
+
+@dataclass(frozen=True)
+class ProbeData:
+    """A data set as a probe sees it."""
+
+    name: str
+    kind: Kind
+    train: Sequence[Sample]
+    test: Sequence[Sample]
+    validation: Optional[Sequence[Sample]] = None
+    """Split of its own for choices, where the data set has one besides the split that results are reported on."""
+    classes: tuple[str, ...] = ()
+    colors: Optional[tuple[tuple[int, int, int], ...]] = None
+    """Colour of each class, 0..255, where the data set has some."""
+    labels: Optional[LabelRule] = None
+    depth_scale: float = 1000.0
+    """PNG units in a metre."""
+    max_depth: float = 10.0
+    """Cap in metres: beyond it depth is neither predicted nor evaluated."""
+    fit: Literal["equal", "image_to_target", "target_to_image"] = "equal"
+    """What to do where photo and truth differ in size: an error, or resize one of them."""
+    notes: tuple[str, ...] = field(default=())
+    """Sentences that the report must say about the splits."""
+
+
+def read_image(path: Path) -> np.ndarray:
+    """Reads a photo as uint8 RGB [H, W, 3].
+
+    Raises:
+        UserError: If the file is missing, damaged or no picture.
+    """
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB"))
+    except (OSError, SyntaxError, ValueError) as error:
+        raise _unreadable(path, error) from None
+
+
+def read_index(path: Path) -> np.ndarray:
+    """Reads an index PNG [H, W] without touching its values: palettes are not resolved to colours.
+
+    Raises:
+        UserError: If the file is missing, damaged or a colour picture.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.mode not in ("P", "L", "I", "I;16", "I;16B", "1"):
+                raise UserError(
+                    f"{path} is a picture of mode {image.mode}, not of class ids: save one value per pixel "
+                    "(8-bit grey or palette PNG)."
+                )
+            return np.asarray(image)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise _unreadable(path, error) from None
+
+
+def read_sample(data: ProbeData, sample: Sample) -> tuple[np.ndarray, np.ndarray]:
+    """Reads a sample.
+
+    Args:
+        data: The data set, which knows how to read its truth.
+        sample: One of its samples.
+
+    Returns:
+        Photo uint8 [H, W, 3], and truth of the same size: class ids uint8 [H, W] with 255 = ignored, or depth
+        float32 [H, W] in metres with 0 = none.
+
+    Raises:
+        UserError: If a file is missing, damaged, of another size or holds other values than it may.
+    """
+    image = read_image(sample.image)
+    values = read_index(sample.target)
+    if data.kind == "segmentation":
+        assert data.labels is not None
+        target = data.labels.apply(values, sample.target)
+    else:
+        target = values.astype(np.float32) / np.float32(data.depth_scale)
+    if image.shape[:2] == target.shape:
+        return image, target
+    check_sizes(data, sample, image.shape[:2], target.shape)
+    height, width = target.shape if data.fit == "image_to_target" else image.shape[:2]
+    if data.fit == "image_to_target":
+        resized = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
+        return np.asarray(resized), target
+    # Never interpolated: between two surfaces, or two classes, there is nothing.
+    rows = (np.arange(height) * target.shape[0]) // height
+    columns = (np.arange(width) * target.shape[1]) // width
+    return image, target[rows][:, columns]
+
+
+def check_sizes(data: ProbeData, sample: Sample, image: tuple[int, ...], target: tuple[int, ...]) -> None:
+    """Checks that photo and truth go together.
+
+    Raises:
+        UserError: If they differ in size where the data set does not allow it, or in shape.
+    """
+    if image == target:
+        return
+    same_view = abs(image[1] * target[0] - target[1] * image[0]) <= 0.02 * image[1] * target[0]
+    if data.fit == "equal" or not same_view:
+        raise UserError(
+            f"{sample.target} has {target[1]}x{target[0]} pixels but its photo {sample.image} has "
+            f"{image[1]}x{image[0]}: both must show the same picture at the same size."
+        )
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
+    if isinstance(error, UserError):
+        return error
+    if isinstance(error, FileNotFoundError):
+        return UserError(f"There is no file {path}: check the data folder or the list that names it.")
+    return UserError(f"{path} is damaged or no picture that can be read: get it again.")
+
+
+HEADERS_CHECKED = 4000
+"""Files of which the size is checked beforehand, per split; evenly spread where there are more."""
+CONTENTS_CHECKED = 100
+"""Samples that are read beforehand, per split; the others are checked as they are read."""
+
+
+@dataclass(frozen=True)
+class DataSummary:
+    """What the check saw."""
+
+    labels_seen: int
+    """Classes that occur in the samples that were read (segmentation)."""
+    valid_share: float
+    """Share of pixels with a class, or with a depth up to the cap."""
+
+
+def check_data(data: ProbeData) -> DataSummary:
+    """Checks a data set before training.
+
+    Args:
+        data: The data set.
+
+    Returns:
+        What the samples that were read hold.
+
+    Raises:
+        UserError: If a split is empty, a file is damaged or holds what it must not, photo and truth differ in size,
+            no pixel has a truth, or the number of classes is not one that 8-bit labels hold.
+    """
+    if data.kind == "segmentation" and not 2 <= len(data.classes) <= IGNORE:
+        raise UserError(
+            f"{data.name} has {len(data.classes)} class{'es' * (len(data.classes) != 1)}, and segmentation needs 2 to "
+            f"{IGNORE} ({IGNORE} marks ignored pixels): check the label files and the class list."
+        )
+    seen: set[int] = set()
+    valid, total = 0, 0
+    for split, samples in (("training", data.train), ("validation", data.validation), ("test", data.test)):
+        if samples is None:
+            continue
+        if not samples:
+            raise UserError(f"The {split} split of {data.name} has no sample: check --data and --split-file.")
+        for sample in spread(samples, HEADERS_CHECKED):
+            _check_header(data, sample)
+        split_valid = 0
+        chosen = spread(samples, CONTENTS_CHECKED)
+        for sample in chosen:
+            _, target = read_sample(data, sample)
+            if data.kind == "segmentation":
+                present = np.unique(target)
+                seen.update(int(value) for value in present if value != 255)
+                known = int((target != 255).sum())
+            else:
+                known = int(((target > 0) & (target <= data.max_depth)).sum())
+            split_valid += known
+            total += target.size
+        if not split_valid:
+            raise UserError(_nothing_valid(data, chosen[0], split))
+        valid += split_valid
+    return DataSummary(len(seen), valid / max(1, total))
+
+
+def check_crops(data: ProbeData, crop_of: Callable[[int, int], tuple[int, int]]) -> None:
+    """Checks that the training crops of all photos have one size, as those of a step must.
+
+    Args:
+        data: The data set.
+        crop_of: Returns the size of a crop, given height and width of a photo.
+
+    Raises:
+        UserError: If not.
+    """
+    first: Optional[tuple[Path, tuple[int, int]]] = None
+    for sample in spread(data.train, HEADERS_CHECKED):
+        path = sample.target if data.fit == "image_to_target" else sample.image
+        with Image.open(path) as image:
+            crop = crop_of(image.height, image.width)
+        if first is None:
+            first = path, crop
+        elif crop != first[1]:
+            raise UserError(
+                f"{first[0]} gives training crops of {first[1][1]}x{first[1][0]} pixels and {path} of "
+                f"{crop[1]}x{crop[0]}, but those of a step must be equal: resize the photos to one size, or use --fast."
+            )
+
+
+def spread(samples: Sequence[Sample], count: int) -> list[Sample]:
+    """Returns at most ``count`` samples, evenly spread."""
+    if len(samples) <= count:
+        return list(samples)
+    return [samples[(2 * k + 1) * len(samples) // (2 * count)] for k in range(count)]
+
+
+def _nothing_valid(data: ProbeData, sample: Sample, split: str) -> str:
+    if data.kind == "segmentation":
+        return (
+            f"All pixels of the {split} labels are ignored, for example in {sample.target}: check that they hold class "
+            "ids."
+        )
+    return (
+        f"No pixel of the {split} depths is valid, for example in {sample.target}: they must lie above 0 and not above "
+        f"{data.max_depth:g} m at {data.depth_scale:g} units a metre (--depth-scale, --max-depth)."
+    )
+
+
+def _check_header(data: ProbeData, sample: Sample) -> None:
+    sizes = []
+    for path in (sample.image, sample.target):
+        try:
+            with Image.open(path) as image:
+                sizes.append((image.height, image.width))
+        except FileNotFoundError:
+            raise UserError(f"There is no file {path}: check the data folder or the list that names it.") from None
+        except (OSError, SyntaxError, ValueError):
+            raise UserError(f"{path} is damaged or no picture that can be read: get it again.") from None
+    check_sizes(data, sample, *sizes)

@@ -1,0 +1,355 @@
+"""The output folder of a probe: what it was asked, what each seed gave, and whether that is finished."""
+
+import hashlib
+import json
+import math
+import shlex
+import statistics
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal, Optional
+
+import numpy as np
+import torch
+from PIL import Image
+
+from fit3d_ns.support.errors import UserError
+from fit3d_ns.support.files import atomic_path, atomic_write_json, atomic_write_text
+from fit3d_ns.support.html_report import Report
+from fit3d_ns.support.processes import rank, world_size
+from probe.features import Row, row_width
+from probe.metrics import DEPTH_METRICS, NORMAL_METRICS
+from probe.tasks.task import Task
+
+_PACKAGES = ("fit3d-ns", "torch", "torchmetrics", "timm", "numpy")
+
+
+class ResultFolder:
+    """Results below an output folder."""
+
+    def __init__(self, folder: Path, question: dict[str, Any]) -> None:
+        """Opens a folder, new or of the same question.
+
+        Args:
+            folder: The output folder.
+            question: All that decides the results, beside the seed; JSON-able.
+
+        Raises:
+            UserError: If the folder holds the results of another question, or cannot be used.
+        """
+        self.folder = folder
+        self._question = json.loads(json.dumps(question, sort_keys=True, default=str))
+        content = json.dumps(self._question, sort_keys=True)
+        self.fingerprint = hashlib.blake2b(content.encode(), digest_size=12).hexdigest()
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder} is a file: name a folder with --output-dir.")
+        path = folder / "question.json"
+        if path.is_file():
+            try:
+                found = json.loads(path.read_text())
+            except (OSError, ValueError):
+                found = {}
+            difference = _first_difference(found, self._question)
+            if difference is not None:
+                raise UserError(
+                    f"{folder} holds the results of another probe (it differs in {difference}): choose another "
+                    "--output-dir, or delete it."
+                )
+
+    def start(self) -> None:
+        """Writes down the question."""
+        atomic_write_json(self.folder / "question.json", self._question)
+
+    def checkpoint(self, seed: int) -> Path:
+        """Returns where a seed's training is saved."""
+        return self.folder / "checkpoints" / f"seed_{seed}.pt"
+
+    def read_seed(self, seed: int) -> Optional[dict[str, Any]]:
+        """Returns a finished seed's results."""
+        try:
+            content = json.loads((self.folder / "seeds" / f"seed_{seed}.json").read_text())
+        except (OSError, ValueError):
+            return None
+        return content if content.get("fingerprint") == self.fingerprint else None
+
+    def write_seed(self, seed: int, rows: dict[str, Any], timing: dict[str, float]) -> None:
+        """Writes a finished seed's results."""
+        content = {"fingerprint": self.fingerprint, "seed": seed, "rows": rows, "timing": timing}
+        atomic_write_json(self.folder / "seeds" / f"seed_{seed}.json", content)
+
+    def write_panel(self, place: int, name: str, picture: np.ndarray) -> None:
+        """Keeps a picture for the report."""
+        with atomic_path(self.folder / "panels" / f"{place:06d}_{name}.png") as temporary:
+            Image.fromarray(picture).save(temporary, format="PNG")
+
+    def read_panels(self) -> dict[int, dict[str, np.ndarray]]:
+        """Returns the pictures that were kept, by place and name."""
+        panels: dict[int, dict[str, np.ndarray]] = {}
+        for path in sorted((self.folder / "panels").glob("[0-9]*_*.png")):
+            place, _, name = path.stem.partition("_")
+            with Image.open(path) as picture:
+                panels.setdefault(int(place), {})[name] = np.asarray(picture.convert("RGB"))
+        return panels
+
+
+def summarize(values: Sequence[Optional[float]]) -> dict[str, Any]:
+    """Returns mean and spread (sample standard deviation; None for a single value) of one metric over seeds."""
+    known = [value for value in values if value is not None and math.isfinite(value)]
+    return {
+        "mean": statistics.fmean(known) if known else None,
+        "spread": statistics.stdev(known) if len(known) > 1 else None,
+        "values": list(values),
+    }
+
+
+def provenance(device: torch.device) -> dict[str, Any]:
+    """Returns the exact command, the versions and the machine's kind."""
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return {
+        "command": shlex.join([*_program(), *sys.argv[1:]]),
+        "versions": {"python": sys.version.split()[0], **{name: _version(name) for name in _PACKAGES}},
+        "device": gpu or "CPU",
+    }
+
+
+def _program() -> list[str]:
+    name = Path(sys.argv[0]).name
+    if world_size() > 1:
+        return [
+            "torchrun",
+            "--nproc-per-node",
+            str(world_size()),
+            *(["-m", "probe.cli"] if name == "cli.py" else [name]),
+        ]
+    return ["python", "-m", "probe.cli"] if name == "cli.py" else [name]
+
+
+def _version(package: str) -> Optional[str]:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _first_difference(found: Any, wanted: Any, path: str = "") -> Optional[str]:
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        for key in {**found, **wanted}:
+            difference = _first_difference(found.get(key), wanted.get(key), f"{path}.{key}" if path else key)
+            if difference is not None:
+                return difference
+        return None
+    return None if found == wanted else path or "everything"
+
+
+COLUMNS: dict[str, tuple[tuple[str, str], ...]] = {
+    "segmentation": (("miou", "mIoU"), ("macc", "mAcc"), ("aacc", "aAcc")),
+    "depth": tuple(
+        zip(DEPTH_METRICS, ("RMSE (m)", "AbsRel", "SqRel", "RMSElog", "log10", "d < 1.25", "d < 1.25²", "d < 1.25³"))
+    ),
+    "normals": tuple(zip(NORMAL_METRICS, ("mean (°)", "RMSE (°)", "< 11.25°", "< 22.5°", "< 30°"))),
+}
+MEANINGS = {
+    "original": "the backbone as it came",
+    "duplicate": "original beside itself: what width alone brings",
+    "tuned": "the fine-tuned backbone alone",
+    "add": "original + tuned",
+    "linear": "learned 2C -> C layer on both",
+    "concat": "original beside tuned (the paper's)",
+    "control": "distilled without 3D, alone",
+}
+_PANEL_ROWS = ("original", "concat", "tuned", "duplicate")
+
+
+def write_report(
+    results: ResultFolder, task: Task, rows: Sequence[Row], width: int, seeds: Sequence[int], summary: dict[str, Any]
+) -> None:
+    """Writes metrics.json, table.md and report.html from the finished seeds.
+
+    Args:
+        results: The output folder.
+        task: The probe.
+        rows: Of the table.
+        width: Channels of one backbone.
+        seeds: All finished.
+        summary: What is said about data, protocol and provenance.
+    """
+    finished = [content for seed in seeds if (content := results.read_seed(seed)) is not None]
+    columns = COLUMNS[task.data.kind]
+    numbers: dict[str, Any] = {}
+    for row in rows:
+        runs = [content["rows"][row.name] for content in finished]
+        numbers[row.name] = {key: summarize([run["scores"][key] for run in runs]) for key, _ in columns}
+        numbers[row.name]["channels"] = row_width(row, width)
+        numbers[row.name]["learning_rates"] = [run["learning_rate"] for run in runs]
+        numbers[row.name]["validation"] = [run["validation"] for run in runs]
+        if task.data.classes:
+            per_class = zip(*(run["scores"]["iou"] for run in runs))
+            numbers[row.name]["iou"] = {
+                name: summarize(list(values)) for name, values in zip(task.data.classes, per_class)
+            }
+    timing = {f"seed_{content['seed']}": content["timing"] for content in finished}
+    atomic_write_json(
+        results.folder / "metrics.json", {**summary, "seeds": list(seeds), "timing": timing, "rows": numbers}
+    )
+    header = ["features", "channels", *(title for _, title in columns)]
+    cells = [
+        [name, str(values["channels"]), *(format_summary(values[key]) for key, _ in columns)]
+        for name, values in numbers.items()
+    ]
+    sentences = _sentences(summary, seeds)
+    text = f"# {_title(summary)}\n\n" + "\n".join(sentences) + "\n\n" + markdown_table(header, cells)
+    text += f"\n`{summary['command']}`\n"
+    atomic_write_text(results.folder / "table.md", text)
+    _write_page(results, task, numbers, header, cells, sentences, summary)
+
+
+def format_summary(value: dict[str, Any]) -> str:
+    """Shows mean and spread with digits that fit the size of the number."""
+    if value["mean"] is None:
+        return "–"
+    digits = 2 if abs(value["mean"]) >= 10 else 4
+    text = f"{value['mean']:.{digits}f}"
+    return text if value["spread"] is None else f"{text} ± {value['spread']:.{digits}f}"
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Returns a Markdown table."""
+    lines = ["| " + " | ".join(header) + " |", "|" + "|".join(["---", *["---:"] * (len(header) - 1)]) + "|"]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def _title(summary: dict[str, Any]) -> str:
+    return f"{summary['probe'].capitalize()} probe: {summary['backbone']['name']} on {summary['data']['name']}"
+
+
+def _sentences(summary: dict[str, Any], seeds: Sequence[int]) -> list[str]:
+    data = summary["data"]
+    sentences = [
+        f"Protocol {summary['protocol']}; {data['train']} training and {data['test']} test samples; "
+        + (
+            f"mean ± standard deviation over {len(seeds)} seeds."
+            if len(seeds) > 1
+            else "one seed: no spread is known, so do not trust small differences."
+        )
+    ]
+    if summary["fast"]:
+        sentences.append(
+            "FAST protocol: features cached once, no crop, scale or colour augmentation. Rows can be compared with "
+            "each other, not with published numbers."
+        )
+    return sentences + data["notes"]
+
+
+def _write_page(
+    results: ResultFolder,
+    task: Task,
+    numbers: dict[str, Any],
+    header: list[str],
+    cells: list[list[str]],
+    sentences: list[str],
+    summary: dict[str, Any],
+) -> None:
+    report = Report(_title(summary))
+    for sentence in sentences:
+        report.add_text(sentence)
+    report.add_table(cells, header)
+    shown = [(name, MEANINGS[name]) for name in numbers if name in MEANINGS]
+    if any(name.startswith("control_") for name in numbers):
+        shown.append(("control_*", "the same assemblies with the backbone distilled without 3D"))
+    report.add_table(shown, ("row", "what it is"))
+    _add_pictures(report, results, task, numbers)
+    if task.data.classes:
+        report.add_heading("IoU of every class")
+        rows = [
+            [name, *(format_summary(numbers[row]["iou"][name]) for row in numbers)]
+            for name in task.data.classes
+            if any(numbers[row]["iou"][name]["mean"] is not None for row in numbers)
+        ]
+        report.add_table(rows, ("class", *numbers))
+    if any(values["validation"] and values["validation"][0] for values in numbers.values()):
+        report.add_heading("Learning rates")
+        metric = dict(COLUMNS[task.data.kind])[task.headline]
+        report.add_text(f"Chosen for each seed by {metric} on held-out training samples, never on the test split.")
+        report.add_table(
+            [[name, ", ".join(f"{rate:g}" for rate in values["learning_rates"])] for name, values in numbers.items()],
+            ("features", "chosen, by seed"),
+        )
+    report.add_heading("How this was made")
+    report.add_code(summary["command"])
+    versions = ", ".join(f"{name} {version}" for name, version in summary["versions"].items() if version)
+    report.add_text(f"{versions}; {summary['device']}.")
+    report.write(results.folder / "report.html")
+
+
+def _add_pictures(report: Report, results: ResultFolder, task: Task, numbers: dict[str, Any]) -> None:
+    panels = results.read_panels()
+    if not panels:
+        return
+    names = [name for name in _PANEL_ROWS if name in numbers]
+    names = names[:3] if "concat" in names else names
+    report.add_heading("Test photos")
+    for place, pictures in panels.items():
+        row: list[tuple[str, np.ndarray]] = [("photo", pictures["photo"]), ("truth", pictures["truth"])]
+        row += [(name, pictures[name]) for name in names if name in pictures]
+        report.add_pictures(row, title=task.data.test[place].name)
+
+
+class LossLog:
+    """Writes losses of the first process; the file may be appended to by a resumed run."""
+
+    def __init__(self, folder: Path, vis: Literal["none", "tensorboard", "wandb"], config: dict[str, Any]) -> None:
+        """Opens what is asked for.
+
+        Args:
+            folder: The run's.
+            vis: Besides losses.jsonl.
+            config: Shown beside the run, in Weights & Biases.
+
+        Raises:
+            UserError: If a tool is not installed.
+        """
+        self._path = folder / "losses.jsonl"
+        self._board: Optional[Any] = None
+        self._run: Optional[Any] = None
+        if rank():
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            if vis == "tensorboard":
+                from torch.utils.tensorboard import SummaryWriter
+
+                self._board = SummaryWriter(str(folder / "tensorboard"))
+            elif vis == "wandb":
+                import wandb  # type: ignore[import-not-found]
+
+                self._run = wandb.init(project="fit3d-probe", dir=str(folder), config=config)
+        except ImportError:
+            raise UserError(f"--vis {vis} needs the package {vis}: install it with pip.") from None
+
+    def write(self, seed: int, step: int, losses: dict[str, float]) -> None:
+        """Adds the losses of a step, by head."""
+        if rank():
+            return
+        try:
+            with self._path.open("a") as file:
+                file.write(json.dumps({"seed": seed, "step": step, **losses}) + "\n")
+        except OSError as error:
+            raise UserError(f"Cannot write {self._path} ({error.strerror}): free space there.") from None
+        for name, value in losses.items():
+            if self._board is not None:
+                self._board.add_scalar(f"loss/seed_{seed}/{name}", value, step)
+        if self._run is not None:
+            # Steps of their own: those of Weights & Biases only ever grow, and each seed begins anew.
+            self._run.define_metric(f"loss/seed_{seed}/*", step_metric=f"step/seed_{seed}")
+            values = {f"loss/seed_{seed}/{name}": value for name, value in losses.items()}
+            self._run.log({**values, f"step/seed_{seed}": step})
+
+    def close(self) -> None:
+        """Ends what was opened."""
+        if self._board is not None:
+            self._board.close()
+        if self._run is not None:
+            self._run.finish()

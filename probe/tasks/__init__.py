@@ -1,0 +1,1 @@
+"""What a probe can learn: segmentation, depth, surface normals."""

@@ -1,0 +1,130 @@
+"""What the three trained probes have in common, and what each must say."""
+
+import colorsys
+from abc import ABC, abstractmethod
+from typing import Any, Generic, Optional, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fit3d_ns.backbones import BackboneOutput
+from probe.augment import resize_image
+from probe.data import ProbeData, Sample, read_sample
+
+RecipeType = TypeVar("RecipeType")
+Batch = dict[str, Tensor]
+
+
+class Task(ABC, Generic[RecipeType]):
+    """A probe: its samples, heads, loss and metric.
+
+    A training sample holds ``image`` uint8 [3, H, W], ``target``, and what `prepare_images` needs; a test sample holds
+    ``views`` uint8 [n, 3, h, w] and ``target``.
+    """
+
+    norm: bool
+    """Whether features are taken after the backbone's final norm."""
+    headline: str
+    """Metric that choices are made by."""
+    higher_is_better: bool
+
+    def __init__(self, data: ProbeData, recipe: RecipeType) -> None:
+        """Takes the data set and the full protocol's recipe."""
+        self.data = data
+        self.recipe = recipe
+
+    @abstractmethod
+    def make_head(self, width: int, cls_width: int, fuse: bool) -> nn.Module:
+        """Makes a head with random weights from the global generator."""
+
+    @abstractmethod
+    def train_sample(self, sample: Sample, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """Reads and augments a training sample."""
+
+    @abstractmethod
+    def prepare_images(self, batch: Batch, fill: Tensor) -> Tensor:
+        """Turns a batch on the device into images [B, 3, H, W] in [0, 1]; ``fill`` [1, 3, 1, 1] is the mean colour."""
+
+    @abstractmethod
+    def loss(self, head: nn.Module, features: BackboneOutput, target: Tensor, step: int) -> Tensor:
+        """Computes a head's loss on dense targets."""
+
+    @abstractmethod
+    def sampled_loss(self, head: nn.Module, features: BackboneOutput, values: Tensor, step: int) -> Tensor:
+        """Computes a head's loss on features of some pixels, [B, C, P, 1], with truth [B, P] or [B, P, 3]."""
+
+    @abstractmethod
+    def test_views(self, image: np.ndarray) -> np.ndarray:
+        """Returns the views uint8 [n, h, w, 3] that the full protocol predicts from."""
+
+    @abstractmethod
+    def predict(self, head: nn.Module, features: BackboneOutput, size: tuple[int, int]) -> Tensor:
+        """Combines the outputs on all views into the prediction at the truth's size (H, W)."""
+
+    @abstractmethod
+    def predict_whole(self, head: nn.Module, features: BackboneOutput, size: tuple[int, int]) -> Tensor:
+        """Predicts from a single view of the whole photo, as the fast protocol does."""
+
+    @abstractmethod
+    def new_metric(self) -> Any:
+        """Makes an empty metric with ``scores()``."""
+
+    @abstractmethod
+    def update(self, metric: Any, prediction: Tensor, target: Tensor) -> None:
+        """Adds a prediction to a metric."""
+
+    @abstractmethod
+    def picture(self, values: Tensor) -> np.ndarray:
+        """Shows a prediction or a truth as uint8 RGB [H, W, 3]."""
+
+    def read(self, sample: Sample) -> tuple[np.ndarray, np.ndarray]:
+        """Reads photo uint8 [H, W, 3] and truth [H, W] or [H, W, 3]."""
+        return read_sample(self.data, sample)
+
+    def test_target(self, image: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Cuts photo and truth to what the protocol evaluates."""
+        return image, target
+
+    def test_sample(self, sample: Sample, whole_size: Optional[tuple[int, int]] = None) -> dict[str, Any]:
+        """Reads a test sample: the full protocol's views, or the whole photo at one size for the fast one."""
+        image, target = self.test_target(*self.read(sample))
+        views = self.test_views(image) if whole_size is None else resize_image(image, whole_size)[None]
+        return {
+            "views": torch.from_numpy(np.ascontiguousarray(views.transpose(0, 3, 1, 2))),
+            "target": torch.from_numpy(np.ascontiguousarray(target)),
+        }
+
+    def mirror_values(self, values: np.ndarray) -> np.ndarray:
+        """Turns truth at some pixels into that of the mirrored photo."""
+        return values
+
+    def is_better(self, score: float, other: float) -> bool:
+        """Tells whether a value of the headline metric beats another; NaN beats nothing."""
+        if np.isnan(other):
+            return not np.isnan(score)
+        return score > other if self.higher_is_better else score < other
+
+
+def class_colors(count: int) -> tuple[tuple[int, int, int], ...]:
+    """Returns colours that neighbours in the list of classes can be told apart by: hues a golden angle apart."""
+    colors = []
+    for index in range(count):
+        hue = (index * 0.618034) % 1.0
+        saturation, value = (0.75, 0.55, 0.9)[index % 3], (0.95, 0.75, 0.6)[(index // 3) % 3]
+        colors.append(tuple(round(255 * part) for part in colorsys.hsv_to_rgb(hue, saturation, value)))
+    return tuple(colors)
+
+
+def depth_colors(depth: np.ndarray, max_depth: float) -> np.ndarray:
+    """Colours depth [H, W] in metres by its logarithm, near bright; black where there is none.
+
+    Returns:
+        uint8 [H, W, 3].
+    """
+    import matplotlib as mpl
+
+    nearest = max_depth / 40
+    share = np.log(np.clip(depth, nearest, max_depth) / nearest) / np.log(max_depth / nearest)
+    colors = mpl.colormaps["magma"](1 - share)[..., :3]
+    return np.where((depth > 0)[..., None], np.round(colors * 255), 0).astype(np.uint8)

@@ -1,0 +1,1 @@
+"""Probes without training: correspondence and retrieval."""
