@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Optional, Tuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -57,9 +57,9 @@ class Benchmark:
 
     backbone: str = "vit_small_patch14_dinov2"
     """Architecture of teacher and student; its weights are random."""
-    size: Tuple[int, int] = (518, 784)
+    size: tuple[int, int] = (518, 784)
     """Height and width of the photos in pixels."""
-    batch_sizes: Tuple[int, ...] = (2, 16, 32)
+    batch_sizes: tuple[int, ...] = (2, 16, 32)
     """Views per step, over all processes."""
     scenes: int = 6
     """Scenes."""
@@ -77,7 +77,7 @@ class Benchmark:
     """See fit3d-distill."""
     scene_placement: Literal["auto", "device", "host", "disk"] = "auto"
     """See fit3d-distill."""
-    scene_memory: Optional[float] = None
+    scene_memory: float | None = None
     """See fit3d-distill."""
     gradient_checkpointing: bool = False
     """See fit3d-distill."""
@@ -91,7 +91,7 @@ class Benchmark:
     """Where to run."""
     profile: bool = False
     """Also tell which kernels the time goes into; slows the training down a little."""
-    folder: Optional[Path] = None
+    folder: Path | None = None
     """Where the synthetic scenes go, to serve again; a temporary folder if not given."""
     output: Path = Path("outputs/benchmarks/distillation.json")
     """Where the rows are written."""

@@ -13,7 +13,7 @@ import time
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any
 
 import torch
 import tyro
@@ -32,7 +32,7 @@ class Benchmark:
 
     data: Path
     """Scene in nerfstudio's format."""
-    settings: Tuple[str, ...]
+    settings: tuple[str, ...]
     """Each: initial features (zeros, random), learning rate of the features, of the decoder; and optionally the number
     of steps between two trainings of the features."""
     output: Path = Path("outputs/benchmarks/feature_optimization.json")
@@ -45,7 +45,7 @@ class Benchmark:
     """`fast` or `paper`."""
     backbone: str = "dinov2_small_focus"
     """Teacher."""
-    backbone_weights: Optional[Path] = None
+    backbone_weights: Path | None = None
     """Local weights of the teacher."""
     cache: Path = Path("/tmp/fit3d_benchmark_cache")
     """Feature cache."""
@@ -53,7 +53,7 @@ class Benchmark:
     """Seed of the run."""
 
 
-SETTINGS: List[List[str]] = []
+SETTINGS: list[list[str]] = []
 
 
 class ManyFieldsModel(Fit3DSplatModel):
@@ -71,17 +71,17 @@ class ManyFieldsModel(Fit3DSplatModel):
             self.gauss_params[f"field_{number}"] = torch.nn.Parameter(values)
             self.decoders.append(FeatureDecoder(self.config.feature_dim, self.fit3d_decoder.width, generator))
 
-    def get_gaussian_param_groups(self) -> Dict[str, List[torch.nn.Parameter]]:
+    def get_gaussian_param_groups(self) -> dict[str, list[torch.nn.Parameter]]:
         """Adds the fields."""
         fields = {f"field_{number}": [self.gauss_params[f"field_{number}"]] for number in range(len(SETTINGS))}
         return {**super().get_gaussian_param_groups(), **fields}
 
-    def get_param_groups(self) -> Dict[str, List[torch.nn.Parameter]]:
+    def get_param_groups(self) -> dict[str, list[torch.nn.Parameter]]:
         """Adds the decoders."""
         decoders = {f"decoder_{number}": list(decoder.parameters()) for number, decoder in enumerate(self.decoders)}
         return {**super().get_param_groups(), **decoders}
 
-    def decode_fields(self, camera: Any, offset: Tuple[float, float] = (0.0, 0.0)) -> List[torch.Tensor]:
+    def decode_fields(self, camera: Any, offset: tuple[float, float] = (0.0, 0.0)) -> list[torch.Tensor]:
         """Decoded maps of a view, one per setting; None where a setting skips this step."""
         maps = []
         for number, setting in enumerate(SETTINGS):
@@ -98,7 +98,7 @@ class ManyFieldsModel(Fit3DSplatModel):
     def _trains_features(self) -> bool:
         return False  # its own field is not part of the comparison
 
-    def get_loss_dict(self, outputs: Any, batch: Any, metrics_dict: Any = None) -> Dict[str, torch.Tensor]:
+    def get_loss_dict(self, outputs: Any, batch: Any, metrics_dict: Any = None) -> dict[str, torch.Tensor]:
         """Adds one loss per setting."""
         losses = super().get_loss_dict(outputs, batch, metrics_dict)
         if self.training:
@@ -138,7 +138,7 @@ def main(benchmark: Benchmark) -> None:
     _set_random_seed(benchmark.seed)
     trainer = config.setup()
     trainer.setup()
-    rows: List[Dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
 
     @torch.no_grad()
     def measure(step: int) -> None:
@@ -146,7 +146,7 @@ def main(benchmark: Benchmark) -> None:
             return
         pipeline = trainer.pipeline
         pipeline.eval()
-        scores: List[List[Tuple[float, float]]] = [[] for _ in SETTINGS]
+        scores: list[list[tuple[float, float]]] = [[] for _ in SETTINGS]
         for camera, batch in pipeline.datamanager.fixed_indices_eval_dataloader:
             teacher = batch["teacher"].float()
             for number, decoded in enumerate(pipeline.model.decode_fields(camera)):

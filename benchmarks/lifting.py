@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Optional
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -59,11 +59,11 @@ class Benchmark:
     """What is measured."""
     output: Path = Path("outputs/benchmarks/lifting")
     """Where lifting.json and lifting.html go."""
-    backbone: Optional[str] = "dinov2_small_focus"
+    backbone: str | None = "dinov2_small_focus"
     """Teacher."""
-    backbone_weights: Optional[Path] = None
+    backbone_weights: Path | None = None
     """Local weights of the teacher."""
-    feature_cache_dir: Optional[Path] = None
+    feature_cache_dir: Path | None = None
     """Feature cache."""
     refinements: tuple[int, ...] = (0, 1, 2, 3, 5, 10)
     """Numbers of refinement steps compared."""

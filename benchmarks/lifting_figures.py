@@ -9,7 +9,7 @@ consistency of every solver).
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Tuple
+from typing import Any
 
 import tyro
 from matplotlib.axes import Axes
@@ -29,7 +29,7 @@ _FAMILIES = (
 class Figures:
     """Draws the figures."""
 
-    results: tyro.conf.Positional[Tuple[Path, ...]]
+    results: tyro.conf.Positional[tuple[Path, ...]]
     """lifting.json of each scene; the file's name names the scene."""
     output: Path = Path("outputs/benchmarks")
     """Where the figures go."""

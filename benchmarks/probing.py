@@ -21,10 +21,11 @@ row by row. `random` writes randomly initialised weights, for the row that shows
 import json
 import platform
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Callable, Literal, Optional, Tuple, Union
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -59,7 +60,7 @@ class Throughput:
     """Architecture; its weights stay random."""
     classes: int = 150
     """Of segmentation; those of the data set where one is given."""
-    data: Optional[Path] = None
+    data: Path | None = None
     """Data set, to time the whole pipeline too."""
     dataset: DatasetName = "folder"
     """Its layout."""
@@ -111,13 +112,13 @@ class Difference:
     """Which probe."""
     backbone: str = "dinov2_small_focus"
     """Original."""
-    backbone_weights: Optional[Path] = None
+    backbone_weights: Path | None = None
     """Local weights of the original."""
-    iterations: Optional[int] = None
+    iterations: int | None = None
     """Of the full protocol, instead of the recipe's."""
-    fast_iterations: Optional[int] = None
+    fast_iterations: int | None = None
     """Of the fast protocol, likewise."""
-    seeds: Tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[int, ...] = (0, 1, 2)
     """Of both."""
     device: str = "auto"
     """Where."""
@@ -141,7 +142,7 @@ class Random:
     """Of the weights."""
 
 
-def throughput(benchmark: Throughput) -> Optional[dict[str, Any]]:
+def throughput(benchmark: Throughput) -> dict[str, Any] | None:
     """Times steps on noise, and on photos if there are some; None in all processes but the first."""
     with process_group(benchmark.device) as device:
         line = _throughput(benchmark, device)
@@ -285,7 +286,7 @@ def write_random_weights(benchmark: Random) -> None:
     save_file(model.state_dict(), benchmark.weights)
 
 
-def main(benchmark: Union[Throughput, Feed, Difference, Random]) -> None:
+def main(benchmark: Throughput | Feed | Difference | Random) -> None:
     """Runs a benchmark and collects its line."""
     if isinstance(benchmark, Random):
         write_random_weights(benchmark)
@@ -336,12 +337,10 @@ def _machine(device: torch.device) -> str:
 if __name__ == "__main__":
     main(
         tyro.cli(
-            Union[
-                Annotated[Throughput, tyro.conf.subcommand("throughput")],
-                Annotated[Feed, tyro.conf.subcommand("feed")],
-                Annotated[Difference, tyro.conf.subcommand("difference")],
-                Annotated[Random, tyro.conf.subcommand("random")],
-            ],  # type: ignore[arg-type]
+            Annotated[Throughput, tyro.conf.subcommand("throughput")]
+            | Annotated[Feed, tyro.conf.subcommand("feed")]
+            | Annotated[Difference, tyro.conf.subcommand("difference")]
+            | Annotated[Random, tyro.conf.subcommand("random")],  # type: ignore[arg-type]
             description=__doc__,
         )
     )

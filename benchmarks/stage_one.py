@@ -15,7 +15,7 @@ import time
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any
 
 import torch
 import tyro
@@ -34,7 +34,7 @@ class Benchmark:
     """Scene in nerfstudio's format."""
     output: Path = Path("outputs/benchmarks/stage_one.json")
     """Where the table is written."""
-    variants: Tuple[str, ...] = ("splatfacto", "fast", "paper")
+    variants: tuple[str, ...] = ("splatfacto", "fast", "paper")
     """What is trained."""
     steps: int = 7000
     """Training steps."""
@@ -42,7 +42,7 @@ class Benchmark:
     """Steps between measurements on the held-out views; their time is not counted."""
     backbone: str = "dinov2_small_focus"
     """Teacher."""
-    backbone_weights: Optional[Path] = None
+    backbone_weights: Path | None = None
     """Local weights of the teacher."""
     cache: Path = Path("/tmp/fit3d_benchmark_cache")
     """Feature cache shared by the variants."""
@@ -50,7 +50,7 @@ class Benchmark:
     """Seed of every run."""
     parallel: bool = False
     """Train all variants at once."""
-    single: Optional[str] = None
+    single: str | None = None
     """Internal: train this variant in this process and print its row."""
 
 
@@ -59,8 +59,8 @@ def main(benchmark: Benchmark) -> None:
     if benchmark.single is not None:
         print("ROW " + json.dumps(train_variant(benchmark, benchmark.single)), flush=True)
         return
-    processes: List[Tuple[str, subprocess.Popen]] = []
-    rows: List[Dict[str, Any]] = []
+    processes: list[tuple[str, subprocess.Popen]] = []
+    rows: list[dict[str, Any]] = []
     for variant in benchmark.variants:
         processes.append((variant, _start(variant)))
         if not benchmark.parallel:
@@ -80,7 +80,7 @@ def _start(variant: str) -> subprocess.Popen:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def _finish(variant: str, process: subprocess.Popen) -> Dict[str, Any]:
+def _finish(variant: str, process: subprocess.Popen) -> dict[str, Any]:
     assert process.stdout is not None
     lines = []
     for line in process.stdout:
@@ -93,7 +93,7 @@ def _finish(variant: str, process: subprocess.Popen) -> Dict[str, Any]:
     return {"variant": variant, "failed": "".join(lines)[-2000:]}
 
 
-def train_variant(benchmark: Benchmark, variant: str) -> Dict[str, Any]:
+def train_variant(benchmark: Benchmark, variant: str) -> dict[str, Any]:
     """Trains one variant and measures it on the held-out views.
 
     Args:
@@ -121,8 +121,8 @@ def train_variant(benchmark: Benchmark, variant: str) -> Dict[str, Any]:
         start = time.perf_counter()
         trainer.pipeline.datamanager.teacher_map("train", 0)
         fill_seconds = time.perf_counter() - start
-    curve: List[Dict[str, float]] = []
-    marks: Dict[int, float] = {}
+    curve: list[dict[str, float]] = []
+    marks: dict[int, float] = {}
     paused, last_peak = 0.0, 0
 
     def measure(step: int) -> None:
@@ -170,7 +170,7 @@ def _now(cuda: bool) -> float:
     return time.perf_counter()
 
 
-def _configuration(benchmark: Benchmark, name: str, options: Dict[str, str]) -> Any:
+def _configuration(benchmark: Benchmark, name: str, options: dict[str, str]) -> Any:
     from nerfstudio.configs.method_configs import all_methods
 
     config = deepcopy(all_methods["splatfacto" if name == "splatfacto" else "fit3d-splat"])

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Optional, Tuple
+from typing import Any
 
 from fit3d_ns.backbones import BackboneSpec, describe_backbone, flags_named
 from fit3d_ns.support.errors import UserError
@@ -22,25 +22,25 @@ class DemoConfig:
 
     output_dir: Path = Path("outputs/demo")
     """Where everything goes."""
-    backbone: Optional[str] = None
+    backbone: str | None = None
     """Teacher and student; by default dinov2_small if its weights can be had, else dinov2_small_focus."""
-    backbone_weights: Optional[Path] = None
+    backbone_weights: Path | None = None
     """Local weights of the backbone."""
     rooms: int = 3
     """Rooms that are lifted and distilled, 1 to 4; one more is made, and only probed on."""
-    views: Optional[int] = None
+    views: int | None = None
     """Photos of each room."""
-    width: Optional[int] = None
+    width: int | None = None
     """Of the photos, pixels."""
-    height: Optional[int] = None
+    height: int | None = None
     """Of the photos, pixels."""
-    splat_steps: Optional[int] = None
+    splat_steps: int | None = None
     """Training steps of each splat."""
-    distill_steps: Optional[int] = None
+    distill_steps: int | None = None
     """Training steps of the backbone."""
-    probe_steps: Optional[int] = None
+    probe_steps: int | None = None
     """Training steps of the linear heads."""
-    probe_seeds: Tuple[int, ...] = (0, 1, 2)
+    probe_seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of the heads; the tables show mean and spread over them."""
     control: bool = True
     """Whether a control is distilled without 3D, which tells what fine-tuning alone brings."""

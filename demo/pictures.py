@@ -1,7 +1,6 @@
 """Pictures of the report, from the files that the commands wrote."""
 
 from pathlib import Path
-from typing import Dict, List, Optional, Tuple
 
 import numpy as np
 import torch
@@ -12,16 +11,16 @@ from demo.stages import places
 from fit3d_ns.backbones import BackboneSpec, load_backbone, resize_to_patches
 from fit3d_ns.features.pca import ColorBasis
 
-Picture = Tuple[str, np.ndarray]
+Picture = tuple[str, np.ndarray]
 """Caption, and uint8 [H, W, 3]."""
 
 
-def photos(room: Path, count: int) -> List[Picture]:
+def photos(room: Path, count: int) -> list[Picture]:
     """Returns photos of a room, spread over the walk through it, named by their files."""
     return [(path.stem, read_picture(path)) for path in _spread(sorted((room / "images").glob("*.png")), count)]
 
 
-def evaluation_views(run: Path, count: int) -> List[List[Picture]]:
+def evaluation_views(run: Path, count: int) -> list[list[Picture]]:
     """Returns held-out views of a run as ``ns-eval`` saved them: photo, render, teacher's and lifted features."""
     rows = []
     for path in _spread(sorted((run / "eval").glob("eval_img_*.png")), count):
@@ -32,7 +31,7 @@ def evaluation_views(run: Path, count: int) -> List[List[Picture]]:
 
 
 @torch.no_grad()
-def feature_pictures(config: DemoConfig, count: int) -> List[List[Picture]]:
+def feature_pictures(config: DemoConfig, count: int) -> list[list[Picture]]:
     """Returns photos of the held-out room beside what each backbone makes of them, in the original's colours.
 
     Args:
@@ -40,12 +39,12 @@ def feature_pictures(config: DemoConfig, count: int) -> List[List[Picture]]:
         count: Photos.
     """
     where = places(config)
-    weights: Dict[str, Optional[Path]] = {"original": config.backbone_weights}
+    weights: dict[str, Path | None] = {"original": config.backbone_weights}
     weights["tuned"] = where.distilled("lifted") / "backbone.safetensors"
     if config.control:
         weights["control"] = where.distilled("control") / "backbone.safetensors"
     chosen = photos(where.held_out_room, count)
-    maps: Dict[str, List[torch.Tensor]] = {}
+    maps: dict[str, list[torch.Tensor]] = {}
     for name, path in weights.items():
         backbone = load_backbone(BackboneSpec(str(config.backbone), path), torch.device("cpu"))
         for _, photo in chosen:
@@ -59,7 +58,7 @@ def feature_pictures(config: DemoConfig, count: int) -> List[List[Picture]]:
     ]
 
 
-def panels(folder: Path, count: int) -> List[List[Picture]]:
+def panels(folder: Path, count: int) -> list[list[Picture]]:
     """Returns test photos of a probe with truth and predictions, as the probe drew them."""
     places_ = sorted({path.name.partition("_")[0] for path in (folder / "panels").glob("[0-9]*_photo.png")})
     rows = []
@@ -76,7 +75,7 @@ def read_picture(path: Path) -> np.ndarray:
         return np.asarray(picture.convert("RGB"))
 
 
-def _halves(picture: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
+def _halves(picture: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     middle = picture.shape[1] // 2
     return picture[:, :middle], picture[:, middle:]
 

@@ -1,8 +1,9 @@
 """The page that tells the story from the photos to the probe tables."""
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Dict, List, Sequence
+from typing import Any
 
 from demo.config import DemoConfig
 from demo.pictures import evaluation_views, feature_pictures, panels, photos
@@ -126,7 +127,7 @@ def _add_splats(report: Report, where: Places, results: DemoResults) -> None:
     for room in where.lifted_rooms:
         for number, row in enumerate(evaluation_views(where.run(room), 2), start=1):
             report.add_pictures(row, title=f"{room.name}, held-out view {number}")
-    rows: List[Sequence[object]] = []
+    rows: list[Sequence[object]] = []
     for room in results.rooms:
         metrics = room.lift["metrics"]
         rows.append(
@@ -195,7 +196,7 @@ def _add_features(report: Report, config: DemoConfig, where: Places, results: De
     )
 
 
-def _add_probe(report: Report, where: Places, metrics: Dict[str, Any], kind: str) -> None:
+def _add_probe(report: Report, where: Places, metrics: dict[str, Any], kind: str) -> None:
     data = metrics["data"]
     number = {"segmentation": 5, "depth": 6}[kind]
     report.add_heading(f"{number}. Probe: {kind}")

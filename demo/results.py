@@ -4,7 +4,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any
 
 from demo.config import DemoConfig
 from demo.stages import Places, places
@@ -19,9 +19,9 @@ class RoomResult:
     """One lifted room."""
 
     name: str
-    scores: Dict[str, Any]
+    scores: dict[str, Any]
     """Of ns-eval, on the held-out views: psnr, ssim, feature_cosine ..."""
-    lift: Dict[str, Any]
+    lift: dict[str, Any]
     """The whole lift.json."""
 
 
@@ -33,7 +33,7 @@ class Comparison:
     baseline: str
     gain: float
     """Difference of the means, positive where the row is better."""
-    spread: Optional[float]
+    spread: float | None
     """Standard deviation of that difference over the seeds of the heads; None for a single seed."""
 
     @property
@@ -50,15 +50,15 @@ class Comparison:
 class DemoResults:
     """Everything the demo measured."""
 
-    rooms: List[RoomResult]
-    tuned: Dict[str, Any]
+    rooms: list[RoomResult]
+    tuned: dict[str, Any]
     """metrics.json of the distillation."""
-    control: Optional[Dict[str, Any]]
+    control: dict[str, Any] | None
     """The same of the control."""
-    correspondence: Dict[str, Any]
+    correspondence: dict[str, Any]
     """metrics.json of the probe; likewise the others."""
-    segmentation: Dict[str, Any]
-    depth: Dict[str, Any]
+    segmentation: dict[str, Any]
+    depth: dict[str, Any]
 
 
 def read_results(config: DemoConfig) -> DemoResults:
@@ -81,7 +81,7 @@ def read_results(config: DemoConfig) -> DemoResults:
     )
 
 
-def comparisons(rows: Dict[str, Any], metric: str, higher_is_better: bool) -> List[Comparison]:
+def comparisons(rows: dict[str, Any], metric: str, higher_is_better: bool) -> list[Comparison]:
     """Compares each fine-tuned row with the untuned one of the same width, and with its control.
 
     Args:
@@ -111,7 +111,7 @@ def _read_room(where: Places, room: Path) -> RoomResult:
     return RoomResult(room.name, _read(run / "eval.json")["results"], _read(run / "lift.json"))
 
 
-def _read(path: Path) -> Dict[str, Any]:
+def _read(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:

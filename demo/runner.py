@@ -4,9 +4,10 @@ import json
 import os
 import shlex
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any
 
 from filelock import FileLock, Timeout
 from rich.console import Console
@@ -50,7 +51,7 @@ def hold(root: Path) -> FileLock:
     return lock
 
 
-def stored_settings(root: Path) -> Optional[Dict[str, Any]]:
+def stored_settings(root: Path) -> dict[str, Any] | None:
     """Returns the settings that a demo was begun with; None if there is none."""
     try:
         return json.loads((root / _SETTINGS).read_text())
@@ -58,7 +59,7 @@ def stored_settings(root: Path) -> Optional[Dict[str, Any]]:
         return None
 
 
-def keep_settings(root: Path, settings: Dict[str, Any]) -> None:
+def keep_settings(root: Path, settings: dict[str, Any]) -> None:
     """Writes down what a demo is begun with.
 
     Raises:
@@ -76,7 +77,7 @@ def keep_settings(root: Path, settings: Dict[str, Any]) -> None:
             )
 
 
-def run_stages(root: Path, stages: Sequence[Stage], console: Console) -> List[Record]:
+def run_stages(root: Path, stages: Sequence[Stage], console: Console) -> list[Record]:
     """Runs what is not done yet.
 
     Args:
@@ -90,8 +91,8 @@ def run_stages(root: Path, stages: Sequence[Stage], console: Console) -> List[Re
     Raises:
         UserError: If a command failed.
     """
-    records: List[Record] = []
-    session: List[Record] = []
+    records: list[Record] = []
+    session: list[Record] = []
     for number, stage in enumerate(stages, start=1):
         record = _read(root, stage)
         if record is None:
@@ -125,7 +126,7 @@ def _run(root: Path, stage: Stage, console: Console) -> Record:
     return record
 
 
-def _read(root: Path, stage: Stage) -> Optional[Record]:
+def _read(root: Path, stage: Stage) -> Record | None:
     try:
         content = json.loads((root / _RECORDS / f"{stage.name}.json").read_text())
         if content["command"] != list(stage.command):

@@ -3,7 +3,6 @@
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import List, Tuple
 
 from demo.config import DemoConfig
 
@@ -21,7 +20,7 @@ class Stage:
     """Names its record."""
     title: str
     """For humans."""
-    command: Tuple[str, ...]
+    command: tuple[str, ...]
     """As typed in a shell."""
     seconds: float
     """About how long it takes on two cores, for the estimate of the time that is left."""
@@ -37,7 +36,7 @@ class Places:
     """Rooms that are lifted."""
 
     @property
-    def lifted_rooms(self) -> List[Path]:
+    def lifted_rooms(self) -> list[Path]:
         """Rooms that are lifted and distilled."""
         return [self.root / "rooms" / _ROOM_NAME.format(index) for index in range(self.num_lifted)]
 
@@ -64,7 +63,7 @@ def places(config: DemoConfig) -> Places:
     return Places(config.output_dir, config.rooms)
 
 
-def stages(config: DemoConfig, cuda: bool) -> List[Stage]:
+def stages(config: DemoConfig, cuda: bool) -> list[Stage]:
     """Returns all commands of the demo.
 
     Args:

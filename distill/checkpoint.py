@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import numpy as np
 import torch
@@ -147,7 +147,7 @@ def random_state() -> dict[str, Any]:
 def restore_random_state(state: Mapping[str, Any]) -> None:
     """Puts back what `random_state` returned."""
     torch.set_rng_state(state["torch"])
-    cuda: Optional[torch.Tensor] = state["cuda"]
+    cuda: torch.Tensor | None = state["cuda"]
     if cuda is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(cuda)
     kind, values, gauss = state["python"]

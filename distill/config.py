@@ -3,10 +3,9 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Optional, Tuple
+from typing import Annotated, Literal
 
 import tyro
-from typing_extensions import Annotated
 
 from fit3d_ns.support.errors import UserError
 
@@ -19,9 +18,9 @@ class DistillConfig:
     plain timm state dict, with card.json, metrics.json and report.html beside it.
     """
 
-    runs: Tuple[Path, ...] = ()
+    runs: tuple[Path, ...] = ()
     """Folders below which finished fit3d-splat runs are looked for, or config.yml files of runs."""
-    bundles: Tuple[Path, ...] = ()
+    bundles: tuple[Path, ...] = ()
     """Scene bundles, or folders that hold some, made on this or another machine."""
     output_dir: Path = Path("outputs/distill")
     """Where checkpoints and results go."""
@@ -29,9 +28,9 @@ class DistillConfig:
     """Go on from the newest checkpoint in --output-dir."""
     all_runs: bool = False
     """Take every run of a scene instead of the newest."""
-    data_root: Optional[Path] = None
+    data_root: Path | None = None
     """Folder that holds the scenes' photos, if they moved since the runs were trained."""
-    bundle_dir: Optional[Path] = None
+    bundle_dir: Path | None = None
     """Where bundles of --runs are written; below each run if not given."""
     bundles_only: bool = False
     """Only make the bundles of --runs."""
@@ -45,12 +44,12 @@ class DistillConfig:
     min_accumulation: float = 0.5
     """Opacity, in [0, 1], below which `drop` leaves a patch out."""
 
-    student: Optional[str] = None
+    student: str | None = None
     """Backbone to fine-tune; the scenes' teacher if not given. Its feature width must be the teacher's."""
-    student_weights: Optional[Path] = None
+    student_weights: Path | None = None
     """Local weights of the student. If not given, the teacher's, or where --student names another backbone, those that
     it is published with."""
-    student_layer: Optional[int] = None
+    student_layer: int | None = None
     """Block of the student whose output is trained. If not given, the teacher's, or where --student names another
     backbone, its last."""
     lora_rank: int = 0
@@ -73,7 +72,7 @@ class DistillConfig:
     """Parts into which each process cuts its share of the batch, one after the other, to save memory."""
     epochs: float = 1.0
     """Passes over all training views."""
-    steps: Optional[int] = None
+    steps: int | None = None
     """Optimizer steps, instead of --epochs."""
     schedule: Literal["constant", "cosine"] = "constant"
     """Learning rate over steps, after the warm-up; `cosine` falls to zero."""
@@ -94,9 +93,9 @@ class DistillConfig:
     (a start of half a minute; in a CUDA graph too on one GPU). By default `graph` on one GPU and `none` elsewhere."""
     scene_placement: Literal["auto", "device", "host", "disk"] = "auto"
     """Where scenes wait: all on the GPU, or in pinned host memory or on disk with uploads ahead of their use."""
-    scene_memory: Optional[float] = None
+    scene_memory: float | None = None
     """GPU memory for scenes in GB; 55 % of what is free if not given."""
-    photo_memory: Optional[float] = None
+    photo_memory: float | None = None
     """GPU memory in GB for decoded photos and for targets that are kept; 15 % of what is free if not given.
     What does not fit is read from the cache, or rendered again, each time."""
     views_per_render: int = 8
@@ -105,7 +104,7 @@ class DistillConfig:
     """Views whose targets are rendered together, ahead of their use, so that views of one scene share a call."""
     workers: int = 0
     """Threads that decode and read photos; as many as the processor has, at most 16, if 0."""
-    cache_dir: Optional[Path] = None
+    cache_dir: Path | None = None
     """Where decoded photos are kept, at the student's resolution; the user's cache folder if not given."""
 
     save_every: int = 500
@@ -122,7 +121,7 @@ class DistillConfig:
     """Also write backbone_fp16.safetensors, in half precision."""
     dinov2_layout: bool = False
     """Also write backbone_dinov2.safetensors, with the keys of facebookresearch/dinov2 (DINOv2 backbones only)."""
-    push_to_hub: Annotated[Optional[str], tyro.conf.arg(metavar="USER/REPO")] = None
+    push_to_hub: Annotated[str | None, tyro.conf.arg(metavar="USER/REPO")] = None
     """Upload the result to this repository of the Hugging Face hub; needs a login."""
 
 

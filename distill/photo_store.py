@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Optional
 
 import torch
 import torch.nn.functional as F
@@ -47,9 +46,9 @@ class PhotoStore:
         scenes: Sequence[Scene],
         patch_size: int,
         device: torch.device,
-        directory: Optional[Path] = None,
+        directory: Path | None = None,
         workers: int = 0,
-        data_root: Optional[Path] = None,
+        data_root: Path | None = None,
         resident_bytes: int = 0,
     ):
         self._scenes = scenes

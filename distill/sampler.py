@@ -3,8 +3,8 @@
 A run that is killed and resumed, or cut over other numbers of processes, therefore sees the same batches.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -27,11 +27,11 @@ class Batch:
 
     step: int
     """From 0."""
-    samples: Tuple[Sample, ...]
+    samples: tuple[Sample, ...]
     """At most ``batch_size``; fewer where views of this size have run out in this epoch."""
-    block: Tuple[int, ...] = ()
+    block: tuple[int, ...] = ()
     """Scenes of the block that the views are from."""
-    next_block: Tuple[int, ...] = ()
+    next_block: tuple[int, ...] = ()
     """Scenes of the block after this one, to be fetched meanwhile; empty where all scenes are one block."""
 
 
@@ -39,9 +39,9 @@ class Batch:
 class SceneViews:
     """What the sampler needs to know of a scene."""
 
-    views: Tuple[int, ...]
+    views: tuple[int, ...]
     """Views to train on."""
-    grids: Tuple[Tuple[int, int], ...]
+    grids: tuple[tuple[int, int], ...]
     """Patch grid (h, w) of each of them."""
     num_bytes: int
     """Memory that the scene takes on the device."""
@@ -66,7 +66,7 @@ class Sampler:
         batch_size: int,
         seed: int,
         flip: float = 0.5,
-        block_bytes: Optional[int] = None,
+        block_bytes: int | None = None,
     ):
         self._scenes = scenes
         self._batch_size = batch_size
@@ -79,7 +79,7 @@ class Sampler:
         """Views in an epoch."""
         return sum(len(scene.views) for scene in self._scenes)
 
-    def epoch(self, epoch: int) -> List[Tuple[Sample, ...]]:
+    def epoch(self, epoch: int) -> list[tuple[Sample, ...]]:
         """Returns the batches of an epoch, in order."""
         return [samples for block in self._epoch_by_block(epoch)[1] for samples in block]
 
@@ -104,17 +104,17 @@ class Sampler:
                     step += 1
             epoch += 1
 
-    def _epoch_by_block(self, epoch: int) -> Tuple[List[List[int]], List[List[Tuple[Sample, ...]]]]:
+    def _epoch_by_block(self, epoch: int) -> tuple[list[list[int]], list[list[tuple[Sample, ...]]]]:
         """The blocks of an epoch, and for each its batches."""
         random = np.random.default_rng([self._seed, epoch])
         blocks = self._blocks(random)
         return blocks, [self._block_batches(block, random) for block in blocks]
 
-    def _blocks(self, random: np.random.Generator) -> List[List[int]]:
+    def _blocks(self, random: np.random.Generator) -> list[list[int]]:
         order = [int(scene) for scene in random.permutation(len(self._scenes))]
         if self.block_bytes is None:
             return [order]
-        blocks: List[List[int]] = []
+        blocks: list[list[int]] = []
         free = 0
         for scene in order:
             if not blocks or self._scenes[scene].num_bytes > free:
@@ -124,14 +124,14 @@ class Sampler:
             free -= self._scenes[scene].num_bytes
         return blocks
 
-    def _block_batches(self, block: List[int], random: np.random.Generator) -> List[Tuple[Sample, ...]]:
+    def _block_batches(self, block: list[int], random: np.random.Generator) -> list[tuple[Sample, ...]]:
         views = [
             (scene, view, grid)
             for scene in sorted(block)
             for view, grid in zip(self._scenes[scene].views, self._scenes[scene].grids)
         ]
         flips = random.random(len(views)) < self._flip
-        by_grid: dict[Tuple[int, int], List[Sample]] = {}
+        by_grid: dict[tuple[int, int], list[Sample]] = {}
         for index in random.permutation(len(views)):
             scene, view, grid = views[index]
             by_grid.setdefault(grid, []).append(Sample(scene, view, bool(flips[index])))

@@ -2,11 +2,11 @@
 
 import os
 from collections import OrderedDict
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Literal, Optional, Tuple
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -28,7 +28,7 @@ class Scene:
     """Where geometry and features are."""
     cameras: BundleCameras
     """Of all views, on the CPU."""
-    patch_weights: Dict[int, Float[Tensor, "h w"]]
+    patch_weights: dict[int, Float[Tensor, "h w"]]
     """What masks leave valid of each patch, for the views that have a mask, on the CPU."""
 
     @property
@@ -47,7 +47,7 @@ class Scene:
         grids = tuple(self.info.patch_grid(view) for view in views)
         return SceneViews(tuple(views), grids, self.bundle.num_bytes())
 
-    def report_views(self, count: int) -> Tuple[List[int], bool]:
+    def report_views(self, count: int) -> tuple[list[int], bool]:
         """Returns up to ``count`` evenly spaced held-out views, and whether they are held out indeed.
 
         A scene that was trained on all its views has none; training views are taken then.
@@ -59,7 +59,7 @@ class Scene:
         return views, bool(held_out)
 
 
-def make_bundles(config: DistillConfig, say: Callable[[str], None]) -> List[Path]:
+def make_bundles(config: DistillConfig, say: Callable[[str], None]) -> list[Path]:
     """Makes the bundles of ``--runs`` that are missing or stale.
 
     Args:
@@ -109,7 +109,7 @@ def _is_of_another_run(folder: Path, run: Any) -> bool:
     return config != run.config_path and config.is_file()
 
 
-def open_scenes(folders: List[Path], data_root: Optional[Path]) -> List[Scene]:
+def open_scenes(folders: list[Path], data_root: Path | None) -> list[Scene]:
     """Opens bundles and checks that they can be distilled together.
 
     Args:
@@ -198,7 +198,7 @@ class SceneBank:
         scenes: Sequence[Scene],
         world: World,
         placement: str = "auto",
-        budget_gigabytes: Optional[float] = None,
+        budget_gigabytes: float | None = None,
     ):
         self._scenes = scenes
         self._device = device = world.device
@@ -221,7 +221,7 @@ class SceneBank:
                 self._resident.update(enumerate(threads.map(self._upload, range(len(scenes)))))
 
     @property
-    def block_bytes(self) -> Optional[int]:
+    def block_bytes(self) -> int | None:
         """Memory of a block of scenes among which views are shuffled; None where all scenes are one block.
 
         Half the budget, so that the next block can arrive while this one is in use.
@@ -269,7 +269,7 @@ class SceneBank:
                     return
                 self._uploads[index] = self._uploader.submit(self._upload, index)
 
-    def check_block(self, block_bytes: Optional[int]) -> None:
+    def check_block(self, block_bytes: int | None) -> None:
         """Refuses to go on with blocks of scenes that were cut for more memory.
 
         Args:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -27,7 +27,7 @@ def teacher_spec(scenes: Sequence[Scene]) -> BackboneSpec:
     return spec_of_identity(info.teacher, Path(info.teacher_weights) if info.teacher_weights else None)
 
 
-def load_teacher(scenes: Sequence[Scene], device: torch.device, weights: Optional[Path] = None) -> Backbone:
+def load_teacher(scenes: Sequence[Scene], device: torch.device, weights: Path | None = None) -> Backbone:
     """Loads the scenes' teacher and checks that it is that very one.
 
     Args:
@@ -139,7 +139,7 @@ class LowRankUpdate(nn.Module):
         return weight + self.up @ self.down
 
 
-def make_average(student: Backbone, decay: float) -> Optional[AveragedModel]:
+def make_average(student: Backbone, decay: float) -> AveragedModel | None:
     """Returns the exponential moving average of the student, to be updated after every step; None for decay 0."""
     if decay <= 0:
         return None

@@ -5,7 +5,7 @@ import signal
 import sys
 import time
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -74,7 +74,7 @@ class Trainer:
         feed: Feed,
         sampler: Sampler,
         world: World,
-        resumed: Optional[dict[str, Any]] = None,
+        resumed: dict[str, Any] | None = None,
     ):
         self._config = config
         self._scenes = scenes
@@ -274,7 +274,7 @@ class Trainer:
         self._world.say(f"Resumed after step {self._step}.")
 
 
-def read_resumed(config: DistillConfig, scenes: list[Scene], student: Backbone) -> Optional[dict[str, Any]]:
+def read_resumed(config: DistillConfig, scenes: list[Scene], student: Backbone) -> dict[str, Any] | None:
     """Reads the newest checkpoint in the output folder, to go on from it.
 
     Args:
@@ -313,7 +313,7 @@ def training_settings(config: DistillConfig, scenes: list[Scene], student: Backb
     return settings
 
 
-def advice_for_few_views(config: DistillConfig, num_views: int, num_steps: int) -> Optional[str]:
+def advice_for_few_views(config: DistillConfig, num_views: int, num_steps: int) -> str | None:
     """Returns advice where the paper's rate and length, made for 140,000 views, would hardly move the student.
 
     Args:

@@ -8,7 +8,7 @@ seconds and needs neither torch nor nerfstudio. A line ``<!-- needs: WHAT -->`` 
 import ast
 import re
 from pathlib import Path
-from typing import Any, List, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[1]
 MARKER = re.compile(r"^<!-- flags: (\S+) (\S+)(?: (\S+))? -->$", re.MULTILINE)
@@ -36,7 +36,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     return MARKER.sub(lambda match: _table(read_flags(match[1], match[2], match[3] or "--")), markdown)
 
 
-def read_flags(file: str, name: str, prefix: str = "--") -> List[Flag]:
+def read_flags(file: str, name: str, prefix: str = "--") -> list[Flag]:
     """Reads the flags that a configuration class declares itself, without those that it inherits.
 
     Args:
@@ -67,7 +67,7 @@ def read_flags(file: str, name: str, prefix: str = "--") -> List[Flag]:
     return flags
 
 
-def _flag(name: str, annotation: ast.expr, value: Optional[ast.expr], prefix: str, meaning: str) -> Flag:
+def _flag(name: str, annotation: ast.expr, value: ast.expr | None, prefix: str, meaning: str) -> Flag:
     text = name.replace("_", "-")
     if "Positional" in ast.unparse(annotation):
         return Flag(name.upper(), "", "", meaning)
@@ -103,7 +103,7 @@ def _typed(value: ast.expr) -> str:
     return "" if plain is None else str(plain)
 
 
-def _table(flags: List[Flag]) -> str:
+def _table(flags: list[Flag]) -> str:
     rows = ["| flag | default | meaning |", "|---|---|---|"]
     for flag in flags:
         name = f"`{' '.join(filter(None, (flag.name, flag.values)))}`"

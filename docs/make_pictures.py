@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ class MakePictures:
     """Where the room and its run go."""
     pictures: Path = Path(__file__).parent / "pictures"
     """Where the pictures go."""
-    load_config: Optional[Path] = None
+    load_config: Path | None = None
     """A run to show instead of a new one."""
     backbone: str = "dinov2_small_focus"
     """Teacher."""

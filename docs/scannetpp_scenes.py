@@ -9,7 +9,7 @@ reader of ScanNet++ has no seed points, and its reader of COLMAP models refuses 
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, List, Optional
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ class Scenes:
 
     data: tyro.conf.Positional[Path]
     """Folder of the scenes, each with `dslr/` in it."""
-    scenes: Optional[Path] = None
+    scenes: Path | None = None
     """File with one scene id per line, such as splits/nvs_sem_train.txt; all folders of DATA without it."""
 
 
@@ -84,7 +84,7 @@ def _frame(scene: Path, image: Any) -> dict[str, Any]:
     return frame
 
 
-def main(args: Optional[List[str]] = None) -> None:
+def main(args: list[str] | None = None) -> None:
     """Command line."""
 
     def command() -> None:

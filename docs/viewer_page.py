@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
-from typing import Any, Optional
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -32,14 +32,14 @@ _STEADY_CLOCK = """(() => {
 """Viser shows a fifth of the pixels where it measures few frames a second, as without a GPU; so it measures 60."""
 
 
-def find_chromium() -> Optional[str]:
+def find_chromium() -> str | None:
     """Returns the path of a Chromium, or None."""
     on_path = next((path for name in _NAMES if (path := shutil.which(name))), None)
     own = Path(os.environ.get("PLAYWRIGHT_BROWSERS_PATH") or Path.home() / ".cache" / "ms-playwright")
     return on_path or next((str(path) for path in sorted(own.glob("chromium-*/chrome-linux*/chrome"))), None)
 
 
-def missing() -> Optional[str]:
+def missing() -> str | None:
     """Returns what a browser lacks on this machine, or None."""
     if importlib.util.find_spec("playwright") is None:
         return "Playwright is not installed (pip install playwright)"

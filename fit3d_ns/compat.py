@@ -5,10 +5,11 @@ Nothing here is imported at a cost: nerfstudio's model modules are touched insid
 
 import inspect
 import sys
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Iterator, Type
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -194,7 +195,7 @@ def clamp_refinement_pause(strategy: Any) -> bool:
     return True
 
 
-def resume_adds_steps(trainer: Type[Any]) -> bool:
+def resume_adds_steps(trainer: type[Any]) -> bool:
     """Whether nerfstudio's trainer counts ``max_num_iterations`` from the resumed step (1.1.5) or from zero (later).
 
     Args:

@@ -1,9 +1,10 @@
 """nerfstudio's full-image data manager, handing each view the teacher's map of it."""
 
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Literal, Optional, Tuple, Type
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -24,14 +25,14 @@ Split = Literal["train", "eval"]
 class Fit3DDataManagerConfig(FullImageDatamanagerConfig):
     """Configuration of the photos and of the teacher that sees them."""
 
-    _target: Type = field(default_factory=lambda: Fit3DDataManager)
+    _target: type = field(default_factory=lambda: Fit3DDataManager)
     """target class to instantiate"""
     backbone: str = "dinov2_small"
     """Teacher: a named backbone (dinov2_small, dinov2_base, dinov2_large, dinov2_giant, dinov2_reg_small,
     dinov2_reg_base, clip_base, mae_base, deit3_base, dinov2_small_focus) or the id of any timm ViT."""
-    backbone_weights: Optional[Path] = None
+    backbone_weights: Path | None = None
     """Local weights (.safetensors, .pth) of the teacher, in timm, DINOv2 or FiT3D layout. Without it, timm's hub."""
-    backbone_layer: Optional[int] = None
+    backbone_layer: int | None = None
     """Block whose output is lifted, counted from 0; negative counts from the end. Without it, the last."""
     backbone_norm: bool = True
     """Whether the backbone's final norm is applied to that layer."""
@@ -40,7 +41,7 @@ class Fit3DDataManagerConfig(FullImageDatamanagerConfig):
     backbone_max_size: int = 868
     """Longest side, in pixels, at which the teacher sees a photo; 0 for no limit. Photos are never enlarged by more
     than half a patch."""
-    feature_cache_dir: Optional[Path] = None
+    feature_cache_dir: Path | None = None
     """Where the teacher's maps are kept. Without it, .fit3d_cache beside the photos, or the user's cache folder if
     that cannot be written."""
     feature_batch_size: int = 8
@@ -70,7 +71,7 @@ class EvaluationViews:
     def __len__(self) -> int:
         return len(self._datamanager.eval_dataset)
 
-    def __iter__(self) -> Iterator[Tuple[Cameras, Dict[str, Any]]]:
+    def __iter__(self) -> Iterator[tuple[Cameras, dict[str, Any]]]:
         for index in range(len(self)):
             yield self._datamanager.evaluation_view(index)
 
@@ -86,7 +87,7 @@ class Fit3DDataManager(FullImageDatamanager):
     """
 
     config: Fit3DDataManagerConfig
-    absent: Optional[str] = None
+    absent: str | None = None
     """Why there are no photos, where there are none (`fit3d_ns.scenes.absent`)."""
 
     def __init__(self, config: Fit3DDataManagerConfig, device: torch.device | str = "cpu", **kwargs: Any):
@@ -105,16 +106,16 @@ class Fit3DDataManager(FullImageDatamanager):
             self.config.cache_images = "gpu"
         self.train_dataset.metadata["teacher"] = self.teacher_info
         self.train_dataset.metadata["teacher_max_size"] = config.backbone_max_size
-        self._feature_cache: Optional[FeatureCache] = None
-        self._keys: Dict[str, List[str]] = {}
-        self._resident: Dict[str, Float[Tensor, "C h w"]] = {}
+        self._feature_cache: FeatureCache | None = None
+        self._keys: dict[str, list[str]] = {}
+        self._resident: dict[str, Float[Tensor, "C h w"]] = {}
 
-    def next_train(self, step: int) -> Tuple[Cameras, Dict[str, Any]]:
+    def next_train(self, step: int) -> tuple[Cameras, dict[str, Any]]:
         """Returns the next training view; the first call fills the feature cache."""
         camera, batch = super().next_train(step)
         return camera, self._with_teacher("train", camera, batch)
 
-    def next_eval_image(self, step: int) -> Tuple[Cameras, Dict[str, Any]]:
+    def next_eval_image(self, step: int) -> tuple[Cameras, dict[str, Any]]:
         """Returns a random held-out view."""
         camera, batch = super().next_eval_image(step)
         return camera, self._with_teacher("eval", camera, batch)
@@ -124,7 +125,7 @@ class Fit3DDataManager(FullImageDatamanager):
         """All held-out views, loaded while iterating."""
         return EvaluationViews(self)
 
-    def evaluation_view(self, index: int) -> Tuple[Cameras, Dict[str, Any]]:
+    def evaluation_view(self, index: int) -> tuple[Cameras, dict[str, Any]]:
         """Returns one held-out view.
 
         Args:
@@ -155,14 +156,14 @@ class Fit3DDataManager(FullImageDatamanager):
             self._resident[key] = teacher
         return teacher
 
-    def teacher_identity(self) -> Optional[Dict[str, Any]]:
+    def teacher_identity(self) -> dict[str, Any] | None:
         """Returns what produced the teacher's maps (name, weights hash, layer ...); None before the cache is read."""
         return None if self._feature_cache is None else self._feature_cache.identity
 
-    def sampler_state(self) -> Dict[str, Any]:
+    def sampler_state(self) -> dict[str, Any]:
         """Returns where the sampling of training views stands, as plain values."""
         unseen = [int(index) for index in self.train_unseen_cameras]
-        state: Dict[str, Any] = {"num_views": len(self.train_dataset), "unseen": unseen}
+        state: dict[str, Any] = {"num_views": len(self.train_dataset), "unseen": unseen}
         if hasattr(self, "random_generator"):
             kind, values, gauss = self.random_generator.getstate()
             state["random"] = [kind, list(values), gauss]
@@ -170,7 +171,7 @@ class Fit3DDataManager(FullImageDatamanager):
             state["unsampled"] = [float(count) for count in self.train_unsampled_epoch_count]
         return state
 
-    def load_sampler_state(self, state: Dict[str, Any]) -> None:
+    def load_sampler_state(self, state: dict[str, Any]) -> None:
         """Continues the sampling of training views where ``sampler_state`` was taken.
 
         A state of another scene (a different number of views) is left aside.
@@ -186,7 +187,7 @@ class Fit3DDataManager(FullImageDatamanager):
         if "unsampled" in state and hasattr(self, "train_unsampled_epoch_count"):
             self.train_unsampled_epoch_count[:] = state["unsampled"]
 
-    def _with_teacher(self, split: Split, camera: Cameras, batch: Dict[str, Any]) -> Dict[str, Any]:
+    def _with_teacher(self, split: Split, camera: Cameras, batch: dict[str, Any]) -> dict[str, Any]:
         teacher = self.teacher_map(split, batch["image_idx"])
         camera.metadata = {**(camera.metadata or {}), "image_size": tuple(batch["image"].shape[:2])}
         batch["camera"] = camera
@@ -196,7 +197,7 @@ class Fit3DDataManager(FullImageDatamanager):
             batch["patch_weights"] = weights.to(teacher.device)
         return batch
 
-    def _load_images(self, split: Split, cache_images_device: Literal["cpu", "gpu"]) -> List[Dict[str, Tensor]]:
+    def _load_images(self, split: Split, cache_images_device: Literal["cpu", "gpu"]) -> list[dict[str, Tensor]]:
         dataset = self.train_dataset if split == "train" else self.eval_dataset
         try:
             return super()._load_images(split, cache_images_device)
@@ -218,7 +219,7 @@ class Fit3DDataManager(FullImageDatamanager):
             self._feature_cache = self.feature_cache_of(None)
         return self._feature_cache
 
-    def feature_cache_of(self, identity: Optional[Dict[str, Any]]) -> FeatureCache:
+    def feature_cache_of(self, identity: dict[str, Any] | None) -> FeatureCache:
         """Returns the store of maps that a teacher made whose weights need not be here.
 
         Args:

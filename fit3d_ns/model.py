@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, List, Literal, Optional, Tuple, Type
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -40,7 +40,7 @@ geometry, and more of them fit single views instead of their agreement (docs/ben
 class Fit3DSplatModelConfig(SplatfactoModelConfig):
     """Configuration of the splat and of its feature field."""
 
-    _target: Type = field(default_factory=lambda: Fit3DSplatModel)
+    _target: type = field(default_factory=lambda: Fit3DSplatModel)
     """target class to instantiate"""
     feature_dim: int = 64
     """Channels D of the feature on every Gaussian (FiT3D: 64)."""
@@ -49,7 +49,7 @@ class Fit3DSplatModelConfig(SplatfactoModelConfig):
     pixels a patch and side, antialiased, averaged over the patch. Recorded with the scene."""
     feature_init: Literal["zeros", "random"] = "zeros"
     """Initial features: zeros (as FiT3D's code) or small random numbers (as its text)."""
-    feature_interval: Optional[int] = None
+    feature_interval: int | None = None
     """Train features at every n-th step only; geometry and colour at every step. Without it, 4 with the `fast` grid and
     1 with `paper`."""
     features: Literal["joint", "lift"] = "joint"
@@ -57,12 +57,12 @@ class Fit3DSplatModelConfig(SplatfactoModelConfig):
     when training ends, in seconds, or when the viewer's button asks for it."""
     lift: LiftSettings = field(default_factory=LiftSettings)
     """How features are solved for; only read with `features lift`."""
-    init_from: Optional[Path] = None
+    init_from: Path | None = None
     """A trained splatfacto or fit3d-splat run (its folder, config.yml or checkpoint). Its geometry and colour are taken
     over and frozen; only features and decoder are trained."""
 
 
-def image_size(camera: Cameras) -> Tuple[int, int]:
+def image_size(camera: Cameras) -> tuple[int, int]:
     """Returns a camera's height and width in pixels.
 
     The data manager notes them in the metadata; asking a camera on a GPU would wait for all work queued there.
@@ -138,7 +138,7 @@ class Fit3DSplatModel(SplatfactoModel):
         """The rule by which features are rendered for the teacher's patches."""
         return FEATURE_GRIDS[self.config.feature_grid]
 
-    def patch_grid(self, height: int, width: int) -> Tuple[int, int]:
+    def patch_grid(self, height: int, width: int) -> tuple[int, int]:
         """Returns the height and width, in patches, of the teacher's map of an image.
 
         Args:
@@ -148,7 +148,7 @@ class Fit3DSplatModel(SplatfactoModel):
         metadata = self.kwargs["metadata"]
         return patch_grid(height, width, metadata["teacher"].patch_size, metadata["teacher_max_size"])
 
-    def load_state_dict(self, dict: Dict[str, Tensor], **kwargs: Any) -> Any:  # type: ignore[override]
+    def load_state_dict(self, dict: dict[str, Tensor], **kwargs: Any) -> Any:  # type: ignore[override]
         """Loads a checkpoint into the live parameters, so that optimizers built before go on training them.
 
         Splatfacto replaces its parameters here, and a resumed run trains tensors that nothing reads
@@ -170,15 +170,15 @@ class Fit3DSplatModel(SplatfactoModel):
         state = {name: value for name, value in dict.items() if not name.startswith("lpips.")}
         return super(SplatfactoModel, self).load_state_dict(state, **kwargs)
 
-    def get_gaussian_param_groups(self) -> Dict[str, List[Parameter]]:
+    def get_gaussian_param_groups(self) -> dict[str, list[Parameter]]:
         """Returns splatfacto's groups and the features."""
         return {**super().get_gaussian_param_groups(), FEATURES: [self.gauss_params[FEATURES]]}
 
-    def get_param_groups(self) -> Dict[str, List[Parameter]]:
+    def get_param_groups(self) -> dict[str, list[Parameter]]:
         """Returns all groups: splatfacto's, the features and the decoder."""
         return {**super().get_param_groups(), DECODER: list(self.fit3d_decoder.parameters())}
 
-    def get_outputs(self, camera: Cameras) -> Dict[str, Any]:
+    def get_outputs(self, camera: Cameras) -> dict[str, Any]:
         """Renders colour and, while training, the decoded features.
 
         Args:
@@ -198,7 +198,7 @@ class Fit3DSplatModel(SplatfactoModel):
             outputs["fit3d_decoded"] = decoded
         return outputs
 
-    def get_outputs_for_camera(self, camera: Cameras, obb_box: Optional[OrientedBox] = None) -> Any:
+    def get_outputs_for_camera(self, camera: Cameras, obb_box: OrientedBox | None = None) -> Any:
         """Renders splatfacto's outputs and the pictures of `fit3d_ns.viewer`, each computed only if it is looked at.
 
         Args:
@@ -211,9 +211,9 @@ class Fit3DSplatModel(SplatfactoModel):
     def render_low(
         self,
         camera: Cameras,
-        values: Optional[Float[Tensor, "N D"]] = None,
-        render_size: Optional[Tuple[int, int]] = None,
-    ) -> Tuple[Float[Tensor, "D H W"], Float[Tensor, "1 H W"]]:
+        values: Float[Tensor, "N D"] | None = None,
+        render_size: tuple[int, int] | None = None,
+    ) -> tuple[Float[Tensor, "D H W"], Float[Tensor, "1 H W"]]:
         """Renders the low-dimensional features, by the feature grid's rule and over detached geometry.
 
         Args:
@@ -247,7 +247,7 @@ class Fit3DSplatModel(SplatfactoModel):
         )
         return features[0].permute(2, 0, 1), alpha[0].permute(2, 0, 1)
 
-    def decode_view(self, camera: Cameras, offset: Tuple[float, float] = (0.0, 0.0)) -> Float[Tensor, "C h w"]:
+    def decode_view(self, camera: Cameras, offset: tuple[float, float] = (0.0, 0.0)) -> Float[Tensor, "C h w"]:
         """Renders a view's features and decodes them on the teacher's patch grid.
 
         Args:
@@ -261,7 +261,7 @@ class Fit3DSplatModel(SplatfactoModel):
     @torch.no_grad()
     def view_matrices(
         self, camera: Cameras, optimized: bool = False
-    ) -> Tuple[Float[Tensor, "4 4"], Float[Tensor, "3 3"]]:
+    ) -> tuple[Float[Tensor, "4 4"], Float[Tensor, "3 3"]]:
         """Returns world-to-camera (OpenCV axes) and the intrinsics in the photo's pixels.
 
         Args:
@@ -291,8 +291,8 @@ class Fit3DSplatModel(SplatfactoModel):
         )
 
     def get_loss_dict(
-        self, outputs: Dict[str, Any], batch: Dict[str, Any], metrics_dict: Optional[Dict[str, Any]] = None
-    ) -> Dict[str, Tensor]:
+        self, outputs: dict[str, Any], batch: dict[str, Any], metrics_dict: dict[str, Any] | None = None
+    ) -> dict[str, Tensor]:
         """Returns splatfacto's losses and the feature L1 (FiT3D, equation 3), which share no parameter.
 
         Args:
@@ -308,7 +308,7 @@ class Fit3DSplatModel(SplatfactoModel):
             losses["feature_loss"] = decoded.sum() * 0.0 if masked_out else feature_l1(decoded, teacher, weights)
         return losses
 
-    def get_metrics_dict(self, outputs: Dict[str, Any], batch: Dict[str, Any]) -> Dict[str, Tensor]:
+    def get_metrics_dict(self, outputs: dict[str, Any], batch: dict[str, Any]) -> dict[str, Tensor]:
         """Returns splatfacto's training metrics and the cosine between decoded and teacher features."""
         metrics = super().get_metrics_dict(outputs, batch)
         if "fit3d_decoded" in outputs and self.step % 10 == 0:  # nerfstudio logs every tenth step
@@ -321,8 +321,8 @@ class Fit3DSplatModel(SplatfactoModel):
 
     @torch.no_grad()
     def get_image_metrics_and_images(
-        self, outputs: Dict[str, Tensor], batch: Dict[str, Any]
-    ) -> Tuple[Dict[str, float], Dict[str, Tensor]]:
+        self, outputs: dict[str, Tensor], batch: dict[str, Any]
+    ) -> tuple[dict[str, float], dict[str, Tensor]]:
         """Measures one held-out view.
 
         Args:
@@ -349,8 +349,8 @@ class Fit3DSplatModel(SplatfactoModel):
         return metrics, images
 
     def _view_matrices(
-        self, camera: Cameras, render_size: Tuple[int, int], optimized: bool
-    ) -> Tuple[Float[Tensor, "1 4 4"], Float[Tensor, "1 3 3"]]:
+        self, camera: Cameras, render_size: tuple[int, int], optimized: bool
+    ) -> tuple[Float[Tensor, "1 4 4"], Float[Tensor, "1 3 3"]]:
         """World-to-camera (OpenCV axes) and intrinsics of a camera rendered at another size, without gradients."""
         pose = self.camera_optimizer.apply_to_camera(camera) if optimized else camera.camera_to_worlds
         intrinsics = camera.get_intrinsics_matrices().to(self.device).reshape(1, 3, 3).clone()
@@ -367,11 +367,11 @@ class Fit3DSplatModel(SplatfactoModel):
         interval = self.config.feature_interval or FEATURE_INTERVALS[self.config.feature_grid]
         return self.frozen or self.step % interval == 0
 
-    def _sampling_offset(self) -> Tuple[float, float]:
+    def _sampling_offset(self) -> tuple[float, float]:
         """This step's sampling points: moving for bilinear rules, fixed where whole patches are averaged."""
         return sampling_offset(self.step) if self.feature_grid.pooling == "bilinear" else (0.0, 0.0)
 
-    def _frozen_outputs(self, camera: Cameras) -> Dict[str, Any]:
+    def _frozen_outputs(self, camera: Cameras) -> dict[str, Any]:
         """Colour without gradients, for the logs of a run whose geometry is frozen."""
         self.training = False
         try:
@@ -380,7 +380,7 @@ class Fit3DSplatModel(SplatfactoModel):
         finally:
             self.training = True
 
-    def _check_feature_shapes(self, state: Dict[str, Tensor]) -> None:
+    def _check_feature_shapes(self, state: dict[str, Tensor]) -> None:
         features, weight = state.get(f"gauss_params.{FEATURES}"), state.get(f"{DECODER}.weight")
         if features is None or weight is None:
             raise UserError(

@@ -5,7 +5,7 @@ import math
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Type
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from fit3d_ns.support.errors import UserError
 class Fit3DPipelineConfig(VanillaPipelineConfig):
     """Configuration of data and model together."""
 
-    _target: Type = field(default_factory=lambda: Fit3DPipeline)
+    _target: type = field(default_factory=lambda: Fit3DPipeline)
     """target class to instantiate"""
 
 
@@ -52,7 +52,7 @@ class Fit3DPipeline(VanillaPipeline):
         model = self.fit3d_model
         if model.frozen:
             self._check_same_coordinates(model.config.init_from)
-        self._resumed_state: Optional[Dict[str, Any]] = None
+        self._resumed_state: dict[str, Any] | None = None
         self._trains = False
         self._lift_asked_for = False
         from fit3d_ns.scenes.teacher_views import TeacherViews
@@ -92,7 +92,7 @@ class Fit3DPipeline(VanillaPipeline):
         assert isinstance(self._model, Fit3DSplatModel)
         return self._model
 
-    def get_extra_state(self) -> Dict[str, Any]:
+    def get_extra_state(self) -> dict[str, Any]:
         """Returns what nerfstudio's checkpoints lack for an exact resume, and what the features were lifted with.
 
         Tensors and plain values only, so that torch's restricted loader reads it.
@@ -114,7 +114,7 @@ class Fit3DPipeline(VanillaPipeline):
             },
         }
 
-    def set_extra_state(self, state: Dict[str, Any]) -> None:
+    def set_extra_state(self, state: dict[str, Any]) -> None:
         """Keeps the state until training starts, since building viewer and loaders draws random numbers.
 
         Raises:
@@ -130,7 +130,7 @@ class Fit3DPipeline(VanillaPipeline):
         assert self.fit3d_model.feature_view.teacher is not None
         self.fit3d_model.feature_view.teacher.identity = state.get("teacher_identity")
 
-    def check_resumes(self, checkpoint: Path, state: Dict[str, Any]) -> None:
+    def check_resumes(self, checkpoint: Path, state: dict[str, Any]) -> None:
         """Checks, before it is loaded, that a checkpoint was trained on these views and with these weights.
 
         Args:
@@ -161,7 +161,7 @@ class Fit3DPipeline(VanillaPipeline):
 
     def get_training_callbacks(
         self, training_callback_attributes: TrainingCallbackAttributes
-    ) -> List[TrainingCallback]:
+    ) -> list[TrainingCallback]:
         """Returns nerfstudio's callbacks, preceded by the one that restores a resumed run's state.
 
         With ``features lift``, the last one solves for the features when the last step is done, or when asked for.
@@ -194,8 +194,8 @@ class Fit3DPipeline(VanillaPipeline):
 
     @torch.no_grad()
     def get_average_eval_image_metrics(
-        self, step: Optional[int] = None, output_path: Optional[Path] = None, get_std: bool = False
-    ) -> Dict[str, float]:
+        self, step: int | None = None, output_path: Path | None = None, get_std: bool = False
+    ) -> dict[str, float]:
         """Averages the per-view metrics and adds ``view_match_teacher`` and ``view_match_lifted``.
 
         The features' metrics are means of the views that have any: a view whose mask hides all of it has none.
@@ -207,7 +207,7 @@ class Fit3DPipeline(VanillaPipeline):
             return metrics
         self.eval()
         views, teacher_maps, lifted_maps = [], [], []
-        per_view: Dict[str, List[float]] = {"feature_l1": [], "feature_cosine": []}
+        per_view: dict[str, list[float]] = {"feature_l1": [], "feature_cosine": []}
         for camera, batch in self.datamanager.fixed_indices_eval_dataloader:
             lifted_maps.append(self.fit3d_model.decode_view(camera))
             teacher_maps.append(batch["teacher"].float())
@@ -238,7 +238,7 @@ class Fit3DPipeline(VanillaPipeline):
             self._lift_asked_for, self._trains = False, not last
             self._lift(trainer.base_dir if last else None)
 
-    def _lift(self, folder: Optional[Path] = None) -> None:
+    def _lift(self, folder: Path | None = None) -> None:
         from fit3d_ns.runs.record import write_record
         from fit3d_ns.scenes.lift import lift_report, lift_scene
         from fit3d_ns.scenes.views import resident_scene
@@ -282,7 +282,7 @@ class Fit3DPipeline(VanillaPipeline):
         python_kind, python_values, python_gauss = generators["python"]
         random.setstate((python_kind, tuple(python_values), python_gauss))
 
-    def _teacher_flags(self) -> Dict[str, Any]:
+    def _teacher_flags(self) -> dict[str, Any]:
         """The flags that decide what the teacher's maps contain."""
         config = self.datamanager.config
         return {
@@ -293,11 +293,11 @@ class Fit3DPipeline(VanillaPipeline):
             "backbone_max_size": config.backbone_max_size,
         }
 
-    def _photos(self) -> List[str]:
+    def _photos(self) -> list[str]:
         """Names of the training photos, without folders: a scene may move."""
         return [Path(path).name for path in getattr(self.datamanager.train_dataset, "image_filenames", [])]
 
-    def _check_same_coordinates(self, run: Optional[Path]) -> None:
+    def _check_same_coordinates(self, run: Path | None) -> None:
         """Refuses geometry whose world differs from this scene's, since views would not fit it."""
         assert run is not None
         path = run_folder(find_checkpoint(run)) / "dataparser_transforms.json"

@@ -1,7 +1,6 @@
 """Learning-rate schedule whose state holds plain floats."""
 
 from dataclasses import dataclass, field
-from typing import Type
 
 from nerfstudio.engine.schedulers import ExponentialDecayScheduler, ExponentialDecaySchedulerConfig
 from torch.optim import Optimizer
@@ -14,7 +13,7 @@ from fit3d_ns.compat import float_learning_rates
 class FloatExponentialDecaySchedulerConfig(ExponentialDecaySchedulerConfig):
     """nerfstudio's exponential decay, in checkpoints that torch's restricted loader accepts."""
 
-    _target: Type = field(default_factory=lambda: FloatExponentialDecayScheduler)
+    _target: type = field(default_factory=lambda: FloatExponentialDecayScheduler)
     """target class to instantiate"""
 
 

@@ -5,7 +5,7 @@ import shutil
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, Type
+from typing import Any
 
 import yaml
 from nerfstudio.engine.trainer import Trainer, TrainerConfig
@@ -51,7 +51,7 @@ def check_same_configuration(config: Any) -> None:
         raise UserError(f"The run {path.parent} was trained with {changes}: use the same flags, or start a new run.")
 
 
-def _flags(model: Any) -> Dict[str, Any]:
+def _flags(model: Any) -> dict[str, Any]:
     """The flags of the model that decide which parameters there are and how they are trained."""
     return {
         "camera-optimizer.mode": model.camera_optimizer.mode,
@@ -79,7 +79,7 @@ _TEMPORARY = ".checkpoint-"
 class Fit3DTrainerConfig(TrainerConfig):
     """Configuration of ``ns-train fit3d-splat``."""
 
-    _target: Type = field(default_factory=lambda: Fit3DTrainer)
+    _target: type = field(default_factory=lambda: Fit3DTrainer)
     """target class to instantiate"""
 
     def save_config(self) -> None:

@@ -1,9 +1,10 @@
 """The command ``fit3d-rooms``: makes labelled indoor scenes on any machine."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Sequence
+from typing import Annotated
 
 import tyro
 from rich.console import Console

@@ -1,6 +1,6 @@
 """All surfaces of a room in flat arrays, ready for ray casting and vectorised look-up."""
 
-from typing import Sequence
+from collections.abc import Sequence
 
 import numpy as np
 

@@ -1,7 +1,7 @@
 """Where things stand: placement against walls, in the open, on furniture and on the walls, without collisions."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Sequence
 
 import numpy as np
 

@@ -4,9 +4,9 @@ Light lives on the nodes of :class:`~fit3d_rooms.geometry.PackedScene`, so every
 Values are irradiance divided by pi: times a surface's albedo they give its radiance.
 """
 
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Callable, Sequence
 
 import numpy as np
 

@@ -4,8 +4,8 @@ Every solid is a list of :class:`Patch`: a grid of vertices whose parameters (s,
 and its light map. Units are metres, z is up, and the outside of a patch is where ``dP/ds x dP/dt`` points.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Sequence
 
 import numpy as np
 

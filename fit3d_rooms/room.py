@@ -1,8 +1,8 @@
 """One whole room from its seed: furnished, lit, walked through, rendered."""
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Callable
 
 import numpy as np
 

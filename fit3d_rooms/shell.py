@@ -154,7 +154,7 @@ def _wall_surfaces(materials: Materials) -> tuple[Surface, Surface]:
         common = Surface(add(textures.plaster(rng, colors.wall)), (1.7, 1.7))
     else:
         kind = str(rng.choice(["stripes", "flowers", "trellis"]))
-        pale = "#%02x%02x%02x" % tuple(int(int(colors.wall[i : i + 2], 16) * 0.9) for i in (1, 3, 5))
+        pale = "#{:02x}{:02x}{:02x}".format(*tuple(int(int(colors.wall[i : i + 2], 16) * 0.9) for i in (1, 3, 5)))
         common = Surface(add(textures.wallpaper(rng, colors.wall, pale, kind)), (0.8, 0.8))
     kind = rng.integers(4)
     if kind == 0:

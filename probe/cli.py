@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Optional
 
 import tyro
 
@@ -17,7 +16,7 @@ from probe.config import (
 )
 
 
-def main(args: Optional[Sequence[str]] = None) -> None:
+def main(args: Sequence[str] | None = None) -> None:
     """Entry point."""
     config = tyro.cli(Command, prog="fit3d-probe", args=args, description=__doc__)
     run_command(partial(_run, config))

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, Optional, Tuple
+from typing import Annotated, Literal
 
 import tyro
 
@@ -20,18 +20,18 @@ class FeatureConfig:
     """Folder of the data set."""
     backbone: str = "dinov2_small"
     """Named backbone, or any timm vision transformer; dinov2_small_focus needs no model hub."""
-    backbone_weights: Optional[Path] = None
+    backbone_weights: Path | None = None
     """Local weights of the original backbone."""
-    tuned: Optional[str] = None
+    tuned: str | None = None
     """Fine-tuned backbone of the same architecture: the folder that fit3d-distill wrote, a weight file, USER/REPO of
     the Hugging Face hub, an https address, or one of FiT3D's published ones, such as dinov2_small_fine."""
-    control: Optional[str] = None
+    control: str | None = None
     """The same for a backbone distilled without 3D, whose rows tell what fine-tuning alone brings."""
-    layer: Optional[int] = None
+    layer: int | None = None
     """Block whose output is probed; the last by default, as in the paper."""
     normalization: Literal["imagenet", "own"] = "imagenet"
     """Mean and std of the photos: ImageNet's for all backbones, as in the paper, or each backbone's own."""
-    assemblies: Optional[Tuple[Assembly, ...]] = None
+    assemblies: tuple[Assembly, ...] | None = None
     """Rows of the table; all that can be made by default."""
     output_dir: Path = Path("outputs/probe")
     """Where table.md, metrics.json and report.html are written."""
@@ -53,17 +53,17 @@ class DataConfig(FeatureConfig):
 
     dataset: DatasetName = "folder"
     """Layout of the folder; see docs/probing.md."""
-    split_file: Optional[Tuple[Path, Path]] = None
+    split_file: tuple[Path, Path] | None = None
     """Own lists of training and test samples."""
     classes: Literal["paper", "scannet20"] = "paper"
     """Class list of ScanNet: NYU's 40, as in the paper, or its own benchmark's 20."""
     scannetpp_labels: Literal["shifted", "toolkit"] = "shifted"
     """Labels of ScanNet++: 0 is no class (FiT3D's release), or 255 is (the toolkit's)."""
-    class_names: Optional[Path] = None
+    class_names: Path | None = None
     """Text file with one class name per line, for `folder`."""
-    depth_scale: Optional[float] = None
+    depth_scale: float | None = None
     """PNG units in a metre, for `folder` and `rooms`; 1000 by default."""
-    max_depth: Optional[float] = None
+    max_depth: float | None = None
     """Cap in metres, for `folder` and `rooms`; 10 by default."""
 
     def choice(self, kind: Kind) -> DataChoice:
@@ -94,17 +94,17 @@ class TrainedProbeConfig(DataConfig):
 
     fast: bool = False
     """Cache features once and train heads on them: minutes instead of hours, numbers not comparable to the paper's."""
-    iterations: Optional[int] = None
+    iterations: int | None = None
     """Steps, instead of the recipe's; warm-up keeps its share."""
-    batch_size: Optional[int] = None
+    batch_size: int | None = None
     """Samples per step over all processes, instead of the recipe's."""
-    learning_rates: Optional[Tuple[float, ...]] = None
+    learning_rates: tuple[float, ...] | None = None
     """Instead of the recipe's. Of several, the best on held-out training samples is reported."""
     validation_share: float = 0.1
     """Of the training samples, held out where there are several learning rates and no split for choices."""
-    seeds: Tuple[int, ...] = (0,)
+    seeds: tuple[int, ...] = (0,)
     """Of heads, order and augmentation; the table gives mean and spread over them."""
-    cache_dir: Optional[Path] = None
+    cache_dir: Path | None = None
     """Where the fast protocol keeps features; `features` in the output folder by default."""
     checkpoint_every: int = 1000
     """Steps between checkpoints; a killed run goes on from the last."""

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Optional, Union
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -37,11 +37,11 @@ class Row:
 
     name: str
     assembly: Assembly
-    partner: Optional[str] = None
+    partner: str | None = None
     """``tuned`` or ``control``; None where only the original is taken."""
 
 
-def choose_rows(assemblies: Optional[Sequence[str]], tuned: bool, control: bool) -> tuple[Row, ...]:
+def choose_rows(assemblies: Sequence[str] | None, tuned: bool, control: bool) -> tuple[Row, ...]:
     """Returns the rows of the table.
 
     Args:
@@ -73,9 +73,7 @@ def choose_rows(assemblies: Optional[Sequence[str]], tuned: bool, control: bool)
     return tuple(rows)
 
 
-def choose_untrained_rows(
-    assemblies: Optional[Sequence[str]], tuned: bool, control: bool, probe: str
-) -> tuple[Row, ...]:
+def choose_untrained_rows(assemblies: Sequence[str] | None, tuned: bool, control: bool, probe: str) -> tuple[Row, ...]:
     """Returns the rows of a probe that trains nothing; arguments and errors as for `choose_rows`.
 
     By default without `linear`, which is trained, and `duplicate`, whose cosines are the original's.
@@ -152,8 +150,8 @@ def even_padding(side: int, patch_size: int) -> tuple[int, int]:
 
 def load_backbones(
     spec: BackboneSpec,
-    tuned: Union[str, Path, None],
-    control: Union[str, Path, None],
+    tuned: str | Path | None,
+    control: str | Path | None,
     rows: Sequence[Row],
     precision: Precision,
     device: torch.device,

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Optional
 
 import torch
 import torch.nn.functional as F
@@ -73,7 +72,7 @@ class TokenAndClassHead(nn.Module):
         tokens = features.patch_tokens if self.fusion is None else self.fusion(features.patch_tokens)
         weight = self.convolution.weight
         result = F.conv2d(tokens, weight[:, : self.width], self.convolution.bias)
-        cls: Optional[Tensor] = features.cls
+        cls: Tensor | None = features.cls
         if cls is not None and weight.shape[1] > self.width:
             result = result + F.linear(cls, weight[:, self.width :, 0, 0])[:, :, None, None]
         return result

@@ -2,8 +2,9 @@
 
 import os
 import warnings
+from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, Callable, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.nn.functional as F

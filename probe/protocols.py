@@ -1,7 +1,7 @@
 """Named, versioned protocols: everything that a published number depends on, besides backbone, data and seed."""
 
 from dataclasses import dataclass, replace
-from typing import Literal, Optional, Union
+from typing import Literal
 
 from fit3d_ns.support.errors import UserError
 from probe.data.base import Kind
@@ -23,7 +23,7 @@ class Optimization:
     """Share of the iterations in which the learning rate rises linearly."""
     warmup_ratio: float
     """Of the scheduled learning rate, at the first step."""
-    clip: Optional[float] = None
+    clip: float | None = None
     """Largest norm of a head's gradient."""
     beta1_cycle: bool = False
     """Whether Adam's first beta goes .95 -> .85 -> .95, turning at 30 %."""
@@ -51,11 +51,11 @@ class DepthRecipe:
 
     name: str
     optimization: Optimization
-    train_window: Optional[tuple[int, int, int, int]] = None
+    train_window: tuple[int, int, int, int] | None = None
     """Top, bottom, left, right of the part of a photo that is trained on, pixels."""
     kitti_window: bool = False
     """Whether photos are cut to the 352x1216 pixels at the bottom centre, in training and test."""
-    crop: Optional[tuple[int, int]] = None
+    crop: tuple[int, int] | None = None
     """Height, width of a training crop, pixels; None: 13/15 of the photo's height and 17/20 of its width."""
     brightness: tuple[float, float] = (0.75, 1.25)
     evaluation_crop: Literal["none", "nyu_eigen", "garg"] = "none"
@@ -85,7 +85,7 @@ class FastRecipe:
     """Whether the mirrored photos are cached and trained on too."""
 
 
-Recipe = Union[SegmentationRecipe, DepthRecipe]
+Recipe = SegmentationRecipe | DepthRecipe
 
 _NORMALS = "normals-{}-v2"
 """Version 1 divided the loss by the pixels of a batch, which several processes cannot share out."""
@@ -131,9 +131,9 @@ def choose_fast_recipe(kind: Kind) -> FastRecipe:
 
 def override(
     optimization: Optimization,
-    iterations: Optional[int],
-    batch_size: Optional[int],
-    learning_rates: Optional[tuple[float, ...]],
+    iterations: int | None,
+    batch_size: int | None,
+    learning_rates: tuple[float, ...] | None,
 ) -> Optimization:
     """Replaces what the user chose otherwise.
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal, Optional
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -66,7 +66,7 @@ class ResultFolder:
         """Returns where a seed's training is saved."""
         return self.folder / "checkpoints" / f"seed_{seed}.pt"
 
-    def read_seed(self, seed: int) -> Optional[dict[str, Any]]:
+    def read_seed(self, seed: int) -> dict[str, Any] | None:
         """Returns a finished seed's results."""
         try:
             content = json.loads((self.folder / "seeds" / f"seed_{seed}.json").read_text())
@@ -94,7 +94,7 @@ class ResultFolder:
         return panels
 
 
-def summarize(values: Sequence[Optional[float]]) -> dict[str, Any]:
+def summarize(values: Sequence[float | None]) -> dict[str, Any]:
     """Returns mean and spread (sample standard deviation; None for a single value) of one metric over seeds."""
     known = [value for value in values if value is not None and math.isfinite(value)]
     return {
@@ -126,14 +126,14 @@ def _program() -> list[str]:
     return ["python", "-m", "probe.cli"] if name == "cli.py" else [name]
 
 
-def _version(package: str) -> Optional[str]:
+def _version(package: str) -> str | None:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
 
 
-def _first_difference(found: Any, wanted: Any, path: str = "") -> Optional[str]:
+def _first_difference(found: Any, wanted: Any, path: str = "") -> str | None:
     if isinstance(found, dict) and isinstance(wanted, dict):
         for key in {**found, **wanted}:
             difference = _first_difference(found.get(key), wanted.get(key), f"{path}.{key}" if path else key)
@@ -312,8 +312,8 @@ class LossLog:
             UserError: If a tool is not installed.
         """
         self._path = folder / "losses.jsonl"
-        self._board: Optional[Any] = None
-        self._run: Optional[Any] = None
+        self._board: Any | None = None
+        self._run: Any | None = None
         if rank():
             return
         folder.mkdir(parents=True, exist_ok=True)

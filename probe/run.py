@@ -5,7 +5,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any, Optional
+from typing import Any
 
 import numpy as np
 import torch
@@ -171,7 +171,7 @@ def _run(config: TrainedProbeConfig, kind: Kind, device: torch.device) -> None:
 def _make_source(
     config: TrainedProbeConfig,
     task: Task,
-    fast: Optional[FastRecipe],
+    fast: FastRecipe | None,
     backbones: FrozenBackbones,
     device: torch.device,
     results: ResultFolder,
@@ -257,7 +257,7 @@ def _choose(
     """Returns each row's head: the only one, or the best on the validation split."""
     chosen: dict[str, Head] = {}
     for row in rows:
-        best: Optional[Head] = None
+        best: Head | None = None
         for head in bank.heads:
             if head.row != row:
                 continue

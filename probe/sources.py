@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import numpy as np
 import torch
@@ -106,7 +106,7 @@ class FeatureStore:
         wait_for_all()
 
     def load(
-        self, indices: Sequence[int], views: Optional[Sequence[int]], device: torch.device
+        self, indices: Sequence[int], views: Sequence[int] | None, device: torch.device
     ) -> dict[str, BackboneOutput]:
         """Reads features.
 
@@ -340,7 +340,7 @@ def whole_size(task: Task, patch_size: int, long_side: int) -> tuple[int, int]:
 
 
 def _split(task: Task, split: str) -> Sequence[Sample]:
-    samples: Optional[Sequence[Sample]] = getattr(task.data, split)
+    samples: Sequence[Sample] | None = getattr(task.data, split)
     return samples or ()
 
 

@@ -3,7 +3,7 @@
 import difflib
 from functools import lru_cache
 from importlib import metadata
-from typing import Any, Optional, Union
+from typing import Any
 
 import torch
 from packaging.version import Version
@@ -66,7 +66,7 @@ def resolve_architecture(name: str) -> NamedBackbone:
     return find_named(timm_id) or NamedBackbone(timm_id, timm_id, "timm model")
 
 
-def build_model(architecture: NamedBackbone, device: Union[str, torch.device]) -> nn.Module:
+def build_model(architecture: NamedBackbone, device: str | torch.device) -> nn.Module:
     """Builds the timm model with random weights, for images of any size, leaving the random generators untouched.
 
     Args:
@@ -146,7 +146,7 @@ def describe_backbone(spec: BackboneSpec) -> BackboneInfo:
     )
 
 
-def _resolve_layer(layer: Optional[int], num_layers: int, name: str) -> int:
+def _resolve_layer(layer: int | None, num_layers: int, name: str) -> int:
     if layer is None:
         return num_layers - 1
     if not -num_layers <= layer < num_layers:

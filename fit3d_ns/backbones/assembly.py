@@ -1,6 +1,6 @@
 """Ways to put the features of an original and a fine-tuned backbone together."""
 
-from typing import Literal, Optional, get_args
+from typing import Literal, get_args
 
 import torch
 
@@ -29,7 +29,7 @@ def assembled_width(assembly: Assembly, width: int) -> int:
 
 
 def assemble(
-    assembly: Assembly, original: Optional[BackboneOutput] = None, tuned: Optional[BackboneOutput] = None
+    assembly: Assembly, original: BackboneOutput | None = None, tuned: BackboneOutput | None = None
 ) -> BackboneOutput:
     """Puts features together.
 

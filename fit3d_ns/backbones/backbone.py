@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple, Optional, Union
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ class BackboneOutput(NamedTuple):
 
     patch_tokens: Float[Tensor, "B C h w"]
     """Dense map on the patch grid."""
-    cls: Optional[Float[Tensor, "B C"]]
+    cls: Float[Tensor, "B C"] | None
     """Class token of the same layer, or None where the backbone has none."""
 
 
@@ -82,7 +82,7 @@ class Backbone(nn.Module):
         return BackboneOutput(patch_tokens, prefix[:, 0] if self._has_cls else None)
 
 
-def load_backbone(spec: BackboneSpec, device: Union[str, torch.device]) -> Backbone:
+def load_backbone(spec: BackboneSpec, device: str | torch.device) -> Backbone:
     """Builds a backbone and loads its weights, strictly.
 
     The global random generators are left as they were. The result is in evaluation mode, in float32, with gradients

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Optional, Union
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,7 @@ class DenseFeatures(nn.Module):
     """
 
     def __init__(
-        self, original: Optional[Backbone], tuned: Optional[Backbone], assembly: Assembly, max_size: Optional[int]
+        self, original: Backbone | None, tuned: Backbone | None, assembly: Assembly, max_size: int | None
     ) -> None:
         super().__init__()
         self.original = original
@@ -51,7 +51,7 @@ class DenseFeatures(nn.Module):
         self._range_is_known = False
         self.train(first.training)
 
-    def forward(self, images: Union[Float[Tensor, "B 3 H W"], UInt8[Tensor, "B 3 H W"]]) -> Float[Tensor, "B C h w"]:
+    def forward(self, images: Float[Tensor, "B 3 H W"] | UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B C h w"]:
         """Computes the dense map; arguments and errors as `features`.
 
         Returns:
@@ -59,7 +59,7 @@ class DenseFeatures(nn.Module):
         """
         return self.features(images).patch_tokens
 
-    def features(self, images: Union[Float[Tensor, "B 3 H W"], UInt8[Tensor, "B 3 H W"]]) -> BackboneOutput:
+    def features(self, images: Float[Tensor, "B 3 H W"] | UInt8[Tensor, "B 3 H W"]) -> BackboneOutput:
         """Computes the dense map and the class token.
 
         Args:
@@ -109,16 +109,16 @@ class DenseFeatures(nn.Module):
 
 
 def load(
-    path_or_name: Union[str, Path],
-    assembly: Optional[Assembly] = None,
+    path_or_name: str | Path,
+    assembly: Assembly | None = None,
     *,
-    backbone: Optional[str] = None,
-    backbone_weights: Union[str, Path, None] = None,
-    layer: Optional[int] = None,
-    norm: Optional[bool] = None,
-    normalization: Optional[Literal["own", "imagenet"]] = None,
-    max_size: Optional[int] = DEFAULT_MAX_SIZE,
-    device: Union[str, torch.device] = "cpu",
+    backbone: str | None = None,
+    backbone_weights: str | Path | None = None,
+    layer: int | None = None,
+    norm: bool | None = None,
+    normalization: Literal["own", "imagenet"] | None = None,
+    max_size: int | None = DEFAULT_MAX_SIZE,
+    device: str | torch.device = "cpu",
 ) -> DenseFeatures:
     """Loads a backbone, fine-tuned or not, as a module from images to dense features.
 
@@ -179,9 +179,7 @@ def load(
         return DenseFeatures(original, tuned, assembly, max_size)
 
 
-def load_published(
-    name: str, weights: Union[str, Path, None] = None, device: Union[str, torch.device] = "cpu"
-) -> nn.Module:
+def load_published(name: str, weights: str | Path | None = None, device: str | torch.device = "cpu") -> nn.Module:
     """Loads a fine-tuned backbone as the plain timm model that FiT3D's torch.hub entry points return.
 
     Args:
@@ -201,7 +199,7 @@ def load_published(
         return load_fine_tuned(find_fine_tuned(name if weights is None else weights, "weights="), spec, device).model
 
 
-def _names_original(path_or_name: Union[str, Path]) -> bool:
+def _names_original(path_or_name: str | Path) -> bool:
     """Tells whether the user names a backbone that was not fine-tuned."""
     if isinstance(path_or_name, Path) or path_or_name in PUBLISHED_BACKBONES:
         return False
@@ -216,7 +214,7 @@ def _names_original(path_or_name: Union[str, Path]) -> bool:
     return True
 
 
-def _check_alone(name: str, assembly: Optional[Assembly], backbone: Optional[str]) -> None:
+def _check_alone(name: str, assembly: Assembly | None, backbone: str | None) -> None:
     if assembly is not None and needs_tuned(assembly):
         raise UserError(
             f"assembly {assembly} needs a fine-tuned backbone, and {name} is an original one: load the folder that "
@@ -226,7 +224,7 @@ def _check_alone(name: str, assembly: Optional[Assembly], backbone: Optional[str
         raise UserError(f"backbone={backbone} says what a weight file holds, and {name} is none: leave one out.")
 
 
-def _original_spec(fine_tuned: FineTuned, backbone: Optional[str]) -> BackboneSpec:
+def _original_spec(fine_tuned: FineTuned, backbone: str | None) -> BackboneSpec:
     known = fine_tuned.original
     if known is None:
         if backbone is None:
@@ -239,7 +237,7 @@ def _original_spec(fine_tuned: FineTuned, backbone: Optional[str]) -> BackboneSp
     return known
 
 
-def _load_original(fine_tuned: FineTuned, spec: BackboneSpec, device: Union[str, torch.device]) -> Backbone:
+def _load_original(fine_tuned: FineTuned, spec: BackboneSpec, device: str | torch.device) -> Backbone:
     original = load_backbone(spec, device)
     if fine_tuned.original_sha256 not in (None, original.identity["weights_sha256"]):
         what = f"{spec.weights} does not hold" if spec.weights else f"What {spec.name} stands for is not"

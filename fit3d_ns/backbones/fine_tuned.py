@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any
 from urllib.parse import urlsplit
 
 import torch
@@ -41,16 +41,16 @@ class FineTuned:
     """What the user gave."""
     weights: Path
     """The weight file."""
-    original: Optional[BackboneSpec] = None
+    original: BackboneSpec | None = None
     """The backbone that was fine-tuned, with the layer and normalisation it was fine-tuned at, and without its weight
     file; None if the user has to say."""
-    original_sha256: Optional[str] = None
+    original_sha256: str | None = None
     """Hash of that backbone's tensors, where a card tells it."""
-    weights_sha256: Optional[str] = None
+    weights_sha256: str | None = None
     """Hash of the fine-tuned tensors, where a card tells it."""
 
 
-def find_fine_tuned(source: Union[str, Path], flag: str) -> FineTuned:
+def find_fine_tuned(source: str | Path, flag: str) -> FineTuned:
     """Finds the fine-tuned backbone that a user's words mean; downloads it if it is not here.
 
     Args:
@@ -90,7 +90,7 @@ def find_fine_tuned(source: Union[str, Path], flag: str) -> FineTuned:
     return _in_hub(source, flag)
 
 
-def load_fine_tuned(fine_tuned: FineTuned, spec: BackboneSpec, device: Union[str, torch.device]) -> Backbone:
+def load_fine_tuned(fine_tuned: FineTuned, spec: BackboneSpec, device: str | torch.device) -> Backbone:
     """Loads a fine-tuned backbone, strictly.
 
     Args:
@@ -188,7 +188,7 @@ def _in_hub(source: str, flag: str) -> FineTuned:
     repository, _, revision = source.partition("@")
     names = (CARD_NAME, WEIGHTS_NAME)
     try:
-        files: list[Optional[Path]] = [download_file(repository, revision or None, [name]) for name in names]
+        files: list[Path | None] = [download_file(repository, revision or None, [name]) for name in names]
     except DownloadError as error:
         files = [cached_file(repository, revision or None, [name]) for name in names]
         if None in files:

@@ -7,7 +7,7 @@ itself is never imported.
 
 from importlib import metadata, util
 from pathlib import Path
-from typing import TYPE_CHECKING, Optional
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -66,7 +66,7 @@ def focus_weights() -> Path:
     return path
 
 
-def find_focus_graph() -> Optional[Path]:
+def find_focus_graph() -> Path | None:
     """Returns the ONNX file of the installed package, or None."""
     try:
         files = metadata.distribution(_DISTRIBUTION).files or []

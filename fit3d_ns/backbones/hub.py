@@ -4,7 +4,6 @@ import hashlib
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Optional, Union
 from urllib.parse import urlsplit
 
 from fit3d_ns.support.errors import UserError
@@ -21,7 +20,7 @@ class DownloadError(Exception):
         super().__init__(f"{type(cause).__name__}: {lines[0]}" if lines else type(cause).__name__)
 
 
-def cached_file(repository: str, revision: Optional[str], filenames: Sequence[str]) -> Optional[Path]:
+def cached_file(repository: str, revision: str | None, filenames: Sequence[str]) -> Path | None:
     """Returns the first of a repository's files that is on this machine; None if there is none."""
     # hf_hub_download(local_files_only=True) would do, but newer releases reach for the network even then.
     from huggingface_hub import try_to_load_from_cache
@@ -33,7 +32,7 @@ def cached_file(repository: str, revision: Optional[str], filenames: Sequence[st
     return None
 
 
-def offered_file(repository: str, revision: Optional[str], filenames: Sequence[str]) -> Union[str, Exception]:
+def offered_file(repository: str, revision: str | None, filenames: Sequence[str]) -> str | Exception:
     """Asks the hub, without the client's long retries, which of the files it has; else returns why there is none."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
@@ -47,7 +46,7 @@ def offered_file(repository: str, revision: Optional[str], filenames: Sequence[s
     return reason
 
 
-def download_file(repository: str, revision: Optional[str], filenames: Sequence[str]) -> Path:
+def download_file(repository: str, revision: str | None, filenames: Sequence[str]) -> Path:
     """Returns the first of the files that the hub has, its newest version of that revision.
 
     Raises:

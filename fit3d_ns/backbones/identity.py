@@ -2,10 +2,11 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Mapping, Optional
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,7 +75,7 @@ def make_identity(spec: BackboneSpec, info: BackboneInfo, weights_sha256: str) -
     }
 
 
-def spec_of_identity(identity: Mapping[str, Any], weights: Optional[Path] = None) -> BackboneSpec:
+def spec_of_identity(identity: Mapping[str, Any], weights: Path | None = None) -> BackboneSpec:
     """Returns the choice that an identity came from.
 
     Args:
@@ -95,7 +96,7 @@ def load_weights(spec: BackboneSpec, path: Path) -> dict[str, Tensor]:
     return to_timm_layout(read_state_dict(path), skeleton(architecture), path, architecture.name)
 
 
-def _hash_note(path: Path, info: BackboneInfo) -> Optional[Path]:
+def _hash_note(path: Path, info: BackboneInfo) -> Path | None:
     """Returns where the hash of this very file for this very architecture is remembered."""
     try:
         status = path.stat()
@@ -108,14 +109,14 @@ def _hash_note(path: Path, info: BackboneInfo) -> Optional[Path]:
     return user_cache_directory() / "weight-hashes" / f"{key}.json"
 
 
-def _read_note(note: Optional[Path]) -> Optional[str]:
+def _read_note(note: Path | None) -> str | None:
     try:
         return json.loads(note.read_text())["weights_sha256"] if note else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def _write_note(note: Optional[Path], weights_sha256: str) -> None:
+def _write_note(note: Path | None, weights_sha256: str) -> None:
     try:
         if note:
             atomic_write_json(note, {"weights_sha256": weights_sha256})

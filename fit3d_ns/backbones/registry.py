@@ -1,7 +1,6 @@
 """The backbones that have a name of their own. Light: knows timm ids as text, imports no timm."""
 
 from dataclasses import dataclass
-from typing import Optional
 
 
 @dataclass(frozen=True)
@@ -14,7 +13,7 @@ class NamedBackbone:
     """timm model id with its weights tag."""
     description: str
     """One sentence for humans."""
-    depth: Optional[int] = None
+    depth: int | None = None
     """Number of transformer blocks where it differs from timm's, else None."""
     offline: bool = False
     """Whether the weights come from the `offline` extra instead of the hub."""
@@ -50,7 +49,7 @@ NAMED_BACKBONES: dict[str, NamedBackbone] = {
 }
 
 
-def find_named(name: str) -> Optional[NamedBackbone]:
+def find_named(name: str) -> NamedBackbone | None:
     """Returns the named backbone that ``name`` means, by short name or by its full timm id; None for any other."""
     if name in NAMED_BACKBONES:
         return NAMED_BACKBONES[name]

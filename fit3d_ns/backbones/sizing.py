@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Optional
+from typing import TYPE_CHECKING
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,7 +16,7 @@ DEFAULT_MAX_SIZE = 868
 """Long side in pixels, about the size at which the paper fed its photos (62 patches of 14)."""
 
 
-def input_size(height: int, width: int, patch_size: int, max_size: Optional[int] = DEFAULT_MAX_SIZE) -> tuple[int, int]:
+def input_size(height: int, width: int, patch_size: int, max_size: int | None = DEFAULT_MAX_SIZE) -> tuple[int, int]:
     """Chooses the size that an image is resized to: multiples of the patch size, aspect kept within half a patch.
 
     The image is only ever shrunk as a whole, never enlarged beyond the nearest multiple of the patch size.
@@ -53,14 +53,14 @@ def input_size(height: int, width: int, patch_size: int, max_size: Optional[int]
     return rows * patch_size, columns * patch_size
 
 
-def patch_grid(height: int, width: int, patch_size: int, max_size: Optional[int] = DEFAULT_MAX_SIZE) -> tuple[int, int]:
+def patch_grid(height: int, width: int, patch_size: int, max_size: int | None = DEFAULT_MAX_SIZE) -> tuple[int, int]:
     """Returns the patch grid (h, w) of an image that is fed at its `input_size`; arguments and errors likewise."""
     input_height, input_width = input_size(height, width, patch_size, max_size)
     return input_height // patch_size, input_width // patch_size
 
 
 def resize_to_patches(
-    images: Float[Tensor, "B 3 H W"], patch_size: int, max_size: Optional[int] = DEFAULT_MAX_SIZE
+    images: Float[Tensor, "B 3 H W"], patch_size: int, max_size: int | None = DEFAULT_MAX_SIZE
 ) -> Float[Tensor, "B 3 H2 W2"]:
     """Resizes images to their `input_size`, bilinear and antialiased.
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Optional
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -11,9 +11,9 @@ class BackboneSpec:
 
     name: str = "dinov2_small"
     """A name of `registry.NAMED_BACKBONES`, or any timm id of a vision transformer with patch tokens."""
-    weights: Optional[Path] = None
+    weights: Path | None = None
     """A local .safetensors, .pth or .pt file in timm's, DINOv2's or FiT3D's key layout; None: the hub's weights."""
-    layer: Optional[int] = None
+    layer: int | None = None
     """Block whose output is taken, from 0; negative counts from the end; None: the last."""
     norm: bool = True
     """Whether the backbone's final norm is applied. A few timm models (pooled ones, EVA-02) have none for tokens."""

@@ -1,7 +1,7 @@
 """Where a backbone's weights come from: a local file, the offline extra, or the Hugging Face hub."""
 
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 from fit3d_ns.backbones.architecture import resolve_architecture, skeleton
 from fit3d_ns.backbones.focus import focus_available, focus_weights
@@ -65,7 +65,7 @@ def weights_available(spec: BackboneSpec, reach_network: bool = False) -> bool:
     return reach_network and isinstance(offered_file(repository, revision, filenames), str)
 
 
-def _hub_files(architecture: NamedBackbone) -> tuple[Optional[str], Optional[str], list[str]]:
+def _hub_files(architecture: NamedBackbone) -> tuple[str | None, str | None, list[str]]:
     """Returns repository, revision and the file names to try, safetensors first."""
     model: Any = skeleton(architecture)
     config = model.pretrained_cfg
@@ -78,7 +78,7 @@ def _hub_files(architecture: NamedBackbone) -> tuple[Optional[str], Optional[str
     return repository or None, revision or None, filenames
 
 
-def _download(architecture: NamedBackbone, repository: str, revision: Optional[str], filenames: list[str]) -> Path:
+def _download(architecture: NamedBackbone, repository: str, revision: str | None, filenames: list[str]) -> Path:
     try:
         return download_file(repository, revision, filenames)
     except DownloadError as error:

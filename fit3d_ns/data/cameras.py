@@ -1,7 +1,7 @@
 """Lenses: what a camera file says of them, and photos undistorted by it."""
 
 from dataclasses import dataclass
-from typing import Any, List, Optional, Tuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,13 +27,13 @@ class Lens:
     """Width of the distorted photo, pixels."""
     height: int
     """Height of the distorted photo, pixels."""
-    distortion: Tuple[float, ...]
+    distortion: tuple[float, ...]
     """nerfstudio's distortion parameters."""
-    fisheye_crop_radius: Optional[float] = None
+    fisheye_crop_radius: float | None = None
     """Only of nerfstudio's FISHEYE624 cameras, pixels."""
 
 
-def lenses_of(cameras: Any) -> List[Optional[Lens]]:
+def lenses_of(cameras: Any) -> list[Lens | None]:
     """Returns the lens of each of nerfstudio's cameras, None where there is no distortion.
 
     Args:
@@ -41,7 +41,7 @@ def lenses_of(cameras: Any) -> List[Optional[Lens]]:
     """
     parameters = cameras.distortion_params
     metadata = cameras.metadata or {}
-    lenses: List[Optional[Lens]] = []
+    lenses: list[Lens | None] = []
     for index in range(len(cameras)):
         if parameters is None or not bool(parameters[index].any()):
             lenses.append(None)

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any
 
 import torch
 from jaxtyping import Float16, UInt8
@@ -78,9 +78,9 @@ class FeatureCache:
         self,
         directory: Path,
         spec: BackboneSpec,
-        max_size: Optional[int],
-        fallback_directory: Optional[Path] = None,
-        identity: Optional[dict[str, Any]] = None,
+        max_size: int | None,
+        fallback_directory: Path | None = None,
+        identity: dict[str, Any] | None = None,
     ) -> None:
         """Names the folders; touches nothing on disk beside reading the teacher's weights to hash them.
 
@@ -112,7 +112,7 @@ class FeatureCache:
         self,
         images: Sequence[ImageSource],
         load_teacher: Callable[[], Backbone],
-        device: Union[str, torch.device],
+        device: str | torch.device,
         batch_size: int = 8,
     ) -> list[str]:
         """Makes the maps that are missing; the teacher is loaded only if any is.
@@ -192,7 +192,7 @@ class FeatureCache:
         # A path is neither markup nor to be broken across lines.
         self._console.print(sentence, markup=False, highlight=False, soft_wrap=True)
 
-    def _find(self, key: str) -> Optional[Path]:
+    def _find(self, key: str) -> Path | None:
         paths = (self._path(folder, key) for folder in self._folders)
         return next((path for path in paths if is_complete_safetensors(path)), None)
 
@@ -202,7 +202,7 @@ class FeatureCache:
 
     def _writable_folder(self) -> Path:
         """Returns the first folder that takes the file which describes the teacher."""
-        reason: Optional[BaseException] = None
+        reason: BaseException | None = None
         for folder in self._folders:
             try:
                 atomic_write_json(folder / "teacher.json", self._description)
@@ -279,7 +279,7 @@ class FeatureCache:
             raise self._unwritable(folder, error.__cause__) from None
 
     @staticmethod
-    def _unwritable(folder: Path, reason: Optional[BaseException]) -> UserError:
+    def _unwritable(folder: Path, reason: BaseException | None) -> UserError:
         cause = getattr(reason, "strerror", None) or reason
         return UserError(
             f"The teacher features cannot be written to {folder} ({cause}): free some space there, or choose another "

@@ -1,6 +1,6 @@
 """Masks and alpha: what of a photo counts, pixel by pixel and patch by patch."""
 
-from typing import Any, Dict, Optional, Tuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ def composite_on_black(image: UInt8[Tensor, "H W c"] | Float[Tensor, "H W c"]) -
     return (values * 255.0).round().clamp(0, 255).to(torch.uint8)
 
 
-def patch_weights(batch: Dict[str, Any], grid: Tuple[int, int]) -> Optional[Float[Tensor, "h w"]]:
+def patch_weights(batch: dict[str, Any], grid: tuple[int, int]) -> Float[Tensor, "h w"] | None:
     """Returns the share of each patch that the mask and the photo's alpha leave valid, or None where all is.
 
     Args:

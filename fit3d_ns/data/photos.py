@@ -4,7 +4,7 @@ import hashlib
 import io
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Optional, Tuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,11 +30,11 @@ class Photo:
     """Height of the picture that `read_photo` returns, pixels."""
     width: int
     """Likewise, width."""
-    lens: Optional[Lens] = None
+    lens: Lens | None = None
     """None for a photo without distortion."""
     scale_factor: float = 1.0
     """Factor by which the file's picture is resized first."""
-    alpha_color: Optional[Tuple[float, float, float]] = None
+    alpha_color: tuple[float, float, float] | None = None
     """Colour in [0, 1] behind transparent parts where the scene asks for one; they are black otherwise."""
 
     def content_key(self) -> str:
@@ -43,7 +43,7 @@ class Photo:
         return hashlib.blake2b(repr(facts).encode(), digest_size=16).hexdigest()
 
     @classmethod
-    def from_dict(cls, values: Dict[str, Any]) -> "Photo":
+    def from_dict(cls, values: dict[str, Any]) -> "Photo":
         """Reads what ``dataclasses.asdict`` made of a photo, after JSON turned tuples into lists."""
         lens, alpha_color = values["lens"], values["alpha_color"]
         if lens is not None:
@@ -60,7 +60,7 @@ def hash_file(path: Path) -> str:
     return hashlib.sha256(_read_bytes(path)).hexdigest()
 
 
-def locate(path: Path, data_root: Optional[Path]) -> Path:
+def locate(path: Path, data_root: Path | None) -> Path:
     """Finds a file or folder that may have moved.
 
     Args:
@@ -88,7 +88,7 @@ def locate(path: Path, data_root: Optional[Path]) -> Path:
     raise UserError(f"Nothing below {data_root} looks like {path}: check {DATA_ROOT_FLAG}.")
 
 
-def read_photo(photo: Photo, data_root: Optional[Path] = None) -> UInt8[Tensor, "H W 3"]:
+def read_photo(photo: Photo, data_root: Path | None = None) -> UInt8[Tensor, "H W 3"]:
     """Reads a photo as its pinhole camera sees it: resized, undistorted, transparent parts filled.
 
     The same pixels as nerfstudio's data manager gives for an 8-bit image cache.

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import numpy as np
 import torch
@@ -229,7 +229,7 @@ def visible_rows(gaussians: Mapping[str, Tensor]) -> Bool[Tensor, "N"]:
 def write_splat_ply(
     path: Path,
     gaussians: Mapping[str, Tensor],
-    features: Optional[Float[Tensor, "N D"]] = None,
+    features: Float[Tensor, "N D"] | None = None,
     comments: Iterable[str] = (),
 ) -> int:
     """Writes Gaussians in the layout of 3DGS and ``ns-export``, with their features as further columns.

@@ -2,9 +2,9 @@
 
 import json
 import struct
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator, List, Optional
 
 import torch
 from nerfstudio.data.datasets.base_dataset import InputDataset
@@ -17,7 +17,7 @@ SCENE_ADVICE = "check --data, and the dataparser named at the end of the command
 
 
 @contextmanager
-def explain_unreadable_scene(data: Optional[Path]) -> Iterator[None]:
+def explain_unreadable_scene(data: Path | None) -> Iterator[None]:
     """Turns whatever a nerfstudio dataparser raises into one sentence.
 
     Args:
@@ -116,7 +116,7 @@ def check_image_files(dataset: InputDataset) -> None:
     Raises:
         UserError: Naming the first file that is missing, truncated or no image.
     """
-    masks: List[Path] = list(dataset._dataparser_outputs.mask_filenames or [])
+    masks: list[Path] = list(dataset._dataparser_outputs.mask_filenames or [])
     for path in [*dataset.image_filenames, *masks]:
         if not path.is_file():
             raise UserError(f"The photo {path} is missing: restore it, or remove it from the scene.")
@@ -127,7 +127,7 @@ def check_image_files(dataset: InputDataset) -> None:
             raise UserError(f"The photo {path} is truncated or not an image ({error}): replace it.") from error
 
 
-def _frames(data: Path) -> Optional[list]:
+def _frames(data: Path) -> list | None:
     """Frames of nerfstudio's ``transforms.json``; None for other formats."""
     path = data / "transforms.json" if data.is_dir() else data
     if path.suffix != ".json" or not path.is_file():

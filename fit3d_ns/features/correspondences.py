@@ -8,7 +8,6 @@ at (j + 0.5, i + 0.5).
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Optional
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -34,7 +33,7 @@ class View:
     width: int
     height: int
     depth: Float[Tensor, "H W"]
-    accumulation: Optional[Float[Tensor, "H W"]] = None
+    accumulation: Float[Tensor, "H W"] | None = None
 
     def __post_init__(self) -> None:
         if self.viewmat.shape != (4, 4) or self.K.shape != (3, 3) or self.depth.ndim != 2:

@@ -1,7 +1,5 @@
 """The decoder of a scene: rendered low-dimensional features to the backbone's width."""
 
-from typing import Optional, Tuple
-
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -19,7 +17,7 @@ class FeatureDecoder(nn.Module):
             to the same geometry with and without features.
     """
 
-    def __init__(self, low_dim: int, width: int, generator: Optional[torch.Generator] = None):
+    def __init__(self, low_dim: int, width: int, generator: torch.Generator | None = None):
         super().__init__()
         bound = (low_dim * 9) ** -0.5  # torch's default for Conv2d
         weight = torch.empty(width, low_dim, 3, 3).uniform_(-bound, bound, generator=generator)
@@ -43,8 +41,8 @@ class FeatureDecoder(nn.Module):
         self,
         low: Float[Tensor, "D H W"],
         feature_grid: FeatureGrid,
-        grid: Tuple[int, int],
-        offset: Tuple[float, float] = (0.0, 0.0),
+        grid: tuple[int, int],
+        offset: tuple[float, float] = (0.0, 0.0),
     ) -> Float[Tensor, "C h w"]:
         """Decodes a rendered map on the patch grid only.
 

@@ -12,7 +12,7 @@ exists.
 
 import functools
 from dataclasses import asdict, dataclass
-from typing import Any, Dict, Literal, Optional, Tuple
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -38,12 +38,12 @@ class FeatureGrid:
     """
 
     name: GridName
-    supersample: Optional[int]
+    supersample: int | None
     rasterize_mode: Literal["classic", "antialiased"]
     tile_size: int
     pooling: Literal["bilinear", "area"]
 
-    def render_size(self, image_size: Tuple[int, int], grid: Tuple[int, int]) -> Tuple[int, int]:
+    def render_size(self, image_size: tuple[int, int], grid: tuple[int, int]) -> tuple[int, int]:
         """Returns the height and width, in pixels, at which low-dimensional features are rendered.
 
         Args:
@@ -55,7 +55,7 @@ class FeatureGrid:
         return grid[0] * self.supersample, grid[1] * self.supersample
 
     def windows(
-        self, low: Float[Tensor, "D H W"], grid: Tuple[int, int], offset: Tuple[float, float] = (0.0, 0.0)
+        self, low: Float[Tensor, "D H W"], grid: tuple[int, int], offset: tuple[float, float] = (0.0, 0.0)
     ) -> Float[Tensor, "D 9 h w"]:
         """Samples, for each patch, the 3x3 window that the decoder's convolution reads.
 
@@ -77,12 +77,12 @@ class FeatureGrid:
             return F.conv2d(low[:, None], boxes, stride=self.supersample, padding=1)
         return _bilinear_windows(low, grid, offset)
 
-    def to_dict(self) -> Dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Returns the rule as plain JSON values."""
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: Dict[str, Any]) -> "FeatureGrid":
+    def from_dict(cls, values: dict[str, Any]) -> "FeatureGrid":
         """Reads a rule written by ``to_dict``.
 
         Raises:
@@ -94,7 +94,7 @@ class FeatureGrid:
             raise UserError(f"The stored feature grid {values} is not one this version knows: {error}.") from error
 
 
-FEATURE_GRIDS: Dict[str, FeatureGrid] = {
+FEATURE_GRIDS: dict[str, FeatureGrid] = {
     # FiT3D renders and decodes at full image size, then resizes bilinearly without antialiasing (its engine.py).
     "paper": FeatureGrid(name="paper", supersample=None, rasterize_mode="classic", tile_size=16, pooling="bilinear"),
     # A quarter of a patch per pixel: rendering directly at the patch grid is slower (too few tiles) and aliases.
@@ -102,7 +102,7 @@ FEATURE_GRIDS: Dict[str, FeatureGrid] = {
 }
 
 
-def sampling_offset(step: int) -> Tuple[float, float]:
+def sampling_offset(step: int) -> tuple[float, float]:
     """Returns the shift of the sampling points at a training step, in patches (y, x), each in [-0.5, 0.5).
 
     FiT3D takes the L1 loss at every pixel, against the teacher's map resized bilinearly to the image. One point per
@@ -114,7 +114,7 @@ def sampling_offset(step: int) -> Tuple[float, float]:
     return (0.5 + step / golden) % 1.0 - 0.5, (0.5 + step / golden**2) % 1.0 - 0.5
 
 
-def sample_teacher(teacher: Float[Tensor, "C h w"], offset: Tuple[float, float]) -> Float[Tensor, "C h w"]:
+def sample_teacher(teacher: Float[Tensor, "C h w"], offset: tuple[float, float]) -> Float[Tensor, "C h w"]:
     """Reads a teacher map between its patch centres, as bilinear resizing to the image would.
 
     Args:
@@ -134,7 +134,7 @@ def sample_teacher(teacher: Float[Tensor, "C h w"], offset: Tuple[float, float])
 
 
 def _patch_points(
-    rows: int, columns: int, height: int, width: int, offset: Tuple[float, float], device: torch.device
+    rows: int, columns: int, height: int, width: int, offset: tuple[float, float], device: torch.device
 ) -> Float[Tensor, "h w 2"]:
     """Patch centres plus offset in ``grid_sample``'s coordinates (x, y in [-1, 1], edges at the ends).
 
@@ -158,7 +158,7 @@ def _shifted_boxes(size: int, dtype: torch.dtype, device: torch.device) -> Float
 
 
 def _bilinear_windows(
-    low: Float[Tensor, "D H W"], grid: Tuple[int, int], offset: Tuple[float, float]
+    low: Float[Tensor, "D H W"], grid: tuple[int, int], offset: tuple[float, float]
 ) -> Float[Tensor, "D 9 h w"]:
     """Bilinear samples of ``low`` at the nine one-pixel shifts of every patch centre, zero outside the map."""
     (rows, columns), (height, width) = grid, low.shape[1:]

@@ -9,7 +9,6 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Optional
 
 import torch
 from jaxtyping import Float
@@ -28,7 +27,7 @@ _POINTS_PER_STEP = 1 << 17
 
 
 def feature_l1(
-    pred: Float[Tensor, "C h w"], teacher: Float[Tensor, "C h w"], mask: Optional[Tensor] = None
+    pred: Float[Tensor, "C h w"], teacher: Float[Tensor, "C h w"], mask: Tensor | None = None
 ) -> Float[Tensor, ""]:
     """Mean absolute difference over channels and valid patches.
 
@@ -48,7 +47,7 @@ def feature_l1(
 
 
 def feature_cosine(
-    pred: Float[Tensor, "C h w"], teacher: Float[Tensor, "C h w"], mask: Optional[Tensor] = None
+    pred: Float[Tensor, "C h w"], teacher: Float[Tensor, "C h w"], mask: Tensor | None = None
 ) -> Float[Tensor, ""]:
     """Mean over valid patches of the cosine between the two features; a zero feature counts as cosine 0.
 
@@ -161,7 +160,7 @@ def choose_pairs(
 def view_match(
     maps: Sequence[Float[Tensor, "C h w"]],
     views: Sequence[View],
-    pairs: Optional[Sequence[tuple[int, int]]] = None,
+    pairs: Sequence[tuple[int, int]] | None = None,
 ) -> ViewMatch:
     """Share of surface points seen in two views that their features find again in the other view.
 
@@ -194,14 +193,14 @@ def view_match(
     return ViewMatch(rate=hits / total if total else math.nan, num_points=total, num_pairs=len(pairs))
 
 
-def _check_maps(pred: Tensor, teacher: Tensor, mask: Optional[Tensor]) -> None:
+def _check_maps(pred: Tensor, teacher: Tensor, mask: Tensor | None) -> None:
     if pred.ndim != 3 or pred.shape != teacher.shape:
         raise ValueError(f"expected two maps [C, h, w] of one shape, got {list(pred.shape)} and {list(teacher.shape)}")
     if mask is not None and mask.shape != pred.shape[1:]:
         raise ValueError(f"expected a mask {list(pred.shape[1:])}, got {list(mask.shape)}")
 
 
-def _masked_mean(values: Float[Tensor, "h w"], mask: Optional[Tensor]) -> Float[Tensor, ""]:
+def _masked_mean(values: Float[Tensor, "h w"], mask: Tensor | None) -> Float[Tensor, ""]:
     if mask is None:
         return values.mean()
     weights = mask.to(values)

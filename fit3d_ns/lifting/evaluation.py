@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Optional
 
 import torch
 from jaxtyping import Float, UInt8
@@ -52,7 +51,7 @@ class MatchedViews:
             self.split = "training"
             self.views, self._points = self._choose(training)
 
-    def match(self, maps: Sequence[Float[Tensor, "C h w"]]) -> Optional[float]:
+    def match(self, maps: Sequence[Float[Tensor, "C h w"]]) -> float | None:
         """Returns ``view_match`` of one map for each of ``views``, in [0, 1]; None where there is nothing to match."""
         counts = [match_rate(maps[a], maps[b], points) for a, b, points in self._points]
         total = sum(count for _, count in counts)
@@ -96,13 +95,13 @@ class LiftEvaluation:
             scores.add(decode_view(self._operator, item.view, values, decoder), item.view)
         return scores.mean()
 
-    def consistency(self, values: Float[Tensor, "N D"], decoder: FeatureDecoder) -> Optional[float]:
+    def consistency(self, values: Float[Tensor, "N D"], decoder: FeatureDecoder) -> float | None:
         """Returns ``view_match`` of the decoded maps, in [0, 1]; None where no two views share enough surface."""
         return self._matched.match(
             [decode_view(self._operator, item.view, values, decoder) for item in self._matched.views]
         )
 
-    def teacher_consistency(self) -> Optional[float]:
+    def teacher_consistency(self) -> float | None:
         """Returns ``view_match`` of the teacher's own maps on the same pairs."""
         return self._matched.match([item.view.load().float() for item in self._matched.views])
 

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -143,7 +143,7 @@ def lift_features(
         coverage = aggregate.coverage
         for _ in range(settings.robust):
             values, coverage = solver.reweight(values, basis.total_variance**0.5, from_zero=True)
-    evaluation: Optional[LiftEvaluation] = None
+    evaluation: LiftEvaluation | None = None
     if settings.evaluate or settings.select != "fixed":
         with clock("evaluation"):
             evaluation = LiftEvaluation(operator, scene.held_out, scene.matched)

@@ -1,7 +1,6 @@
 """How much memory a lift may take beside the Gaussians, and the teacher's maps that stay within it."""
 
 from collections.abc import Callable
-from typing import Optional
 
 import torch
 from jaxtyping import Float
@@ -45,7 +44,7 @@ class ResidentMaps:
     """
 
     def __init__(
-        self, read: Callable[[str], Float[Tensor, "C h w"]], device: torch.device, budget: Optional[int] = None
+        self, read: Callable[[str], Float[Tensor, "C h w"]], device: torch.device, budget: int | None = None
     ) -> None:
         self._read = read
         self._device = device

@@ -1,7 +1,7 @@
 """What a user can choose about lifting."""
 
 from dataclasses import dataclass
-from typing import Literal, Optional
+from typing import Literal
 
 from fit3d_ns.support.errors import UserError
 
@@ -15,7 +15,7 @@ LARGEST_REFINEMENTS = 10
 class LiftSettings:
     """How teacher features are lifted onto fixed geometry."""
 
-    refinements: Optional[int] = None
+    refinements: int | None = None
     """Refinement steps k after the weighted aggregation. More steps follow the single views more closely and agree
     less between views. Without it 1; with --select fidelity or consistency, the most steps tried (10)."""
     select: Literal["fixed", "fidelity", "consistency"] = "fixed"
@@ -36,7 +36,7 @@ class LiftSettings:
     """Most views rendered in one call; less where that many do not fit in memory."""
     evaluate: bool = True
     """Whether the held-out views are measured and reported after lifting."""
-    report_dims: Optional[tuple[int, ...]] = None
+    report_dims: tuple[int, ...] | None = None
     """Numbers of channels whose quality the report compares. Without it 16, 32, 64 ... up to --feature-dim, which cost
     next to nothing; larger ones take another lift, of the largest."""
 

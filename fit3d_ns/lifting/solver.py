@@ -11,7 +11,6 @@ few steps is the regulariser (semi-convergence). All sums stream over views, so 
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Optional
 
 import torch
 from jaxtyping import Bool, Float
@@ -39,7 +38,7 @@ class LiftView:
 
     camera: PatchCamera
     load: Callable[[], Float[Tensor, "X h w"]]
-    weights: Optional[Float[Tensor, "h w"]] = None
+    weights: Float[Tensor, "h w"] | None = None
 
 
 @dataclass(frozen=True)

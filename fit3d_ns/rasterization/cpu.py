@@ -112,7 +112,7 @@ def _tile_information(tiles: list[TileLists], number_of_gaussians: int) -> dict[
     }
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _radii_have_two_axes() -> bool:
     """Whether the installed gsplat's strategies read radii as [V, N, 2], which they do from 1.5 on."""
     try:

@@ -36,7 +36,7 @@ def channels_per_launch(channels: int) -> int:
     return _CHANNELS_PER_LAUNCH
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def load_gsplat() -> Callable:
     """Returns gsplat's rasterization, its kernels built or loaded.
 

@@ -51,7 +51,7 @@ def run_parts(kernel: Callable, number_of_parts: int, *arguments) -> None:
             helper.result()
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def compile_kernels(dtype: torch.dtype) -> None:
     """Compiles all kernels for one dtype, or loads them from Numba's disk cache.
 

@@ -11,7 +11,7 @@ import json
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Dict, List, Literal, Optional, Tuple
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Float16
@@ -81,31 +81,31 @@ class BundleInfo:
 
     scene: str
     """Name for humans."""
-    teacher: Dict[str, Any]
+    teacher: dict[str, Any]
     """The teacher's `fit3d_ns.backbones.backbone_identity`."""
-    teacher_max_size: Optional[int]
+    teacher_max_size: int | None
     """Longest side at which the teacher saw a photo, pixels; None for no limit."""
-    teacher_weights: Optional[str]
+    teacher_weights: str | None
     """The teacher's local weight file, or None for the hub's."""
     feature_grid: FeatureGrid
     """How features are rendered for a patch grid."""
-    dataparser_transform: List[List[float]]
+    dataparser_transform: list[list[float]]
     """3x4, from the photos' original world to the bundle's, before scaling."""
     dataparser_scale: float
     """Factor from the original world to the bundle's."""
-    source: Dict[str, Any]
+    source: dict[str, Any]
     """What the bundle was made from; equal for equal content."""
-    views: List[BundleView]
+    views: list[BundleView]
     """All V views, in the order of ``cameras``."""
-    versions: Dict[str, str] = field(default_factory=lambda: {name: version(name) for name in ("fit3d-ns", "torch")})
+    versions: dict[str, str] = field(default_factory=lambda: {name: version(name) for name in ("fit3d-ns", "torch")})
     """Versions of what made the bundle."""
 
-    def patch_grid(self, view: int) -> Tuple[int, int]:
+    def patch_grid(self, view: int) -> tuple[int, int]:
         """Returns height and width, in patches, of the teacher's map of a view."""
         photo = self.views[view].photo
         return patch_grid(photo.height, photo.width, self.teacher["patch_size"], self.teacher_max_size)
 
-    def indices(self, split: Literal["train", "eval"]) -> List[int]:
+    def indices(self, split: Literal["train", "eval"]) -> list[int]:
         """Returns the positions of a split's views."""
         return [index for index, view in enumerate(self.views) if view.split == split]
 
@@ -165,7 +165,7 @@ class SceneBundle:
         with self._open() as tensors:
             return BundleCameras(tensors.get_tensor("viewmats"), tensors.get_tensor("Ks"))
 
-    def read_patch_weights(self) -> Dict[int, Float[Tensor, "h w"]]:
+    def read_patch_weights(self) -> dict[int, Float[Tensor, "h w"]]:
         """Reads the share, in [0, 1], that masks leave valid of each patch, for the views that have a mask."""
         with self._open() as tensors:
             names = [name for name in self._names if name.startswith(_PATCH_WEIGHTS)]
@@ -188,7 +188,7 @@ def write_bundle(
     info: BundleInfo,
     scene: SceneTensors,
     cameras: BundleCameras,
-    patch_weights: Dict[int, Float[Tensor, "h w"]],
+    patch_weights: dict[int, Float[Tensor, "h w"]],
 ) -> SceneBundle:
     """Writes a bundle; what stood there before stays whole until the new one is.
 
@@ -221,7 +221,7 @@ def write_bundle(
     return SceneBundle(folder)
 
 
-def find_bundles(paths: List[Path]) -> List[Path]:
+def find_bundles(paths: list[Path]) -> list[Path]:
     """Finds bundle folders.
 
     Args:
@@ -233,7 +233,7 @@ def find_bundles(paths: List[Path]) -> List[Path]:
     Raises:
         UserError: If a path does not exist or holds none.
     """
-    found: Dict[Path, None] = {}
+    found: dict[Path, None] = {}
     for path in paths:
         if not path.is_dir():
             raise UserError(f"{path} is no folder: name scene bundles, or folders that hold some.")
@@ -257,10 +257,10 @@ def _check_scene(name: str, scene: SceneTensors) -> None:
         raise UserError(f"The features of the scene {name} are all zero: it was never lifted; run fit3d-lift on it.")
 
 
-def _info_to_dict(info: BundleInfo) -> Dict[str, Any]:
+def _info_to_dict(info: BundleInfo) -> dict[str, Any]:
     return {**asdict(replace(info, views=[])), "views": [asdict(view) for view in info.views]}
 
 
-def _info_from_dict(values: Dict[str, Any]) -> BundleInfo:
+def _info_from_dict(values: dict[str, Any]) -> BundleInfo:
     views = [BundleView(**{**view, "photo": Photo.from_dict(view["photo"])}) for view in values["views"]]
     return BundleInfo(**{**values, "feature_grid": FeatureGrid.from_dict(values["feature_grid"]), "views": views})

@@ -4,7 +4,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ class Run:
         return self.data.parent.name if self.data.suffix else self.data.name
 
 
-def choose_runs(paths: List[Path], all_runs: bool = False) -> Tuple[List[Run], List[str]]:
+def choose_runs(paths: list[Path], all_runs: bool = False) -> tuple[list[Run], list[str]]:
     """Finds finished ``fit3d-splat`` runs, trained or lifted.
 
     Args:
@@ -65,8 +65,8 @@ def choose_runs(paths: List[Path], all_runs: bool = False) -> Tuple[List[Run], L
     with nerfstudio_needed("Trained runs (--runs)"):
         from fit3d_ns.runs.record import RECORD
 
-    runs: Dict[Path, Run] = {}
-    notes: List[str] = []
+    runs: dict[Path, Run] = {}
+    notes: list[str] = []
     for config_path in _config_paths(paths):
         try:
             method = _METHOD_LINE.search(config_path.read_text(errors="replace"))
@@ -107,7 +107,7 @@ def choose_runs(paths: List[Path], all_runs: bool = False) -> Tuple[List[Run], L
     return found, notes
 
 
-def bundle_run(run: Run, folder: Optional[Path] = None, data_root: Optional[Path] = None) -> Tuple[SceneBundle, bool]:
+def bundle_run(run: Run, folder: Path | None = None, data_root: Path | None = None) -> tuple[SceneBundle, bool]:
     """Makes a run's bundle, or finds it made already.
 
     Args:
@@ -162,8 +162,8 @@ def bundle_run(run: Run, folder: Optional[Path] = None, data_root: Optional[Path
 
 
 def read_views(
-    run: Run, config: Any, state: Dict[str, Tensor], data_root: Optional[Path] = None
-) -> Tuple[List[BundleView], BundleCameras]:
+    run: Run, config: Any, state: dict[str, Tensor], data_root: Path | None = None
+) -> tuple[list[BundleView], BundleCameras]:
     """Reads a run's photos and their cameras, undistorted and with their optimised poses.
 
     Args:
@@ -184,8 +184,8 @@ def read_views(
     return views, cameras
 
 
-def _config_paths(paths: List[Path]) -> List[Path]:
-    found: Dict[Path, None] = {}
+def _config_paths(paths: list[Path]) -> list[Path]:
+    found: dict[Path, None] = {}
     for path in paths:
         path = path.expanduser()
         if path.is_file() and path.name == "config.yml":
@@ -197,7 +197,7 @@ def _config_paths(paths: List[Path]) -> List[Path]:
     return list(found)
 
 
-def _read_scene(state: Dict[str, Tensor], checkpoint: Path) -> SceneTensors:
+def _read_scene(state: dict[str, Tensor], checkpoint: Path) -> SceneTensors:
     """Geometry, features and decoder of a checkpoint, without splatfacto's parametrisation."""
     names = ("means", "quats", "scales", "opacities", "fit3d_features")
     parameters = {name: state.get(f"_model.gauss_params.{name}") for name in names}
@@ -205,7 +205,7 @@ def _read_scene(state: Dict[str, Tensor], checkpoint: Path) -> SceneTensors:
     missing = [name for name, tensor in parameters.items() if tensor is None]
     if missing:
         raise UserError(f"{checkpoint} holds no {missing[0]}: it is no complete {METHOD} checkpoint; train it again.")
-    tensors: Dict[str, Any] = {name: tensor.float() for name, tensor in parameters.items() if tensor is not None}
+    tensors: dict[str, Any] = {name: tensor.float() for name, tensor in parameters.items() if tensor is not None}
     return SceneTensors(
         means=tensors["means"],
         quats=tensors["quats"],
@@ -216,7 +216,7 @@ def _read_scene(state: Dict[str, Tensor], checkpoint: Path) -> SceneTensors:
     )
 
 
-def _datamanager(config: Any, data_root: Optional[Path]) -> Any:
+def _datamanager(config: Any, data_root: Path | None) -> Any:
     """The run's own data manager, on the CPU."""
     from fit3d_ns.data.scene_checks import SCENE_ADVICE  # imports nerfstudio
 
@@ -251,8 +251,8 @@ def _check_coordinates(run: Run, datamanager: Any) -> None:
 
 
 def _read_views(
-    datamanager: Any, config: Any, state: Dict[str, Tensor], patch_size: int
-) -> Tuple[List[BundleView], BundleCameras, Dict[int, Tensor]]:
+    datamanager: Any, config: Any, state: dict[str, Tensor], patch_size: int
+) -> tuple[list[BundleView], BundleCameras, dict[int, Tensor]]:
     """Photos, cameras and masks of both splits: training views first."""
     from nerfstudio.models import splatfacto
 
@@ -260,8 +260,8 @@ def _read_views(
     from fit3d_ns.backbones import patch_grid
     from fit3d_ns.data.masks import patch_weights
 
-    views: List[BundleView] = []
-    weights: Dict[int, Tensor] = {}
+    views: list[BundleView] = []
+    weights: dict[int, Tensor] = {}
     viewmats, intrinsics = [], []
     data = Path(datamanager.config.data)
     root = data if data.is_dir() else data.parent
@@ -297,7 +297,7 @@ def _read_views(
     return views, BundleCameras(torch.cat(viewmats).float(), torch.cat(intrinsics).float()), weights
 
 
-def _optimised_poses(poses: Tensor, config: Any, state: Dict[str, Tensor]) -> Tensor:
+def _optimised_poses(poses: Tensor, config: Any, state: dict[str, Tensor]) -> Tensor:
     """Training poses as the run's camera optimizer left them (splatfacto's is off by default)."""
     adjustment = state.get("_model.camera_optimizer.pose_adjustment")
     if adjustment is None:

@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Any, Dict, Optional
+from typing import Any
 
 import torch
 
@@ -12,7 +12,7 @@ from fit3d_ns.support.errors import UserError
 _CHECKPOINT = re.compile(r"step-(\d+)\.ckpt")
 
 
-def find_checkpoint(path: Path, step: Optional[int] = None) -> Path:
+def find_checkpoint(path: Path, step: int | None = None) -> Path:
     """Finds the checkpoint that a user means.
 
     Args:
@@ -49,7 +49,7 @@ def run_folder(checkpoint: Path) -> Path:
     return checkpoint.absolute().parent.parent
 
 
-def read_checkpoint(checkpoint: Path) -> Dict[str, Any]:
+def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
     """Reads a nerfstudio checkpoint, memory-mapped and with torch's restricted loader.
 
     Args:

@@ -4,8 +4,9 @@ import dataclasses
 import enum
 import importlib
 import re
+from collections.abc import Iterator
 from pathlib import Path, PurePath
-from typing import Any, Dict, Iterator, List, Tuple
+from typing import Any
 
 import yaml
 
@@ -13,7 +14,7 @@ from fit3d_ns.support.errors import UserError, first_line
 
 _OWN_PACKAGES = ("nerfstudio", "fit3d_ns")
 _TAG = "tag:yaml.org,2002:python/"
-_PARTS: Dict[str, Tuple[type, ...]] = {
+_PARTS: dict[str, tuple[type, ...]] = {
     "pipeline": (),
     "pipeline.datamanager": (),
     "pipeline.model": (),
@@ -26,7 +27,7 @@ _PARTS: Dict[str, Tuple[type, ...]] = {
 """What readers of a configuration go into, and what it may be; a dataclass where nothing is named."""
 
 
-def find_runs(root: Path) -> List[Path]:
+def find_runs(root: Path) -> list[Path]:
     """Finds the ``config.yml`` of every run with a checkpoint.
 
     Args:

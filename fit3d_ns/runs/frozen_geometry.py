@@ -1,7 +1,8 @@
 """Gaussians that come from elsewhere and stay as they are: other runs and files."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Mapping, Optional
+from typing import Any
 
 import torch
 from nerfstudio.utils.rich_utils import CONSOLE
@@ -29,7 +30,7 @@ def freeze_configuration(config: Any) -> None:
 
 
 @torch.no_grad()
-def replace_gaussians(gauss_params: ParameterDict, tensors: Mapping[str, Optional[Tensor]], source: str) -> None:
+def replace_gaussians(gauss_params: ParameterDict, tensors: Mapping[str, Tensor | None], source: str) -> None:
     """Puts other Gaussians in place of a model's; for use before optimizers exist.
 
     Args:

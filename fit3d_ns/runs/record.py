@@ -1,7 +1,7 @@
 """What ``fit3d-lift`` leaves in a run for looking at."""
 
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
@@ -26,7 +26,7 @@ VARIANCE = "lift.safetensors"
 
 
 def write_record(
-    folder: Path, lift: Lift, settings: LiftSettings, report: Report, provenance: Optional[dict[str, Any]] = None
+    folder: Path, lift: Lift, settings: LiftSettings, report: Report, provenance: dict[str, Any] | None = None
 ) -> None:
     """Writes what is worth knowing about a lift beside its checkpoint.
 
@@ -48,7 +48,7 @@ def write_record(
     atomic_write_json(folder / RECORD, {**(provenance or {}), **lift.summary(settings)})
 
 
-def read_disagreement(run: Path) -> Optional[tuple[Tensor, Tensor]]:
+def read_disagreement(run: Path) -> tuple[Tensor, Tensor] | None:
     """Returns variance and coverage of every Gaussian, [N] each; None if the run was not lifted.
 
     Args:

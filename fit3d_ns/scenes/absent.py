@@ -1,7 +1,8 @@
 """What stands for a scene that moved, so that a trained run can be opened without its photos."""
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Dict, Iterator, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from nerfstudio.data.datamanagers.base_datamanager import DataManager
@@ -19,7 +20,7 @@ class AbsentPhotos(UserError, AttributeError):
 class AbsentDataset:
     """A split without views: its size is 0, and whoever needs more of it is told why there is none."""
 
-    def __init__(self, reason: str, metadata: Dict[str, Any]):
+    def __init__(self, reason: str, metadata: dict[str, Any]):
         self._reason = reason
         self.metadata = metadata
         self.scene_box = SceneBox(aabb=torch.tensor([[-1.0, -1.0, -1.0], [1.0, 1.0, 1.0]]))

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Sequence
-from typing import Any, Optional
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -68,7 +68,7 @@ _METRICS = {
 
 @torch.no_grad()
 def lift_report(
-    model: Fit3DSplatModel, scene: LiftScene, lift: Lift, teacher: str, peak_memory_mb: Optional[float] = None
+    model: Fit3DSplatModel, scene: LiftScene, lift: Lift, teacher: str, peak_memory_mb: float | None = None
 ) -> Report:
     """Describes a lift; notes its own time under ``report`` in the lift's seconds.
 

@@ -1,7 +1,7 @@
 """The teacher's maps of training views, for looking at them; the teacher itself is never run."""
 
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -46,12 +46,12 @@ class TeacherViews:
     def __init__(self, datamanager: Fit3DDataManager, model: Fit3DSplatModel) -> None:
         self._datamanager = datamanager
         self._model = model
-        self._cache: Optional[FeatureCache] = None
-        self._last: tuple[int, Optional[TeacherView]] = (-1, None)
-        self.identity: Optional[dict[str, Any]] = None
+        self._cache: FeatureCache | None = None
+        self._last: tuple[int, TeacherView | None] = (-1, None)
+        self.identity: dict[str, Any] | None = None
         """The teacher's, as the checkpoint notes it: with it, weights are not needed to find its maps."""
 
-    def standing_at(self, camera: Cameras) -> Optional[int]:
+    def standing_at(self, camera: Cameras) -> int | None:
         """Returns the training view that a camera stands at, whichever way it looks; None elsewhere.
 
         Args:

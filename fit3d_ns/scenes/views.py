@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from jaxtyping import Float, UInt8
@@ -48,7 +48,7 @@ class Photo:
 
     image: UInt8[Tensor, "H W 3"]
     camera: Cameras
-    weights: Optional[Float[Tensor, "h w"]]
+    weights: Float[Tensor, "h w"] | None
 
 
 class PhotoReader:
@@ -131,7 +131,7 @@ class _Split:
 
     reader: PhotoReader
     cameras: dict[int, Cameras] = field(default_factory=dict)
-    weights: dict[int, Optional[Tensor]] = field(default_factory=dict)
+    weights: dict[int, Tensor | None] = field(default_factory=dict)
 
     def source(self, index: int) -> UInt8[Tensor, "H W 3"]:
         """Opens a photo for the teacher, and notes what the lift needs beside its map."""
@@ -286,7 +286,7 @@ def _evaluation_view(
     model: Fit3DSplatModel,
     camera: Cameras,
     load: Callable[[], Float[Tensor, "C h w"]],
-    weights: Optional[Tensor],
+    weights: Tensor | None,
     training: bool,
     photo: Callable[[], UInt8[Tensor, "H W 3"]],
 ) -> EvaluationView:
@@ -298,7 +298,7 @@ def _lift_view(
     model: Fit3DSplatModel,
     camera: Cameras,
     load: Callable[[], Float[Tensor, "C h w"]],
-    weights: Optional[Tensor],
+    weights: Tensor | None,
     training: bool,
 ) -> LiftView:
     size: tuple[int, int] = camera.metadata["image_size"]  # type: ignore[index]

@@ -1,9 +1,8 @@
 """How the project's own commands end."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Callable
 
 from fit3d_ns.support.errors import UserError
 

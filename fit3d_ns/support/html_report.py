@@ -6,7 +6,7 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Union
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from PIL import Image
 
 from fit3d_ns.support.files import atomic_write_text
 
-ImageLike = Union[np.ndarray, torch.Tensor]
+ImageLike = np.ndarray | torch.Tensor
 """[H, W, 3] or [H, W]: uint8, or float in [0, 1] (clamped; NaN is black)."""
 
 _CONTENT_WIDTH = 1080

@@ -3,7 +3,7 @@
 import threading
 from collections import UserDict
 from collections.abc import Callable
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -68,15 +68,15 @@ class FeatureView:
 
     def __init__(self, model: Fit3DSplatModel) -> None:
         self.model = model
-        self.query: Optional[Float[Tensor, "C"]] = None
+        self.query: Float[Tensor, "C"] | None = None
         self.threshold = 0.6
         self.num_clusters = 8
         self.segment = False
-        self.teacher: Optional[TeacherViews] = None
+        self.teacher: TeacherViews | None = None
         self.viewer: Any = None
-        self._basis: Optional[ColorBasis] = None
-        self._centres: Optional[tuple[int, Float[Tensor, "k C"]]] = None
-        self._disagreement: Optional[Disagreement] = None
+        self._basis: ColorBasis | None = None
+        self._centres: tuple[int, Float[Tensor, "k C"]] | None = None
+        self._disagreement: Disagreement | None = None
         self._reported: set[str] = set()
 
     @property

@@ -1,7 +1,7 @@
 """Part of a scene: a box, chosen Gaussians, or both."""
 
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -20,7 +20,7 @@ class GaussianSelection:
     """
 
     chosen: Bool[Tensor, "N"]
-    box: Optional[Any] = None
+    box: Any | None = None
 
     def within(self, points: Float[Tensor, "N 3"]) -> Bool[Tensor, "N"]:
         """Says which Gaussians are shown.

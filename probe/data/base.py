@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Optional
+from typing import Literal
 
 import numpy as np
 from PIL import Image
@@ -26,7 +26,7 @@ class Sample:
     """Index PNG for segmentation, 16-bit PNG for depth."""
     name: str
     """Short and unique within the split, for reports."""
-    intrinsics: Optional[tuple[float, float, float, float]] = None
+    intrinsics: tuple[float, float, float, float] | None = None
     """fx, fy, cx, cy in pixels of the photo, where known; needed for normals."""
 
 
@@ -37,7 +37,7 @@ class LabelRule:
     num_classes: int
     zero_is_ignored: bool = False
     """Whether 0 means "no class" and k means class k - 1 (ADE20K, NYU40)."""
-    ids: Optional[tuple[int, ...]] = None
+    ids: tuple[int, ...] | None = None
     """Value of each class, where only some values are classes; all other values are ignored."""
 
     def apply(self, values: np.ndarray, path: Path) -> np.ndarray:
@@ -74,12 +74,12 @@ class ProbeData:
     kind: Kind
     train: Sequence[Sample]
     test: Sequence[Sample]
-    validation: Optional[Sequence[Sample]] = None
+    validation: Sequence[Sample] | None = None
     """Split of its own for choices, where the data set has one besides the split that results are reported on."""
     classes: tuple[str, ...] = ()
-    colors: Optional[tuple[tuple[int, int, int], ...]] = None
+    colors: tuple[tuple[int, int, int], ...] | None = None
     """Colour of each class, 0..255, where the data set has some."""
-    labels: Optional[LabelRule] = None
+    labels: LabelRule | None = None
     depth_scale: float = 1000.0
     """PNG units in a metre."""
     max_depth: float = 10.0
@@ -250,7 +250,7 @@ def check_crops(data: ProbeData, crop_of: Callable[[int, int], tuple[int, int]])
     Raises:
         UserError: If not.
     """
-    first: Optional[tuple[Path, tuple[int, int]]] = None
+    first: tuple[Path, tuple[int, int]] | None = None
     for sample in spread(data.train, HEADERS_CHECKED):
         path = sample.target if data.fit == "image_to_target" else sample.image
         with Image.open(path) as image:

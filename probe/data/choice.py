@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Optional
+from typing import Literal
 
 from probe.data.base import Kind
 
@@ -16,15 +16,15 @@ class DataChoice:
     dataset: DatasetName
     data: Path
     kind: Kind
-    split_file: Optional[tuple[Path, Path]] = None
+    split_file: tuple[Path, Path] | None = None
     """Own lists of training and test samples."""
-    depth_scale: Optional[float] = None
+    depth_scale: float | None = None
     """PNG units in a metre, where the data set does not fix it."""
-    max_depth: Optional[float] = None
+    max_depth: float | None = None
     """Cap in metres, where the data set does not fix it."""
     classes: Literal["paper", "scannet20"] = "paper"
     """Class list, where the data set has several."""
     scannetpp_labels: Literal["shifted", "toolkit"] = "shifted"
     """Whether 0 means no class, as in FiT3D's release, or 255 does, as the toolkit writes it."""
-    class_names: Optional[Path] = None
+    class_names: Path | None = None
     """Text file with one class name per line, for `folder`."""

@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import numpy as np
 
@@ -22,8 +22,8 @@ class PosedFrame:
     """One photo of a scene."""
 
     image: Path
-    depth: Optional[Path]
-    semantics: Optional[Path]
+    depth: Path | None
+    semantics: Path | None
     intrinsics: tuple[float, float, float, float]
     """fx, fy, cx, cy in pixels, pixel centres at +0.5."""
     size: tuple[int, int]
@@ -181,7 +181,7 @@ def _scenes(data: Path) -> list[PosedScene]:
 def _frames(scene: PosedScene, field: str, data: Path) -> list[Sample]:
     samples = []
     for frame in scene.frames:
-        target: Optional[Path] = getattr(frame, field)
+        target: Path | None = getattr(frame, field)
         if target is None:
             key = f"{field}_file_path"
             raise UserError(f"The frame {frame.image.name} of {scene.name} in {data} has no {key} in transforms.json.")
@@ -191,7 +191,7 @@ def _frames(scene: PosedScene, field: str, data: Path) -> list[Sample]:
 
 def _class_table(
     data: Path, scene: str, samples: list[Sample]
-) -> tuple[tuple[str, ...], Optional[tuple[tuple[int, int, int], ...]]]:
+) -> tuple[tuple[str, ...], tuple[tuple[int, int, int], ...] | None]:
     for path in (data / "classes.json", data / scene / "classes.json"):
         if path.is_file():
             try:

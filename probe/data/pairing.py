@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Optional
 
 from fit3d_ns.support.errors import UserError
 from probe.data.base import Sample
@@ -107,7 +106,7 @@ def samples_from_pairs(
     return sorted(samples, key=lambda sample: str(sample.image))
 
 
-def _find(root: Path, folders: Sequence[str], name: str) -> Optional[Path]:
+def _find(root: Path, folders: Sequence[str], name: str) -> Path | None:
     for folder in folders:
         path = root / folder / name
         if path.is_file():

@@ -2,7 +2,7 @@
 
 import colorsys
 from abc import ABC, abstractmethod
-from typing import Any, Generic, Optional, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -86,7 +86,7 @@ class Task(ABC, Generic[RecipeType]):
         """Cuts photo and truth to what the protocol evaluates."""
         return image, target
 
-    def test_sample(self, sample: Sample, whole_size: Optional[tuple[int, int]] = None) -> dict[str, Any]:
+    def test_sample(self, sample: Sample, whole_size: tuple[int, int] | None = None) -> dict[str, Any]:
         """Reads a test sample: the full protocol's views, or the whole photo at one size for the fast one."""
         image, target = self.test_target(*self.read(sample))
         views = self.test_views(image) if whole_size is None else resize_image(image, whole_size)[None]

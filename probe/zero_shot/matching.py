@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -120,7 +120,7 @@ def features_on_grid(
     return sample_map(patch_map[None], places[None].to(patch_map))[0].T
 
 
-def recall(errors: Sequence[Tensor], pixels: float) -> Optional[float]:
+def recall(errors: Sequence[Tensor], pixels: float) -> float | None:
     """Returns the mean over pairs of the share of matches within some pixels; None without a pair."""
     shares = [float((error < pixels).float().mean()) for error in errors if error.numel()]
     return sum(shares) / len(shares) if shares else None

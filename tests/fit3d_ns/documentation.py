@@ -2,8 +2,9 @@
 
 import re
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Iterator, List, NamedTuple, Optional
+from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -22,9 +23,9 @@ class Command(NamedTuple):
     """Relative to the repository."""
     line: int
     """Where its block begins, from 1."""
-    words: List[str]
+    words: list[str]
     """As the shell would pass them on; variables stay as they are written."""
-    needs: Optional[str]
+    needs: str | None
     """What it takes that a test cannot have, as the marker before its block says."""
 
     def __str__(self) -> str:
@@ -46,7 +47,7 @@ def commands() -> Iterator[Command]:
                 yield Command(name, line, words, needs or (on_page[1] if on_page else None))
 
 
-def _shell_blocks(lines: List[str]) -> Iterator[tuple[int, Optional[str], List[str]]]:
+def _shell_blocks(lines: list[str]) -> Iterator[tuple[int, str | None, list[str]]]:
     """Yields line number, marker and lines of each block that can hold commands."""
     needs, number = None, 0
     while number < len(lines):
@@ -73,7 +74,7 @@ def _shell_blocks(lines: List[str]) -> Iterator[tuple[int, Optional[str], List[s
         number += 1
 
 
-def _split(block: List[str]) -> Iterator[List[str]]:
+def _split(block: list[str]) -> Iterator[list[str]]:
     """Yields the commands of a block, without comments, assignments before them, redirections and control words."""
     for line in re.sub(r"\\\n\s*", " ", "\n".join(block)).splitlines():
         lexer = shlex.shlex(line.strip(), posix=True, punctuation_chars=True)
@@ -82,7 +83,7 @@ def _split(block: List[str]) -> Iterator[List[str]]:
             tokens = list(lexer)
         except ValueError:  # prose with an apostrophe, in an indented paragraph
             continue
-        words: List[str] = []
+        words: list[str] = []
         for token in tokens:
             if set(token) <= _OPERATORS:
                 break

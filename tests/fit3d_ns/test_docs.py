@@ -9,7 +9,7 @@ import ast
 import re
 import shlex
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,7 @@ def _mentioned(text: str) -> set[str]:
     return set(re.findall(r"--[a-z][\w.-]*\w", text, re.IGNORECASE))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _configurations() -> dict[str, Any]:
     """What tyro reads each program's arguments into."""
     from nerfstudio.configs.method_configs import AnnotatedBaseConfigUnion
@@ -201,7 +201,7 @@ def test_the_tests_named_are_there(command):
     assert not name or name in {node.name for node in ast.walk(ast.parse(tree)) if isinstance(node, ast.FunctionDef)}
 
 
-@lru_cache(maxsize=None)
+@cache
 def _flags_of(program: str, *subcommand: str) -> set[str]:
     """Every flag in a program's help."""
     from contextlib import redirect_stdout

@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -33,7 +33,7 @@ class CameraPath:
     """In nerfstudio's convention (camera to world, OpenGL axes)."""
     names: Sequence[str]
     """For humans, one for each."""
-    seconds: Optional[float] = None
+    seconds: float | None = None
     """Length of a video, where the path says so."""
 
     def __len__(self) -> int:

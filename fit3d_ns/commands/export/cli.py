@@ -1,10 +1,11 @@
 """``fit3d-export``: a run in formats that other tools read."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Iterable, Optional
+from typing import Any
 
 import torch
 import tyro
@@ -51,7 +52,7 @@ class ExportCommand:
     """Frames per second of the video; a camera_path.json that says how long it lasts decides by itself."""
     video_size: int = 640
     """Longest side, in pixels, of each half of the video."""
-    data_root: Optional[Path] = None
+    data_root: Path | None = None
     """Where the photos are now, if they moved. Only bundle, orbit, train and eval need them."""
     overwrite: bool = False
     """Replace files of an earlier export."""
@@ -69,7 +70,7 @@ class ExportCommand:
         return {flag: names for flag, names in named.items() if getattr(self, flag)}
 
 
-def main(args: Optional[list[str]] = None) -> None:
+def main(args: list[str] | None = None) -> None:
     """Command line of ``fit3d-export``."""
 
     def command() -> None:

@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -48,11 +48,11 @@ class TrainedRun:
         return SceneColors.fit(self.features, self.gaussians["opacities"].sigmoid().squeeze(-1), self.decoder)
 
     @property
-    def teacher(self) -> Optional[dict[str, Any]]:
+    def teacher(self) -> dict[str, Any] | None:
         """The teacher's identity, where the checkpoint notes it."""
         return (self.state.get("_extra_state") or {}).get("teacher_identity")
 
-    def dataparser_transform(self) -> Optional[dict[str, Any]]:
+    def dataparser_transform(self) -> dict[str, Any] | None:
         """Returns what nerfstudio wrote beside the run: ``transform`` (3x4) and ``scale``; None if it is missing."""
         path = self.run.config_path.parent / "dataparser_transforms.json"
         try:

@@ -1,10 +1,10 @@
 """Videos through PyAV, which nerfstudio depends on and which brings FFmpeg's libraries along."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import torch
 from jaxtyping import Float

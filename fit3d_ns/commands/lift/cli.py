@@ -8,7 +8,7 @@ import time
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, Optional
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -32,43 +32,43 @@ class LiftCommand:
     already is skipped, so a command that was stopped goes on where it was.
     """
 
-    load_config: Optional[Path] = None
+    load_config: Path | None = None
     """config.yml of one run."""
-    runs: Optional[Path] = None
+    runs: Path | None = None
     """Folder of runs: every finished splatfacto or fit3d-splat run below it is lifted."""
-    ply: Optional[Path] = None
+    ply: Path | None = None
     """PLY file of Gaussians (3DGS, gsplat, ns-export); needs --data."""
-    data: Optional[Path] = None
+    data: Path | None = None
     """Photos and poses: of the --ply file, or the new place of a run's scene that moved."""
-    output_dir: Optional[Path] = None
+    output_dir: Path | None = None
     """Where the new runs go, as ns-train's --output-dir; without it beside the old ones (`outputs` for a PLY file)."""
     suffix: str = "lift"
     """Appended to the name of the old run to name the new one."""
     overwrite: bool = False
     """Lift again what was lifted with other settings."""
-    backbone: Optional[str] = None
+    backbone: str | None = None
     """Teacher; without it the run's own, or dinov2_small."""
-    backbone_weights: Optional[Path] = None
+    backbone_weights: Path | None = None
     """Local weights of the teacher."""
-    backbone_layer: Optional[int] = None
+    backbone_layer: int | None = None
     """Block whose output is lifted; negative counts from the end."""
-    backbone_norm: Optional[bool] = None
+    backbone_norm: bool | None = None
     """Whether the backbone's final norm is applied to that layer."""
-    backbone_normalization: Optional[Literal["own", "imagenet"]] = None
+    backbone_normalization: Literal["own", "imagenet"] | None = None
     """Mean and standard deviation of the input."""
-    backbone_max_size: Optional[int] = None
+    backbone_max_size: int | None = None
     """Longest side, in pixels, at which the teacher sees a photo; 0 for no limit."""
-    feature_cache_dir: Optional[Path] = None
+    feature_cache_dir: Path | None = None
     """Where the teacher's maps are kept."""
-    feature_dim: Optional[int] = None
+    feature_dim: int | None = None
     """Channels on every Gaussian, up to the teacher's width; without it the run's own, or 64."""
-    feature_grid: Optional[Literal["paper", "fast"]] = None
+    feature_grid: Literal["paper", "fast"] | None = None
     """How features are rendered for the teacher's patches; without it the run's own, or fast."""
     lift: tyro.conf.OmitArgPrefixes[LiftSettings] = field(default_factory=LiftSettings)
     """How features are solved for."""
 
 
-def main(args: Optional[list[str]] = None) -> None:
+def main(args: list[str] | None = None) -> None:
     """Command line of ``fit3d-lift``."""
 
     def command() -> None:
@@ -174,7 +174,7 @@ def lift_source(source: Any, command: LiftCommand) -> Path:
     return path
 
 
-def _lift(command: LiftCommand, run: Optional[Path]) -> Path:
+def _lift(command: LiftCommand, run: Path | None) -> Path:
     """Lifts one splat; what goes wrong is said with this command's flags, which lack the prefixes of ns-train's."""
     try:
         return lift_source(_source(command, run), command)
@@ -188,7 +188,7 @@ def _lift(command: LiftCommand, run: Optional[Path]) -> Path:
         raise UserError(sentence) from error.__cause__
 
 
-def _source(command: LiftCommand, run: Optional[Path]) -> Any:
+def _source(command: LiftCommand, run: Path | None) -> Any:
     from fit3d_ns.commands.lift.sources import source_from_ply, source_from_run
 
     if run is not None:
@@ -272,7 +272,7 @@ def _request(source: Any, command: LiftCommand) -> dict[str, Any]:
     return json.loads(json.dumps(request))  # tuples are lists there
 
 
-def _file_identity(weights: Optional[Path]) -> Optional[dict[str, Any]]:
+def _file_identity(weights: Path | None) -> dict[str, Any] | None:
     """Tells weights from others that were written to the same place."""
     if weights is None:
         return None

@@ -4,7 +4,7 @@ import json
 import shutil
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import torch
 
@@ -18,7 +18,7 @@ from fit3d_ns.support.html_report import Report
 from fit3d_ns.trainer import Fit3DTrainerConfig
 
 
-def finished_request(folder: Path) -> Optional[dict[str, Any]]:
+def finished_request(folder: Path) -> dict[str, Any] | None:
     """Returns what a finished lift in a folder was asked for; None if there is no finished one.
 
     Args:

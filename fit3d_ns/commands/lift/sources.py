@@ -3,7 +3,7 @@
 from copy import deepcopy
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from nerfstudio.data.datamanagers.full_images_datamanager import FullImageDatamanagerConfig
@@ -42,8 +42,8 @@ class LiftSource:
     configs: list[Fit3DTrainerConfig]
     step: int
     identity: dict[str, Any]
-    run: Optional[Path] = None
-    gaussians: Optional[dict[str, Tensor]] = None
+    run: Path | None = None
+    gaussians: dict[str, Tensor] | None = None
 
     @property
     def target(self) -> Path:
@@ -87,7 +87,7 @@ def runs_below(root: Path) -> tuple[list[Path], list[str]]:
     return chosen, notes
 
 
-def source_from_run(path: Path, suffix: str, output_dir: Optional[Path], data: Optional[Path]) -> LiftSource:
+def source_from_run(path: Path, suffix: str, output_dir: Path | None, data: Path | None) -> LiftSource:
     """Prepares a run of splatfacto or fit3d-splat.
 
     Args:
@@ -150,7 +150,7 @@ def source_from_run(path: Path, suffix: str, output_dir: Optional[Path], data: O
     return LiftSource(str(run), [new], step, identity, run=checkpoint)
 
 
-def source_from_ply(path: Path, data: Optional[Path], suffix: str, output_dir: Optional[Path]) -> LiftSource:
+def source_from_ply(path: Path, data: Path | None, suffix: str, output_dir: Path | None) -> LiftSource:
     """Prepares a PLY file of Gaussians and the scene that it was trained on.
 
     Its coordinates may be those of the scene's files (3DGS and most other programs) or those to which nerfstudio turns
@@ -229,6 +229,6 @@ def _set_data(config: Fit3DTrainerConfig, data: Path) -> None:
     config.data = datamanager.data = datamanager.dataparser.data = data.expanduser().absolute()
 
 
-def _place(config: Fit3DTrainerConfig, output_dir: Path, experiment: Optional[str], timestamp: str) -> None:
+def _place(config: Fit3DTrainerConfig, output_dir: Path, experiment: str | None, timestamp: str) -> None:
     config.output_dir = output_dir.expanduser().absolute()
     config.experiment_name, config.method_name, config.timestamp = experiment, METHOD, timestamp
