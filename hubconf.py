@@ -17,7 +17,7 @@ def load(path_or_name: str, assembly: str | None = None, **options: object) -> n
     Args:
         path_or_name: A folder that fit3d-distill wrote, a weight file, USER/REPO of the Hugging Face hub, an https
             address, or a name such as dinov2_small_fine (FiT3D's) or dinov2_small (the original).
-        assembly: concat (default of a fine-tuned backbone), tuned, add, original, duplicate.
+        assembly: tuned, concat, add, original, duplicate; None: what the card of a fine-tuned backbone says, or concat.
         options: As `fit3d_ns.backbones.load`: backbone, backbone_weights, layer, norm, normalization, max_size, device.
     """
     from fit3d_ns.backbones import load as load_dense_features

@@ -12,13 +12,14 @@ from distill.config import DistillConfig, check_choices
 from distill.feed import Feed
 from distill.photo_store import PhotoStore
 from distill.report import SceneResult, measure_scene, write_metrics, write_report
-from distill.result import check_dinov2, check_hub, make_card, push_to_hub, write_result
+from distill.result import check_hub, make_card, push_to_hub
 from distill.sampler import Sampler
 from distill.scenes import Scene, SceneBank, make_bundles, open_scenes
 from distill.student import load_student, load_teacher, plain_state_dict
 from distill.targets import ControlTargets, LiftedTargets, TargetSource
 from distill.trainer import Trainer, TrainingResult, advice_for_few_views, read_resumed
 from fit3d_ns.backbones import Backbone
+from fit3d_ns.backbones.result_folder import check_dinov2, write_weights
 from fit3d_ns.support.command_line import run_command
 from fit3d_ns.support.errors import UserError
 from fit3d_ns.support.processes import World, join_world
@@ -130,7 +131,7 @@ class _Session:
         config, world = self.config, self.world
         weights = plain_state_dict(result.model)
         card = make_card(config, self.scenes, self.original.identity, result, weights)
-        files = write_result(config.output_dir, weights, card, config.half, config.dinov2_layout)
+        files = write_weights(config.output_dir, weights, weights, card, config.half, config.dinov2_layout)
         world.say(f"Weights: {files[0]}")
         tuned = copy.deepcopy(self.original)
         tuned.model.load_state_dict(weights, strict=True)

@@ -1,23 +1,18 @@
 """What a training leaves: weights that timm loads, a card that says where they come from."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import save
 from torch import Tensor
 
 from distill.config import DistillConfig
 from distill.scenes import Scene
 from distill.trainer import TrainingResult
 from fit3d_ns.backbones import hash_state_dict
-from fit3d_ns.backbones.fine_tuned import CARD_NAME, DINOV2_NAME, HALF_NAME, WEIGHTS_NAME
 from fit3d_ns.support.errors import UserError
-from fit3d_ns.support.files import atomic_write_bytes, atomic_write_json
 
 _NOT_SETTINGS = ("runs", "bundles", "output_dir", "resume", "data_root", "bundle_dir", "cache_dir", "push_to_hub")
 """Choices that say where things are on one machine, and decide nothing."""
@@ -66,80 +61,6 @@ def make_card(
         "settings": settings,
         "versions": {name: version(name) for name in ("fit3d-ns", "torch", "timm", "safetensors")},
     }
-
-
-def write_result(
-    output_dir: Path, weights: Mapping[str, Tensor], card: Mapping[str, Any], half: bool, dinov2_layout: bool
-) -> list[Path]:
-    """Writes the weights in the layouts asked for, deletes others that an earlier training left, then writes the card.
-
-    Args:
-        output_dir: Where.
-        weights: See `distill.student.plain_state_dict`.
-        card: See `make_card`.
-        half: Whether to write half precision too.
-        dinov2_layout: Whether to write DINOv2's own layout too.
-
-    Returns:
-        The files written.
-
-    Raises:
-        UserError: If the disk refuses, or the backbone is no DINOv2.
-    """
-    layouts = {WEIGHTS_NAME: dict(weights)}
-    if half:
-        layouts[HALF_NAME] = {
-            name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in weights.items()
-        }
-    if dinov2_layout:
-        layouts[DINOV2_NAME] = to_dinov2_layout(weights, card["student"]["timm_id"])
-    for name, tensors in layouts.items():
-        atomic_write_bytes(output_dir / name, save({key: value.contiguous() for key, value in tensors.items()}))
-    for name in {HALF_NAME, DINOV2_NAME} - set(layouts):
-        (output_dir / name).unlink(missing_ok=True)
-    atomic_write_json(output_dir / CARD_NAME, card)
-    return [*(output_dir / name for name in layouts), output_dir / CARD_NAME]
-
-
-def check_dinov2(timm_id: str) -> None:
-    """Refuses backbones that facebookresearch/dinov2 does not have.
-
-    Raises:
-        UserError: If ``timm_id`` is none of them.
-    """
-    if "dinov2" not in timm_id:
-        raise UserError(f"--dinov2-layout is for DINOv2 backbones, and {timm_id} is none: leave it out.")
-
-
-def to_dinov2_layout(weights: Mapping[str, Tensor], timm_id: str) -> dict[str, Tensor]:
-    """Converts timm's keys of a DINOv2 to those of facebookresearch/dinov2.
-
-    With registers, timm folds the class token's position embedding into the token; it is given back as zero, which
-    is the same sum.
-
-    Args:
-        weights: timm's state dict.
-        timm_id: The architecture.
-
-    Returns:
-        Tensors that Meta's ``vit_*`` modules load with ``strict=True``.
-
-    Raises:
-        UserError: If the backbone is no DINOv2.
-    """
-    check_dinov2(timm_id)
-    converted = dict(weights)
-    width = converted["cls_token"].shape[-1]
-    if "reg_token" in converted:
-        converted["register_tokens"] = converted.pop("reg_token")
-        positions = converted["pos_embed"]
-        converted["pos_embed"] = torch.cat([positions.new_zeros(1, 1, width), positions], dim=1)
-    converted["mask_token"] = converted["cls_token"].new_zeros(1, width)
-    if "giant" in timm_id:  # SwiGLU
-        renames = ((r"\.mlp\.fc1\.", ".mlp.w12."), (r"\.mlp\.fc2\.", ".mlp.w3."))
-        for pattern, replacement in renames:
-            converted = {re.sub(pattern, replacement, name): tensor for name, tensor in converted.items()}
-    return converted
 
 
 def check_hub(repository: str) -> None:

@@ -6,7 +6,6 @@ from pathlib import Path
 from torch import Tensor
 
 from fit3d_ns.backbones.assembly import Assembly
-from fit3d_ns.backbones.flags import flags_named
 from fit3d_ns.backbones.identity import hash_state_dict, load_weights, spec_of_identity
 from fit3d_ns.backbones.result_folder import (
     DINOV2_NAME,
@@ -18,7 +17,8 @@ from fit3d_ns.backbones.result_folder import (
 )
 from fit3d_ns.backbones.state_dicts import read_state_dict
 from fit3d_ns.backbones.weights import find_weights
-from fit3d_ns.errors import UserError
+from fit3d_ns.support.command_line import flags_named
+from fit3d_ns.support.errors import UserError
 
 
 def interpolate(student: Mapping[str, Tensor], original: Mapping[str, Tensor], amount: float) -> dict[str, Tensor]:

@@ -132,8 +132,9 @@ def load(
             ``dinov2_small_fine`` (see `find_fine_tuned`). Or an original one: a name of `NAMED_BACKBONES`, or a timm
             id. Names go before files; write ``./name`` for a file in the working folder.
         assembly: What the map is made of: ``original``, ``tuned``, their sum (``add``), both beside each other
-            (``concat``, the paper's), or the original twice (``duplicate``, the control for width). None: ``concat``
-            of a fine-tuned backbone, ``original`` of an original one.
+            (``concat``, the paper's), or the original twice (``duplicate``, the control for width). None: what the
+            card of a fine-tuned backbone says (``tuned`` where it was averaged with its original), else ``concat``;
+            ``original`` of an original one.
         backbone: Name of the original backbone, where no card tells it.
         backbone_weights: Weight file of the original backbone, if it is not the one its name stands for.
         layer: Block whose output is taken, from 0 or from the end; None: the one fine-tuned at, else the last.
@@ -169,7 +170,7 @@ def load(
             original = load_backbone(BackboneSpec(name, weights, **overrides), device)
             return DenseFeatures(original, None, assembly or "original", max_size)
         fine_tuned = find_fine_tuned(path_or_name, "path_or_name")
-        assembly = assembly or "concat"
+        assembly = assembly or fine_tuned.assembly
         spec = replace(_original_spec(fine_tuned, backbone), weights=weights, **overrides)
         tuned = None
         if needs_tuned(assembly):

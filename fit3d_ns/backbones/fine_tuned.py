@@ -1,14 +1,13 @@
 """Fine-tuned backbones: the one place that knows what a result of fit3d-distill looks like and reads any of them."""
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 import torch
 
 from fit3d_ns.backbones.architecture import describe_backbone
+from fit3d_ns.backbones.assembly import ASSEMBLIES, Assembly
 from fit3d_ns.backbones.backbone import Backbone, load_backbone
 from fit3d_ns.backbones.hub import DownloadError, cached_file, download_file, download_url, hash_matches
 from fit3d_ns.backbones.identity import spec_of_identity
@@ -18,19 +17,19 @@ from fit3d_ns.backbones.published import (
     PUBLISHED_REVISION,
     PublishedBackbone,
 )
+from fit3d_ns.backbones.result_folder import (
+    CARD_NAME,
+    DINOV2_NAME,
+    HALF_NAME,
+    STUDENT_NAME,
+    WEIGHTS_NAME,
+    damaged_card,
+    read_card,
+)
 from fit3d_ns.backbones.spec import BackboneSpec
 from fit3d_ns.backbones.state_dicts import WEIGHT_SUFFIXES
 from fit3d_ns.support.command_line import BACKBONE_FLAG
 from fit3d_ns.support.errors import UserError
-
-WEIGHTS_NAME = "backbone.safetensors"
-"""What fit3d-distill saves: a plain timm state dict."""
-HALF_NAME = "backbone_fp16.safetensors"
-"""The same in half precision, on request."""
-DINOV2_NAME = "backbone_dinov2.safetensors"
-"""The same with the keys of facebookresearch/dinov2, on request."""
-CARD_NAME = "card.json"
-"""Where the weights come from, beside them."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +47,8 @@ class FineTuned:
     """Hash of that backbone's tensors, where a card tells it."""
     weights_sha256: str | None = None
     """Hash of the fine-tuned tensors, where a card tells it."""
+    assembly: Assembly = "concat"
+    """How it is used unless its user says otherwise: ``tuned`` where a card says so, as for an averaged student."""
 
 
 def find_fine_tuned(source: str | Path, flag: str) -> FineTuned:
@@ -147,25 +148,23 @@ def _weights_in(folder: Path, flag: str) -> Path:
 
 def _with_card(source: str, weights: Path) -> FineTuned:
     """Adds what the card says, if the file is one that has a card."""
-    card_path = weights.with_name(CARD_NAME)
-    if weights.name not in (WEIGHTS_NAME, HALF_NAME, DINOV2_NAME) or not card_path.is_file():
+    own_names = (WEIGHTS_NAME, STUDENT_NAME, HALF_NAME, DINOV2_NAME)
+    if weights.name not in own_names or not weights.with_name(CARD_NAME).is_file():
         return FineTuned(source, weights)
+    card = read_card(weights.parent)
+    student = card["student"]
     try:
-        card: Any = json.loads(card_path.read_text(encoding="utf-8"))
-        student, tuned_sha256 = card["student"], card["weights_sha256"]
-        original_sha256 = student["weights_sha256"]
-        if not isinstance(student["name"], str) or not isinstance(student["layer"], int):
-            raise TypeError("student")
         original = spec_of_identity(student)
-    except UserError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{card_path} is damaged, or fit3d-distill did not write it ({type(error).__name__}: {error}): copy it "
-            "again from the training, or remove it and name the backbone yourself."
-        ) from None
+    except (KeyError, TypeError) as error:
+        raise damaged_card(weights.parent, error) from None
     # The other two files hold rounded or renamed tensors.
-    return FineTuned(source, weights, original, original_sha256, tuned_sha256 if weights.name == WEIGHTS_NAME else None)
+    hashes = {WEIGHTS_NAME: card["weights_sha256"], STUDENT_NAME: card.get("student_sha256")}
+    # A card of an earlier version has none; and the un-averaged student is better beside its original.
+    assembly = card.get("assembly") if weights.name != STUDENT_NAME else None
+    if assembly not in (None, *ASSEMBLIES):
+        raise damaged_card(weights.parent, ValueError(f"assembly {assembly}"))
+    found = FineTuned(source, weights, original, student["weights_sha256"], hashes.get(weights.name))
+    return replace(found, assembly=assembly or found.assembly)
 
 
 def _published(published: PublishedBackbone) -> FineTuned:

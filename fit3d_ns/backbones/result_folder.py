@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fit3d_ns.backbones.identity import hash_state_dict
-from fit3d_ns.errors import UserError
-from fit3d_ns.files import atomic_path, atomic_write_json
+from fit3d_ns.support.errors import UserError
+from fit3d_ns.support.files import atomic_path, atomic_write_json
 
 WEIGHTS_NAME = "backbone.safetensors"
 """The result: a plain timm state dict, averaged with the original's weights if the recipe says so."""
@@ -49,11 +49,21 @@ def read_card(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"{folder} holds no {CARD_NAME}: name a folder that fit3d-distill wrote.") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path} is damaged, or fit3d-distill did not write it ({type(error).__name__}: {error}): copy it "
-            "again from the training, or remove it and name the backbone yourself."
-        ) from None
+        raise damaged_card(folder, error) from None
     return card
+
+
+def damaged_card(folder: Path, error: Exception) -> UserError:
+    """Returns what is said of a card that cannot be used.
+
+    Args:
+        folder: Where it lies.
+        error: What is wrong with it.
+    """
+    return UserError(
+        f"{folder / CARD_NAME} is damaged, or fit3d-distill did not write it ({type(error).__name__}: {error}): copy "
+        "it again from the training, or remove it and name the backbone yourself."
+    )
 
 
 def write_weights(

@@ -6,10 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fit3d_ns.backbones import BackboneSpec, backbone_identity, hash_state_dict, load_backbone
+from fit3d_ns.backbones import BackboneSpec, backbone_identity, hash_state_dict, load, load_backbone
 from fit3d_ns.backbones.averaging import average_result, interpolate
 from fit3d_ns.backbones.result_folder import write_weights
-from fit3d_ns.errors import UserError
+from fit3d_ns.support.errors import UserError
 
 TINY_TEACHER = "test_vit"
 
@@ -115,6 +115,20 @@ def test_a_finished_folder_is_averaged_again_and_again(result, teacher_weights):
     assert not (folder / "student.safetensors").exists() and _card(folder)["assembly"] == "concat"
     average_result(folder, 0.5, teacher_weights)
     assert hash_state_dict(load_file(folder / "student.safetensors")) == hash_state_dict(student)
+
+
+def test_the_card_says_how_a_result_is_used(result, teacher_weights, tmp_path):
+    folder, _, _ = result
+    assert load(folder, backbone_weights=teacher_weights).assembly == "concat"  # as its card's version did
+    average_result(folder, 0.6, teacher_weights)
+    assert load(folder).assembly == "tuned"
+    assert load(folder, "concat", backbone_weights=teacher_weights).assembly == "concat"
+    before = load(folder / "student.safetensors", backbone_weights=teacher_weights)
+    assert before.assembly == "concat" and before.tuned is not None
+    assert before.tuned.identity["weights_sha256"] == _card(folder)["student_sha256"]
+    (folder / "card.json").write_text(json.dumps({**_card(folder), "assembly": "sideways"}))
+    with pytest.raises(UserError, match="card.json is damaged.*sideways"):
+        load(folder)
 
 
 def test_other_layouts_follow(result, teacher_weights):
