@@ -1,4 +1,4 @@
-"""Compares initial values and learning rates of the feature field on exactly the same geometry.
+r"""Compares initial values and learning rates of the feature field on exactly the same geometry.
 
 Features never influence geometry, so any number of feature fields can be trained beside one splat: each setting has
 its own features, decoder and optimizers, and all of them see the same Gaussians, views and steps, from the first step

@@ -1,4 +1,4 @@
-"""Trains plain splatfacto and fit3d-splat side by side on one scene and tabulates quality, time and memory.
+r"""Trains plain splatfacto and fit3d-splat side by side on one scene and tabulates quality, time and memory.
 
 Each variant is trained in a process of its own, one after the other (timings are comparable) or all at once
 (`--parallel`: quality only, timings are not comparable). A variant is `splatfacto`, or `fast` or `paper` with settings:

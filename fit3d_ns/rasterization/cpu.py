@@ -98,7 +98,7 @@ def rasterize_on_cpu(
 
 
 def _tile_information(tiles: list[TileLists], number_of_gaussians: int) -> dict[str, Any]:
-    """gsplat's ``tile_width``, ``tile_height``, ``isect_offsets`` and ``flatten_ids``."""
+    """Gsplat's ``tile_width``, ``tile_height``, ``isect_offsets`` and ``flatten_ids``."""
     offsets, flatten_ids, intersections = [], [], 0
     for v, lists in enumerate(tiles):
         offsets.append(lists.tile_starts[:-1].reshape(lists.tile_height, lists.tile_width) + intersections)

@@ -32,7 +32,7 @@ def spherical_harmonics_colors(
 
 
 def _bases(degree: int, directions: Tensor) -> Tensor:
-    """Real spherical harmonics of unit vectors. [..., 3] -> [..., (degree + 1) ** 2]"""
+    """Real spherical harmonics of unit vectors. [..., 3] -> [..., (degree + 1) ** 2]."""
     x, y, z = directions.unbind(-1)
     xx, yy, zz = x * x, y * y, z * z
     bases = [torch.full_like(x, 0.5 / math.sqrt(math.pi))]

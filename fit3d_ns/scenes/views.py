@@ -140,7 +140,7 @@ class _Split:
         return photo.image
 
 
-def photo_reader(datamanager: Fit3DDataManager, model: Fit3DSplatModel, split: str, ahead: int = _AHEAD) -> PhotoReader:
+def photo_reader(datamanager: Fit3DDataManager, model: Fit3DSplatModel, split: str) -> PhotoReader:
     """Returns a reader of a split's photos.
 
     Args:

@@ -13,7 +13,7 @@ from nerfstudio.viewer.viewer import VISER_NERFSTUDIO_SCALE_RATIO
 
 @contextmanager
 def running_viewer(pipeline, run, **viewer_fields):
-    """nerfstudio's viewer with pictures small enough for a CPU."""
+    """Nerfstudio's viewer with pictures small enough for a CPU."""
     with viewer_page.running_viewer(pipeline, run, **viewer_fields) as viewer:
         viewer.control_panel._max_res.value = 128
         yield viewer

@@ -54,7 +54,7 @@ def test_trainer_settings_do_not_drift_from_the_installed_splatfacto(methods):
 
 
 def test_learning_rates_are_plain_floats(methods):
-    """numpy scalars in checkpoints break torch's restricted loader."""
+    """Numpy scalars in checkpoints break torch's restricted loader."""
     import torch
 
     for name, group in methods["fit3d-splat"].optimizers.items():

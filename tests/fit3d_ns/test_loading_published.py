@@ -163,7 +163,7 @@ def test_published_names_give_original_and_tuned_on_imagenets_colours(small, no_
 
 
 def test_clip_is_read_with_the_colours_that_it_was_fine_tuned_with(fill_hub_cache, monkeypatch, tmp_path):
-    """timm's own for this model are CLIP's; FiT3D took ImageNet's for all."""
+    """Timm's own for this model are CLIP's; FiT3D took ImageNet's for all."""
     (tmp_path / "clip_base_finetuned.pth").write_bytes(b"")
     fill_hub_cache(
         "yuanwenyue/FiT3D", {"clip_base_finetuned.pth": tmp_path / "clip_base_finetuned.pth"}, PUBLISHED_REVISION

@@ -585,7 +585,7 @@ def test_training_touches_no_network_when_weights_are_local(scene, make_config, 
 
 
 def test_mcmc_carries_feature_rows_along(scene, make_config, make_trainer, monkeypatch):
-    """nerfstudio 1.1.5 has no MCMC yet, so gsplat's own operations are applied; their one CUDA kernel is replaced."""
+    """Nerfstudio 1.1.5 has no MCMC yet, so gsplat's own operations are applied; their one CUDA kernel is replaced."""
     from gsplat.strategy import ops
 
     def relocation(opacities, scales, **_):

@@ -217,7 +217,7 @@ def test_a_run_whose_data_moved_opens_and_says_so(viewed_run, missing, capsys):
 
 
 def test_ns_viewer_opens_without_photos(viewed_run, monkeypatch):
-    """nerfstudio's command itself, up to the loop in which it waits."""
+    """Nerfstudio's command itself, up to the loop in which it waits."""
 
     class _Waits(Exception):
         pass

@@ -19,7 +19,7 @@ from probe.metrics import DepthMetric, NormalMetric, SegmentationMetric, evaluat
 
 
 def _reference_segmentation(predictions, truths, classes):
-    """mmsegmentation's areas, with sets."""
+    """Mmsegmentation's areas, with sets."""
     ious, accuracies, hits_total, truth_total = [], [], 0, 0
     for k in range(classes):
         hits = sum(int(((p == k) & (t == k)).sum()) for p, t in zip(predictions, truths))
