@@ -10,6 +10,7 @@ from demo.config import DemoConfig
 from demo.stages import places
 from fit3d_ns.backbones import BackboneSpec, load_backbone, resize_to_patches
 from fit3d_ns.features.pca import ColorBasis
+from fit3d_ns.support.samples import evenly_spaced
 
 Picture = tuple[str, np.ndarray]
 """Caption, and uint8 [H, W, 3]."""
@@ -17,13 +18,13 @@ Picture = tuple[str, np.ndarray]
 
 def photos(room: Path, count: int) -> list[Picture]:
     """Returns photos of a room, spread over the walk through it, named by their files."""
-    return [(path.stem, read_picture(path)) for path in _spread(sorted((room / "images").glob("*.png")), count)]
+    return [(path.stem, read_picture(path)) for path in evenly_spaced(sorted((room / "images").glob("*.png")), count)]
 
 
 def evaluation_views(run: Path, count: int) -> list[list[Picture]]:
     """Returns held-out views of a run as ``ns-eval`` saved them: photo, render, teacher's and lifted features."""
     rows = []
-    for path in _spread(sorted((run / "eval").glob("eval_img_*.png")), count):
+    for path in evenly_spaced(sorted((run / "eval").glob("eval_img_*.png")), count):
         photo, render = _halves(read_picture(path))
         teacher, lifted = _halves(read_picture(path.with_name(path.name.replace("img", "features"))))
         rows.append([("photo", photo), ("render", render), ("teacher", teacher), ("lifted", lifted)])
@@ -62,7 +63,7 @@ def panels(folder: Path, count: int) -> list[list[Picture]]:
     """Returns test photos of a probe with truth and predictions, as the probe drew them."""
     places_ = sorted({path.name.partition("_")[0] for path in (folder / "panels").glob("[0-9]*_photo.png")})
     rows = []
-    for place in _spread(places_, count):
+    for place in evenly_spaced(places_, count):
         named = {path.stem.partition("_")[2]: path for path in (folder / "panels").glob(f"{place}_*.png")}
         order = [name for name in ("photo", "truth", "original", "duplicate", "tuned", "concat") if name in named]
         rows.append([(name, read_picture(named[name])) for name in order])
@@ -78,10 +79,3 @@ def read_picture(path: Path) -> np.ndarray:
 def _halves(picture: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     middle = picture.shape[1] // 2
     return picture[:, :middle], picture[:, middle:]
-
-
-def _spread(items: list, count: int) -> list:
-    """Up to ``count`` of them, evenly spaced."""
-    if len(items) <= count:
-        return items
-    return [items[(2 * index + 1) * len(items) // (2 * count)] for index in range(count)]

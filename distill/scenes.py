@@ -18,6 +18,7 @@ from fit3d_ns.data.photos import locate
 from fit3d_ns.runs.bundle import BundleCameras, BundleInfo, SceneBundle, SceneTensors, find_bundles
 from fit3d_ns.support.errors import UserError
 from fit3d_ns.support.processes import World
+from fit3d_ns.support.samples import evenly_spaced
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,7 @@ class Scene:
         """
         held_out = self.info.indices("eval")
         views = held_out or self.info.indices("train")
-        if len(views) > count:
-            views = [views[(2 * index + 1) * len(views) // (2 * count)] for index in range(count)]
-        return views, bool(held_out)
+        return evenly_spaced(views, count), bool(held_out)
 
 
 def make_bundles(config: DistillConfig, say: Callable[[str], None]) -> list[Path]:

@@ -14,10 +14,11 @@ from rich.console import Console
 from fit3d_ns.support.errors import UserError
 from fit3d_ns.support.processes import gather_objects, process_group, rank, wait_for_all, world_size
 from fit3d_ns.support.progress import progress
+from fit3d_ns.support.samples import evenly_spaced
 from probe.augment import training_crop_size
 from probe.config import DepthConfig, TrainedProbeConfig
 from probe.data import Kind, ProbeData, check_data, load_data
-from probe.data.base import check_crops, spread
+from probe.data.base import check_crops
 from probe.data.batches import check_batch_size
 from probe.features import FrozenBackbones, Row, choose_rows, load_backbones, row_features
 from probe.protocols import DepthRecipe, FastRecipe, Optimization, choose_fast_recipe, choose_recipe, override
@@ -270,7 +271,7 @@ def _choose(
 
 def _panel_places(data: ProbeData) -> list[int]:
     places = {sample.name: place for place, sample in enumerate(data.test)}
-    return sorted({places[sample.name] for sample in spread(data.test, _PANELS)})
+    return sorted({places[sample.name] for sample in evenly_spaced(data.test, _PANELS)})
 
 
 def _data_identity(data: ProbeData) -> dict[str, Any]:

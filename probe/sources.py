@@ -21,9 +21,9 @@ from fit3d_ns.support.errors import UserError
 from fit3d_ns.support.files import atomic_path, is_complete_safetensors
 from fit3d_ns.support.processes import rank, wait_for_all, world_size
 from fit3d_ns.support.progress import progress
+from fit3d_ns.support.samples import evenly_spaced
 from probe.augment import resize_nearest
 from probe.data import Sample
-from probe.data.base import spread
 from probe.data.batches import (
     NumberedSamples,
     local_numbers,
@@ -334,7 +334,9 @@ def train_samples(task: Task, seed: int) -> NumberedSamples:
 
 def whole_size(task: Task, patch_size: int, long_side: int) -> tuple[int, int]:
     """Returns the size (H, W) that the fast protocol resizes photos to: that of the median shape of some of them."""
-    shapes = [task.test_target(*task.read(sample))[0].shape for sample in spread(task.data.train, _SAMPLES_MEASURED)]
+    shapes = [
+        task.test_target(*task.read(sample))[0].shape for sample in evenly_spaced(task.data.train, _SAMPLES_MEASURED)
+    ]
     height, width = sorted(shapes, key=lambda shape: shape[0] / shape[1])[len(shapes) // 2][:2]
     return input_size(height, width, patch_size, long_side)
 

@@ -19,6 +19,7 @@ from fit3d_ns.lifting.settings import LiftSettings
 from fit3d_ns.model import FEATURES, Fit3DSplatModel
 from fit3d_ns.scenes.views import model_geometry
 from fit3d_ns.support.html_report import ImageLike, Report
+from fit3d_ns.support.samples import evenly_spaced
 
 
 def lift_scene(model: Fit3DSplatModel, scene: LiftScene, settings: LiftSettings) -> Lift:
@@ -111,8 +112,7 @@ def lift_report(
 def _add_views(report: Report, operator: FeatureOperator, scene: LiftScene, lift: Lift) -> None:
     """Photo, teacher and lifted features in the same colours, and how far views disagree about what is seen there."""
     views, kind = (scene.held_out, "held-out view") if scene.held_out else (scene.training_surfaces, "training view")
-    count = min(PICTURED, len(views))
-    places = [(2 * number + 1) * len(views) // (2 * count) for number in range(count)]
+    places = evenly_spaced(range(len(views)), PICTURED)
     shown = [views[place] for place in places]
     teachers = [item.view.load().float() for item in shown]
     lifted = [decode_view(operator, item.view, lift.values, lift.decoder) for item in shown]

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fit3d_ns.model import Fit3DSplatModel
 from fit3d_ns.scenes.views import PhotoReader
+from fit3d_ns.support.samples import evenly_spaced
 
 _VIEWS = 6
 _SIZE = (24, 32)
@@ -25,17 +26,16 @@ def disagreement(model: Fit3DSplatModel, photos: PhotoReader) -> float:
         Squared error to the own photo over squared error to the others': far below 1 where splat, poses and photos
         belong together, about 1 where they do not.
     """
-    count = min(_VIEWS, len(photos))
     renders, shown = [], []
-    for number in range(count):
-        photo = photos.read((2 * number + 1) * len(photos) // (2 * count))
+    for number in evenly_spaced(range(len(photos)), _VIEWS):
+        photo = photos.read(number)
         render = model.get_outputs_for_camera(photo.camera.to(model.device))["rgb"]
         renders.append(_thumbnail(render))
         shown.append(_thumbnail(photo.image.to(model.device).float() / 255.0))
     errors = torch.stack([torch.stack([(render - photo).square().mean() for photo in shown]) for render in renders])
     own = errors.diagonal().sum()
-    others = (errors.sum() - own) / max(1, count - 1)
-    return float(own / others) if count > 1 and float(others) > 0 else 0.0
+    others = (errors.sum() - own) / max(1, len(shown) - 1)
+    return float(own / others) if len(shown) > 1 and float(others) > 0 else 0.0
 
 
 def _thumbnail(image: Float[Tensor, "H W 3"]) -> Float[Tensor, "3 h w"]:

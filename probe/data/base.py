@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from fit3d_ns.support.errors import UserError
+from fit3d_ns.support.samples import evenly_spaced
 
 IGNORE = 255
 """Label of pixels that count neither in a loss nor in a metric."""
@@ -220,10 +221,10 @@ def check_data(data: ProbeData) -> DataSummary:
             continue
         if not samples:
             raise UserError(f"The {split} split of {data.name} has no sample: check --data and --split-file.")
-        for sample in spread(samples, HEADERS_CHECKED):
+        for sample in evenly_spaced(samples, HEADERS_CHECKED):
             _check_header(data, sample)
         split_valid = 0
-        chosen = spread(samples, CONTENTS_CHECKED)
+        chosen = evenly_spaced(samples, CONTENTS_CHECKED)
         for sample in chosen:
             _, target = read_sample(data, sample)
             if data.kind == "segmentation":
@@ -251,7 +252,7 @@ def check_crops(data: ProbeData, crop_of: Callable[[int, int], tuple[int, int]])
         UserError: If not.
     """
     first: tuple[Path, tuple[int, int]] | None = None
-    for sample in spread(data.train, HEADERS_CHECKED):
+    for sample in evenly_spaced(data.train, HEADERS_CHECKED):
         path = sample.target if data.fit == "image_to_target" else sample.image
         with Image.open(path) as image:
             crop = crop_of(image.height, image.width)
@@ -262,13 +263,6 @@ def check_crops(data: ProbeData, crop_of: Callable[[int, int], tuple[int, int]])
                 f"{first[0]} gives training crops of {first[1][1]}x{first[1][0]} pixels and {path} of "
                 f"{crop[1]}x{crop[0]}, but those of a step must be equal: resize the photos to one size, or use --fast."
             )
-
-
-def spread(samples: Sequence[Sample], count: int) -> list[Sample]:
-    """Returns at most ``count`` samples, evenly spread."""
-    if len(samples) <= count:
-        return list(samples)
-    return [samples[(2 * k + 1) * len(samples) // (2 * count)] for k in range(count)]
 
 
 def _nothing_valid(data: ProbeData, sample: Sample, split: str) -> str:

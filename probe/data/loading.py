@@ -1,14 +1,15 @@
 """From a user's choice of data to samples."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import get_args
 
 from fit3d_ns.support.errors import UserError
+from fit3d_ns.support.samples import hold_out
 from probe.data import depth as depth_sets
 from probe.data import own as own_data
 from probe.data import segmentation as segmentation_sets
-from probe.data.base import ProbeData, Sample
+from probe.data.base import ProbeData
 from probe.data.choice import DataChoice, DatasetName
 
 __all__ = ["DATASETS", "DataChoice", "load_data"]
@@ -61,7 +62,11 @@ def load_data(choice: DataChoice, validation_share: float = 0.0) -> ProbeData:
         return replace(data, validation=None)
     if data.validation is not None:
         return data
-    train, held_out = _hold_out(data.train, validation_share)
+    train, held_out = hold_out(data.train, validation_share)
+    if not train:
+        raise UserError(
+            f"{len(data.train)} training samples are too few to hold some out: give a single --learning-rates value."
+        )
     note = (
         f"The learning rate was chosen on the last {len(held_out)} of {len(data.train)} training samples, which were "
         "held out of training."
@@ -85,12 +90,3 @@ def _check_options(choice: DataChoice) -> None:
             raise UserError(f"{flag} is for --dataset {', '.join(datasets)}, not for {choice.dataset}: leave it out.")
         if given and choice.kind not in kinds:
             raise UserError(f"{flag} is for {' and '.join(kinds)}, not for {choice.kind}: leave it out.")
-
-
-def _hold_out(samples: Sequence[Sample], share: float) -> tuple[Sequence[Sample], Sequence[Sample]]:
-    count = max(1, round(len(samples) * share))
-    if len(samples) - count < 1:
-        raise UserError(
-            f"{len(samples)} training samples are too few to hold some out: give a single --learning-rates value."
-        )
-    return samples[:-count], samples[-count:]

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from fit3d_ns.support.errors import UserError
-from probe.data.base import IGNORE, LabelRule, ProbeData, Sample, read_index, spread
+from fit3d_ns.support.samples import evenly_spaced
+from probe.data.base import IGNORE, LabelRule, ProbeData, Sample, read_index
 from probe.data.choice import DataChoice
 from probe.data.pairing import pair_folders, read_lines
 
@@ -213,7 +214,7 @@ def _class_names(choice: DataChoice, samples: list[Sample]) -> tuple[str, ...]:
 def _numbered(samples: list[Sample]) -> tuple[str, ...]:
     """Names classes by number, as many as the training labels use."""
     largest = 0
-    for sample in spread(samples, _LABELS_SEARCHED):
+    for sample in evenly_spaced(samples, _LABELS_SEARCHED):
         values = read_index(sample.target)
         largest = max(largest, int(np.max(values, where=values != IGNORE, initial=0)))
         if largest > IGNORE:

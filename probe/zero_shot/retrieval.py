@@ -16,10 +16,10 @@ from fit3d_ns.backbones import input_size
 from fit3d_ns.support.errors import UserError
 from fit3d_ns.support.processes import process_group, require_one_process
 from fit3d_ns.support.progress import progress
+from fit3d_ns.support.samples import evenly_spaced
 from probe.augment import resize_image
 from probe.config import RetrievalConfig
 from probe.data import IGNORE, ProbeData, Sample, check_data, load_data, read_sample
-from probe.data.base import spread
 from probe.data.batches import ordered_samples
 from probe.features import FrozenBackbones, Row, choose_untrained_rows, load_backbones, row_features
 from probe.heads import resize_maps
@@ -75,7 +75,7 @@ def _run(config: RetrievalConfig, device: torch.device, console: Console) -> Non
     task = SegmentationTask(data, SegmentationRecipe("retrieval-v1", Optimization(1, 1, (1.0,), 0.0, "poly", 0.0, 1.0)))
     memory = build_memory(config, data, rows, backbones, device, console)
     metrics = {row.name: task.new_metric().to(device) for row in rows}
-    places = [data.test.index(sample) for sample in spread(data.test, _PANELS)]
+    places = [data.test.index(sample) for sample in evenly_spaced(data.test, _PANELS)]
     read = partial(_read, data, data.test, backbones.info.patch_size, config.long_side)
     with progress(console, "retrieval (test)", len(data.test)) as advance:
         for place, sample in ordered_samples(read, list(range(len(data.test))), config.workers):

@@ -1,0 +1,34 @@
+"""A few of many, chosen without chance."""
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+Item = TypeVar("Item")
+
+
+def evenly_spaced(items: Sequence[Item], count: int) -> list[Item]:
+    """Returns items from the middles of equal parts of a sequence, in order; all of them where there are no more.
+
+    Args:
+        items: Any number of them.
+        count: Most items returned, at least 1.
+    """
+    if len(items) <= count:
+        return list(items)
+    return [items[(2 * part + 1) * len(items) // (2 * count)] for part in range(count)]
+
+
+def hold_out(items: Sequence[Item], share: float) -> tuple[Sequence[Item], Sequence[Item]]:
+    """Splits a sequence into what is kept and its end.
+
+    The end is one piece, since neighbours in a list are often neighbours in a film.
+
+    Args:
+        items: Any number of them.
+        share: Of the items to hold out, in (0, 1); at least one is.
+
+    Returns:
+        What is kept, maybe nothing, and what is held out.
+    """
+    kept = max(0, len(items) - max(1, round(len(items) * share)))
+    return items[:kept], items[kept:]
