@@ -2,10 +2,11 @@
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.transforms.v2 import functional as transforms
 
 from probe.data.base import IGNORE
 from probe.protocols import DepthRecipe, SegmentationRecipe
@@ -25,8 +26,7 @@ def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Resizes uint8 [H, W, 3] bilinearly without antialiasing, as the references do."""
     if image.shape[:2] == size:
         return image
-    planes = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
-    return F.interpolate(planes, size=size, mode="bilinear", align_corners=False)[0].permute(1, 2, 0).numpy()
+    return transforms.resize(_image(image), list(size), antialias=False).permute(1, 2, 0).numpy()
 
 
 def resize_nearest(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -54,24 +54,26 @@ def augment_segmentation(
     scale = rng.uniform(*recipe.scale_range)
     height, width = labels.shape[:2]
     size = scaled_size(height, width, int(recipe.long_side * scale), int(recipe.short_side * scale))
-    image, labels = resize_image(image, size), resize_nearest(labels, size)
+    photo = transforms.resize(_image(image), list(size), antialias=False)  # [3, H, W]
+    mask = transforms.resize(tv_tensors.Mask(np.array(labels)), list(size))  # [H, W], nearest lower index
     crop = (recipe.crop, recipe.crop)
     top, left = _crop_corner(size, crop, rng)
     for _ in range(_CROP_TRIES):
-        window = labels[top : top + recipe.crop, left : left + recipe.crop]
-        counts = np.bincount(window.ravel(), minlength=IGNORE + 1)[:IGNORE]
+        window = mask[top : top + recipe.crop, left : left + recipe.crop]
+        counts = np.bincount(window.numpy().ravel(), minlength=IGNORE + 1)[:IGNORE]
         if np.count_nonzero(counts) > 1 and counts.max() < recipe.max_class_share * counts.sum():
             break
         top, left = _crop_corner(size, crop, rng)
-    image = image[top : top + recipe.crop, left : left + recipe.crop]
-    labels = labels[top : top + recipe.crop, left : left + recipe.crop]
-    if rng.random() < 0.5:
-        image, labels = image[:, ::-1], labels[:, ::-1]
-    filled_image = np.zeros((recipe.crop, recipe.crop, 3), np.uint8)
-    filled_labels = np.full((recipe.crop, recipe.crop), IGNORE, np.uint8)
-    height, width = labels.shape[:2]
-    filled_image[:height, :width], filled_labels[:height, :width] = image, labels
-    return filled_image, filled_labels, (height, width)
+    height, width = min(recipe.crop, size[0] - top), min(recipe.crop, size[1] - left)
+    mirror = rng.random() < 0.5
+
+    def cut(planes: Tensor, fill: int) -> Tensor:
+        planes = transforms.crop(planes, top, left, height, width)
+        if mirror:
+            planes = transforms.horizontal_flip(planes)
+        return transforms.pad(planes, [0, 0, recipe.crop - width, recipe.crop - height], fill=fill)
+
+    return cut(photo, 0).permute(1, 2, 0).numpy(), cut(mask, IGNORE).numpy(), (height, width)
 
 
 def depth_window(image: np.ndarray, target: np.ndarray, recipe: DepthRecipe, training: bool) -> tuple:
@@ -144,6 +146,11 @@ def augment_normals(
 def mirror_normals(normals: np.ndarray) -> np.ndarray:
     """Returns the normals [H, W, 3] of the mirrored photo: their x component changes sign."""
     return normals[:, ::-1] * np.array([-1, 1, 1], np.float32)
+
+
+def _image(image: np.ndarray) -> tv_tensors.Image:
+    """Returns uint8 [H, W, 3] as torchvision's [3, H, W]."""
+    return tv_tensors.Image(torch.from_numpy(np.array(image)).permute(2, 0, 1))
 
 
 def _crop_corner(size: tuple[int, ...], crop: tuple[int, int], rng: np.random.Generator) -> tuple[int, int]:

@@ -5,6 +5,8 @@ import colorsys
 import numpy as np
 import pytest
 import torch
+from torchvision import tv_tensors
+from torchvision.transforms.v2 import functional as transforms
 
 from fit3d_ns.backbones import BackboneOutput
 from probe.augment import (
@@ -83,6 +85,21 @@ def test_sizes_as_mmcv_rounds_them():
     assert np.array_equal(resize_nearest(labels, (6, 8))[::2, ::2], labels)
     image = np.full((7, 9, 3), 131, np.uint8)
     assert (resize_image(image, (14, 5)) == 131).all()
+
+
+@pytest.mark.parametrize("size", [(97, 61), (240, 500), (33, 40)])
+def test_torchvision_resizes_as_the_references_do(size):
+    """mmcv's: bilinear without antialiasing for photos, the nearest lower index for labels."""
+    rng = np.random.default_rng(0)
+    image, labels = rng.integers(0, 256, (120, 90, 3), np.uint8), rng.integers(0, 150, (120, 90), np.uint8)
+    planes = torch.from_numpy(image).permute(2, 0, 1)[None].double()
+    wanted = torch.nn.functional.interpolate(planes, size, mode="bilinear", align_corners=False)[0].permute(1, 2, 0)
+    error = np.abs(resize_image(image, size) - wanted.numpy())
+    assert error.max() < 1.01 and error.mean() < 0.35, "8 bits, rounded once for each direction"
+    resized = transforms.resize(tv_tensors.Mask(labels), list(size)).numpy()
+    assert (resized == resize_nearest(labels, size)).all()
+    rows, columns = np.arange(size[0]) * 120 // size[0], np.arange(size[1]) * 90 // size[1]
+    assert (resized == labels[rows][:, columns]).all()
 
 
 def test_segmentation_crops_keep_photo_and_labels_together():
