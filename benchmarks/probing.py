@@ -34,7 +34,7 @@ from safetensors.torch import save_file
 from fit3d_ns.backbones import Backbone, BackboneSpec, describe_backbone
 from fit3d_ns.backbones.architecture import build_model, resolve_architecture
 from fit3d_ns.support.files import atomic_write_json
-from fit3d_ns.support.processes import process_group, rank, wait_for_all, world_size
+from fit3d_ns.support.processes import join_world, rank, wait_for_all, world_size
 from probe.augment import crop_size
 from probe.config import DepthConfig, SegmentationConfig
 from probe.data import DataChoice, LabelRule, ProbeData, load_data, read_image
@@ -144,9 +144,9 @@ class Random:
 
 def throughput(benchmark: Throughput) -> dict[str, Any] | None:
     """Times steps on noise, and on photos if there are some; None in all processes but the first."""
-    with process_group(benchmark.device) as device:
-        line = _throughput(benchmark, device)
-        return None if rank() else line
+    with join_world(benchmark.device) as world:
+        line = _throughput(benchmark, world.device)
+        return line if world.is_main else None
 
 
 def _throughput(benchmark: Throughput, device: torch.device) -> dict[str, Any]:

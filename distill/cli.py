@@ -40,7 +40,7 @@ def distil(config: DistillConfig) -> None:
         UserError: Whatever is wrong with the scenes, the choices or the machine, before any long work.
         SystemExit: After SIGTERM; a checkpoint was saved.
     """
-    with join_world(config.device) as world:
+    with join_world(config.device, "start again with --resume") as world:
         _check(config, world)
         scenes = _scenes(config, world)
         if not config.bundles_only:

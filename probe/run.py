@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from fit3d_ns.support.errors import UserError
-from fit3d_ns.support.processes import gather_objects, process_group, rank, wait_for_all, world_size
+from fit3d_ns.support.processes import gather_objects, join_world, rank, wait_for_all, world_size
 from fit3d_ns.support.progress import progress
 from fit3d_ns.support.samples import evenly_spaced
 from probe.augment import training_crop_size
@@ -107,8 +107,8 @@ def run_trained_probe(config: TrainedProbeConfig, kind: Kind) -> None:
         UserError: For everything that is wrong with flags, files or data, before training where it can be known.
     """
     config.check()
-    with process_group(config.device) as device:
-        _run(config, kind, device)
+    with join_world(config.device) as world:
+        _run(config, kind, world.device)
 
 
 def _run(config: TrainedProbeConfig, kind: Kind, device: torch.device) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fit3d_ns.support.errors import UserError
 
 _LONGEST_WAIT = timedelta(hours=6)
-"""Processes wait for each other while bundles are made and photos decoded."""
+"""Processes wait for the first one while it makes bundles, decodes photos or computes features."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,7 @@ class World:
 
     def wait(self) -> None:
         """Returns when all processes have come here."""
-        if self.size > 1:
-            dist.barrier()
+        wait_for_all()
 
     def sum(self, values: Tensor) -> Tensor:
         """Returns the sum of a tensor over all processes; ``values`` itself is changed."""
@@ -63,50 +62,64 @@ class World:
 
 
 @contextmanager
-def join_world(device: str) -> Iterator[World]:
+def join_world(device: str, again: str = "start again") -> Iterator[World]:
     """Joins the processes that ``torchrun`` started; alone without it.
 
     Args:
-        device: ``auto``, ``cuda`` or ``cpu``.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``; under torchrun, a GPU is that of the local rank.
+        again: What to do after another process ended, for the sentence that says so.
 
     Yields:
         The world.
 
     Raises:
-        UserError: If there is no GPU for this process, or another process ended.
+        UserError: If there is no such device, no GPU for this process, or another process ended.
     """
-    cuda = torch.cuda.is_available()
-    if device == "cuda" and not cuda:
-        raise UserError("--device cuda: torch sees no GPU here; use --device cpu, or install torch for CUDA.")
-    kind = "cuda" if device == "cuda" or (device == "auto" and cuda) else "cpu"
     size = int(os.environ.get("WORLD_SIZE", "1"))
-    rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
-    if kind == "cuda":
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(
-                f"Process {local_rank} of this machine finds only {torch.cuda.device_count()} GPUs: lower "
-                "--nproc-per-node."
-            )
-        torch.cuda.set_device(local_rank)
-    here = torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu")
-    world = World(rank, size, here, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", size)))
+    local_rank, local_size = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    here = _choose_device(device, local_rank if size > 1 else None)
+    world = World(int(os.environ.get("RANK", "0")), size, here, local_rank, local_size)
+    if here.type == "cuda":
+        torch.cuda.set_device(here)
     if size == 1:
         yield world
         return
-    device_id = world.device if kind == "cuda" else None
-    dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=_LONGEST_WAIT, device_id=device_id)
+    backend, device_id = ("nccl", here) if here.type == "cuda" else ("gloo", None)
+    dist.init_process_group(backend, timeout=_LONGEST_WAIT, device_id=device_id)
     try:
         yield world
     except RuntimeError as error:
         lost = isinstance(error, dist.DistError) or any(word in str(error) for word in ("by peer", "gloo", "NCCL"))
         if isinstance(error, UserError) or not lost:
             raise
-        raise UserError(
-            "Another process of this run ended: see its message, then start again with --resume."
-        ) from error
+        raise UserError(f"Another process of this run ended: see its message, then {again}.") from error
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _choose_device(name: str, local_rank: int | None) -> torch.device:
+    """Returns the device that ``--device`` means to this process, with its number if it is a GPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {name} is not supported: give auto, cpu, cuda or cuda:N.")
+    if device.type == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError(f"--device {name}: torch finds no CUDA device here; use --device cpu.")
+    number, found = (device.index or 0) if local_rank is None else local_rank, torch.cuda.device_count()
+    if number >= found:
+        raise UserError(
+            f"--device {name}: this machine has {found} (cuda:0 is the first)."
+            if local_rank is None
+            else f"Process {number} of this machine has no GPU of its own, there are {found}: lower --nproc-per-node."
+        )
+    return torch.device("cuda", number)
 
 
 def rank() -> int:
@@ -117,49 +130,6 @@ def rank() -> int:
 def world_size() -> int:
     """Returns the number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
-
-
-@contextmanager
-def process_group(device: str) -> Iterator[torch.device]:
-    """Joins torchrun's processes, if started by it, and lends this process's device.
-
-    Args:
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-
-    Yields:
-        The device; under torchrun, the GPU of the local rank.
-
-    Raises:
-        UserError: If a GPU is asked for and there is none.
-    """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        chosen = torch.device(device)
-    except RuntimeError:
-        raise UserError(f"--device {device} is no device: give auto, cpu, cuda or cuda:N.") from None
-    if chosen.type not in ("cpu", "cuda"):
-        raise UserError(f"--device {device} is not supported: give auto, cpu, cuda or cuda:N.")
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device {device}: no CUDA device is available, use --device cpu.")
-    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
-    if chosen.type == "cuda":
-        number = (chosen.index or 0) if alone else int(os.environ.get("LOCAL_RANK", "0"))
-        if number >= torch.cuda.device_count():
-            wanted = f"--device {device}" if alone else f"Process {number} of torchrun has no GPU of its own"
-            raise UserError(f"{wanted}: this machine has {torch.cuda.device_count()} (cuda:0 is the first).")
-        chosen = chosen if alone else torch.device("cuda", number)
-    if alone:
-        yield chosen
-        return
-    if chosen.type == "cuda":
-        torch.cuda.set_device(chosen)
-    # A shared step may wait for one process that caches the features.
-    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timedelta(hours=6))
-    try:
-        yield chosen
-    finally:
-        dist.destroy_process_group()
 
 
 def require_one_process(probe: str) -> None:

@@ -15,7 +15,7 @@ from fit3d_ns.features.correspondences import View
 from fit3d_ns.support.errors import UserError
 from fit3d_ns.support.files import atomic_write_json, atomic_write_text
 from fit3d_ns.support.html_report import Report
-from fit3d_ns.support.processes import process_group, require_one_process
+from fit3d_ns.support.processes import join_world, require_one_process
 from fit3d_ns.support.progress import progress
 from probe.config import CorrespondenceConfig
 from probe.data.base import read_image, read_index
@@ -61,8 +61,9 @@ def run_correspondence(config: CorrespondenceConfig) -> None:
         raise UserError(
             "--grid-scale must lie in (0, 1], --matches and --pairs-per-bin must be at least 1, --long-side at least 2."
         )
-    with process_group(config.device) as device:
+    with join_world(config.device) as world:
         require_one_process("correspondence")
+        device = world.device
         console = Console(stderr=True)
         rows = choose_untrained_rows(
             config.assemblies, config.tuned is not None, config.control is not None, "correspondence"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fit3d_ns.backbones import input_size
 from fit3d_ns.support.errors import UserError
-from fit3d_ns.support.processes import process_group, require_one_process
+from fit3d_ns.support.processes import join_world, require_one_process
 from fit3d_ns.support.progress import progress
 from fit3d_ns.support.samples import evenly_spaced
 from probe.augment import resize_image
@@ -49,8 +49,8 @@ def run_retrieval(config: RetrievalConfig) -> None:
             raise UserError(f"{flag} {value} is too small: at least {least}.")
     if config.temperature <= 0:
         raise UserError(f"--temperature {config.temperature:g} must be above 0.")
-    with process_group(config.device) as device:
-        _run(config, device, Console(stderr=True))
+    with join_world(config.device) as world:
+        _run(config, world.device, Console(stderr=True))
 
 
 @torch.no_grad()

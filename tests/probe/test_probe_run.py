@@ -261,7 +261,7 @@ def test_mistakes_are_said_in_one_sentence(make_config, weights, colored_blocks,
     fails("neither fit3d-ns nor timm", backbone="test_vitt")
     fails("folder has no normals probe", kind="normals")
     if not torch.cuda.is_available():
-        fails("no CUDA device", device="cuda")
+        fails("finds no CUDA device", device="cuda")
     assert not (tmp_path / "bad" / "metrics.json").exists()
     with pytest.raises(SystemExit) as stopped:
         main(["segmentation", "--data", str(tmp_path / "nothing")])
