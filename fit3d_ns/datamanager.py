@@ -1,24 +1,31 @@
 """nerfstudio's full-image data manager, handing each view the teacher's map of it."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.data.datamanagers.full_images_datamanager import FullImageDatamanager, FullImageDatamanagerConfig
+from nerfstudio.utils.rich_utils import CONSOLE
+from rich.progress import track
 from torch import Tensor
 
 from fit3d_ns.backbones import BackboneInfo, BackboneSpec, describe_backbone, load_backbone
 from fit3d_ns.data.feature_cache import FeatureCache, user_cache_directory
 from fit3d_ns.data.masks import composite_on_black, patch_weights
-from fit3d_ns.data.scene_checks import check_image_files, check_poses, check_split, explain_unreadable_scene
+from fit3d_ns.data.photo_files import check_photos_exist, check_views_read_their_own_files, find_masks
+from fit3d_ns.data.photo_reader import PhotoDataset, PhotoReader
+from fit3d_ns.data.scene_checks import check_poses, check_split, explain_unreadable_scene
+from fit3d_ns.lifting.memory import ResidentMaps
 from fit3d_ns.support.errors import UserError
 
 Split = Literal["train", "eval"]
+SPLITS: tuple[Split, Split] = ("train", "eval")
 
 
 @dataclass
@@ -76,7 +83,7 @@ class EvaluationViews:
             yield self._datamanager.evaluation_view(index)
 
 
-class Fit3DDataManager(FullImageDatamanager):
+class Fit3DDataManager(FullImageDatamanager[PhotoDataset]):
     """Full images with the teacher's map of each.
 
     Batches carry, beside nerfstudio's keys: ``teacher`` (fp16, shape [C, h, w]), ``camera`` (the view's camera) and,
@@ -99,6 +106,7 @@ class Fit3DDataManager(FullImageDatamanager):
         self.teacher_info: BackboneInfo = describe_backbone(config.backbone_spec())
         with explain_unreadable_scene(config.data or config.dataparser.data):
             super().__init__(config, device=device, **kwargs)
+        self._check_files()
         check_split(self.train_dataset, self.eval_dataset)
         check_poses(self.train_dataset, self.eval_dataset)
         if torch.device(device).type != "cuda":
@@ -108,10 +116,13 @@ class Fit3DDataManager(FullImageDatamanager):
         self.train_dataset.metadata["teacher_max_size"] = config.backbone_max_size
         self._feature_cache: FeatureCache | None = None
         self._keys: dict[str, list[str]] = {}
-        self._resident: dict[str, Float[Tensor, "C h w"]] = {}
+        self._readers: dict[str, PhotoReader] = {}
+        self._maps: ResidentMaps | None = None
 
     def next_train(self, step: int) -> tuple[Cameras, dict[str, Any]]:
         """Returns the next training view; the first call fills the feature cache."""
+        if not self._keys:
+            self._fill_feature_cache("train", "eval")
         camera, batch = super().next_train(step)
         return camera, self._with_teacher("train", camera, batch)
 
@@ -126,35 +137,44 @@ class Fit3DDataManager(FullImageDatamanager):
         return EvaluationViews(self)
 
     def evaluation_view(self, index: int) -> tuple[Cameras, dict[str, Any]]:
-        """Returns one held-out view.
+        """Returns one held-out view; its photo is opened now, unless training holds it in memory.
 
         Args:
             index: Its position in the evaluation split.
         """
-        batch = self.cached_eval[index].copy()
+        if self._holds("eval"):
+            batch = self.cached_eval[index].copy()
+            camera = self.eval_dataset.cameras[index : index + 1].to(self.device)
+        else:
+            photo = self.photo_reader("eval").read(index)
+            batch, camera = photo.batch, photo.camera.to(self.device)
         batch["image"] = batch["image"].to(self.device)
-        camera = self.eval_dataset.cameras[index : index + 1].to(self.device)
         return camera, self._with_teacher("eval", camera, batch)
+
+    def photo_reader(self, split: Split) -> PhotoReader:
+        """Returns the reader of a split's photos, which keeps none of them.
+
+        Args:
+            split: ``train`` or ``eval``.
+        """
+        if split not in self._readers:
+            self._readers[split] = PhotoReader(self._dataset(split), self.config.cache_images_type)
+        return self._readers[split]
 
     def teacher_map(self, split: Split, index: int) -> Float[Tensor, "C h w"]:
         """Returns the teacher's map of a view, in half precision, on the data manager's device.
 
-        The first call fills the cache for both splits.
+        The first call for a split fills the cache.
 
         Args:
             split: ``train`` or ``eval``.
             index: Position of the view in that split.
         """
-        if not self._keys:
-            self._fill_feature_cache()
-        key = self._keys[split][index]
-        if key in self._resident:
-            return self._resident[key]
-        assert self._feature_cache is not None
-        teacher = self._feature_cache.load(key).to(self.device)
-        if self.config.cache_images == "gpu" and torch.device(self.device).type == "cuda":
-            self._resident[key] = teacher
-        return teacher
+        if split not in self._keys:
+            self._fill_feature_cache(split)
+        if self._maps is None:
+            self._maps = ResidentMaps(self.open_feature_cache().load, torch.device(self.device))
+        return self._maps.load(self._keys[split][index])
 
     def teacher_identity(self) -> dict[str, Any] | None:
         """Returns what produced the teacher's maps (name, weights hash, layer ...); None before the cache is read."""
@@ -198,16 +218,45 @@ class Fit3DDataManager(FullImageDatamanager):
         return batch
 
     def _load_images(self, split: Split, cache_images_device: Literal["cpu", "gpu"]) -> list[dict[str, Tensor]]:
-        dataset = self.train_dataset if split == "train" else self.eval_dataset
-        try:
-            return super()._load_images(split, cache_images_device)
-        except Exception as error:
-            check_image_files(dataset)
-            raise UserError(f"The photos of {self.get_datapath()} could not be prepared: {error}") from error
+        """Reads all photos of a split into memory, for training; its cameras become those of undistorted photos."""
+        dataset, batches = self._dataset(split), []
+        reader = PhotoReader(dataset, self.config.cache_images_type)
+        for photo in track(reader, f"Reading the photos ({split})", total=len(reader), console=CONSOLE, transient=True):
+            for name in ("fx", "fy", "cx", "cy", "width", "height"):
+                getattr(dataset.cameras, name)[photo.index] = getattr(photo.camera, name)[0]
+            batch = photo.batch
+            for name in ("image", "mask"):
+                if name in batch and cache_images_device == "gpu":
+                    batch[name] = batch[name].to(self.device)
+                elif name in batch:
+                    batch[name] = batch[name].pin_memory()
+            batches.append(batch)
+        cameras = self.train_dataset.cameras
+        self.train_cameras = cameras.to(self.device) if cache_images_device == "gpu" else cameras
+        return batches
+
+    def _dataset(self, split: str) -> PhotoDataset:
+        return self.train_dataset if split == "train" else self.eval_dataset
+
+    def _holds(self, split: str) -> bool:
+        """Whether the photos of a split are in memory, as while training."""
+        return f"cached_{split}" in self.__dict__
+
+    def _check_files(self) -> None:
+        """Looks for every file that the scene names, before anything is trained."""
+        scene = self._scene_folder()
+        for dataset in (self.train_dataset, self.eval_dataset):
+            check_photos_exist(dataset.image_filenames)
+            dataset.mask_filenames = find_masks(dataset.mask_filenames, scene)
+        check_views_read_their_own_files(self.train_dataset, self.eval_dataset)
+
+    def _scene_folder(self) -> Path:
+        data = Path(self.get_datapath())
+        return data if data.is_dir() else data.parent
 
     def has_teacher_maps(self) -> bool:
-        """Tells whether ``teacher_map`` reads maps that are known to be there, as while training."""
-        return bool(self._keys)
+        """Returns whether photos and the teacher's maps of the training views are at hand, as while training."""
+        return "train" in self._keys and self._holds("train")
 
     def open_feature_cache(self) -> FeatureCache:
         """Returns the store of the teacher's maps, without filling it.
@@ -229,23 +278,26 @@ class Fit3DDataManager(FullImageDatamanager):
             UserError: If there is no identity and the teacher's weights cannot be used.
         """
         config = self.config
-        data = Path(self.get_datapath())
-        scene = data if data.is_dir() else data.parent
         return FeatureCache(
-            directory=config.feature_cache_dir or scene / ".fit3d_cache",
+            directory=config.feature_cache_dir or self._scene_folder() / ".fit3d_cache",
             spec=config.backbone_spec(),
             max_size=config.backbone_max_size,
             fallback_directory=None if config.feature_cache_dir else user_cache_directory() / "features",
             identity=identity,
         )
 
-    def _fill_feature_cache(self) -> None:
-        """Makes the teacher's maps of all views, or finds them on disk. Draws no random number that training sees."""
+    def _fill_feature_cache(self, *splits: Split) -> None:
+        """Makes the teacher's maps of splits, or finds them on disk. Draws no random number that training sees.
+
+        Training keeps its photos in memory anyway; everything else reads them one by one.
+        """
         config = self.config
         spec = config.backbone_spec()
         cache = self.open_feature_cache()
-        photos = {split: getattr(self, f"cached_{split}") for split in ("train", "eval") if self._has_views(split)}
-        sources = [lambda view=view: composite_on_black(view["image"]) for views in photos.values() for view in views]
+        sources: list[Callable[[], UInt8[Tensor, "H W 3"]]] = []
+        for split in splits:
+            for index in range(len(self._dataset(split))):
+                sources.append(partial(self._photo, split, index, len(splits) > 1))
         python_state = random.getstate()
         with torch.random.fork_rng():
             keys = cache.fill(
@@ -255,8 +307,12 @@ class Fit3DDataManager(FullImageDatamanager):
                 batch_size=config.feature_batch_size,
             )
         random.setstate(python_state)
-        for split, views in photos.items():
-            self._keys[split], keys = keys[: len(views)], keys[len(views) :]
+        for split in splits:
+            count = len(self._dataset(split))
+            self._keys[split], keys = keys[:count], keys[count:]
 
-    def _has_views(self, split: str) -> bool:
-        return len(self.train_dataset if split == "train" else self.eval_dataset) > 0
+    def _photo(self, split: Split, index: int, keep: bool) -> UInt8[Tensor, "H W 3"]:
+        if keep or self._holds(split):
+            views = self.cached_train if split == "train" else self.cached_eval
+            return composite_on_black(views[index]["image"])
+        return self.photo_reader(split).read(index).rgb

@@ -15,7 +15,6 @@ from nerfstudio.utils.rich_utils import CONSOLE
 
 from fit3d_ns.backbones import check_timm
 from fit3d_ns.compat import check_gsplat, resume_adds_steps
-from fit3d_ns.data.scene_checks import check_photos_exist
 from fit3d_ns.datamanager import Fit3DDataManager
 from fit3d_ns.features.metrics import choose_pairs, feature_cosine, feature_l1, view_match
 from fit3d_ns.model import Fit3DSplatModel
@@ -77,7 +76,6 @@ class Fit3DPipeline(VanillaPipeline):
             return super().__init__(config, **kwargs)
         try:
             super().__init__(config, **kwargs)
-            check_photos_exist(self.datamanager.train_dataset)
         except UserError as error:
             from fit3d_ns.scenes.absent import without_photos
 

@@ -125,6 +125,8 @@ def _run(config: TrainedProbeConfig, kind: Kind, device: torch.device) -> None:
     several = len(optimization.learning_rates) > 1
     data = load_data(config.choice(kind), config.validation_share if several else 0.0)
     checked = check_data(data)
+    for remark in checked.remarks:
+        console.print(remark, highlight=False, soft_wrap=True)
     if isinstance(recipe, DepthRecipe) and not fast:
         check_crops(data, partial(training_crop_size, recipe=recipe))
     task = _TASKS[kind](data, recipe)
@@ -155,12 +157,13 @@ def _run(config: TrainedProbeConfig, kind: Kind, device: torch.device) -> None:
         wait_for_all()
     log.close()
     if rank() == 0:
+        notes = [*data.notes, *checked.remarks]
         facts |= {"labels_seen": checked.labels_seen, "valid_share": checked.valid_share}
         summary = {
             "probe": kind,
             "protocol": protocol["name"],
             "fast": config.fast,
-            "data": {"name": data.name, "train": len(data.train), "test": len(data.test), "notes": list(data.notes)},
+            "data": {"name": data.name, "train": len(data.train), "test": len(data.test), "notes": notes},
             "backbone": asdict(backbones.info),
             "facts": facts,
             **provenance(device),

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Float
 
 from fit3d_ns.compat import nerfstudio_needed
 
@@ -60,8 +61,26 @@ def lenses_of(cameras: Any) -> list[Lens | None]:
     return lenses
 
 
-def _undistort(image: np.ndarray, lens: Lens) -> np.ndarray:
-    # nerfstudio's own function, so that the pixels are those the scene was trained on; most scenes never need it.
+@dataclass(frozen=True)
+class Undistorted:
+    """A photo as a pinhole camera sees it."""
+
+    image: np.ndarray
+    """[H, W, c], of the photo's own type."""
+    mask: Bool[np.ndarray, "H W 1"] | None
+    """What of it counts; None where all does."""
+    K: Float[np.ndarray, "3 3"]
+    """Intrinsics of the pinhole, pixels, pixel centres at +0.5."""
+
+
+def undistort(image: np.ndarray, lens: Lens, mask: Bool[np.ndarray, "H W 1"] | None = None) -> Undistorted:
+    """Undistorts a photo by nerfstudio's own function, so that its pixels are those that a scene was trained on.
+
+    Args:
+        image: [H, W, c] 8-bit or float32, of the lens's size.
+        lens: Of the photo.
+        mask: What of the photo counts; None for all.
+    """
     with nerfstudio_needed("Photos of a distorting lens"):
         from nerfstudio.cameras.cameras import Cameras
         from nerfstudio.data.datamanagers.full_images_datamanager import _undistort_image
@@ -81,4 +100,6 @@ def _undistort(image: np.ndarray, lens: Lens) -> np.ndarray:
         metadata=metadata,
     )[0]
     intrinsics = camera.get_intrinsics_matrices().numpy()
-    return _undistort_image(camera, distortion.numpy(), {}, image, intrinsics)[1]
+    data = {} if mask is None else {"mask": torch.from_numpy(mask)}
+    K, undistorted, valid = _undistort_image(camera, distortion.numpy(), data, image, intrinsics)
+    return Undistorted(undistorted, None if valid is None else valid.numpy(), K)

@@ -1,7 +1,6 @@
-"""Photos as files: found again after a move, checked against their hash, freed of their lens."""
+"""Photos as a bundle describes them: found again after a move, checked against their hash, undistorted."""
 
 import hashlib
-import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,10 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import UInt8
-from PIL import Image
 from torch import Tensor
 
-from fit3d_ns.data.cameras import Lens, _undistort
+from fit3d_ns.data.cameras import Lens, undistort
+from fit3d_ns.data.pictures import open_photo, over_black
 from fit3d_ns.support.errors import UserError
 
 DATA_ROOT_FLAG = "--data-root"
@@ -110,26 +109,14 @@ def read_photo(photo: Photo, data_root: Path | None = None) -> UInt8[Tensor, "H 
             f"The photo {path} is not the one that the scene was made with (its hash differs): restore it, or train "
             "and bundle the scene again."
         )
-    try:
-        with Image.open(io.BytesIO(content)) as opened:
-            picture = opened
-            if photo.scale_factor != 1.0:
-                size = (int(opened.width * photo.scale_factor), int(opened.height * photo.scale_factor))
-                picture = opened.resize(size, resample=Image.Resampling.BILINEAR)
-            image = np.array(picture, dtype=np.uint8)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"The photo {path} cannot be decoded ({error}): replace it.") from error
-    if image.ndim == 2:
-        image = image[:, :, None].repeat(3, axis=2)
+    image = open_photo(path, content, photo.scale_factor)
     if photo.alpha_color is not None and image.shape[2] == 4:
         alpha = image[:, :, 3:].astype(np.float32) / 255.0
         background = 255.0 * np.asarray(photo.alpha_color, dtype=np.float32) * (1.0 - alpha)
         image = np.clip(image[:, :, :3] * alpha + background, 0, 255).astype(np.uint8)
     if photo.lens is not None:
-        image = _undistort(image, photo.lens)
-    if image.shape[2] == 4:
-        values = image.astype(np.float32) / 255.0
-        image = np.clip(np.round(values[..., :3] * values[..., 3:] * 255.0), 0, 255).astype(np.uint8)
+        image = undistort(image, photo.lens).image
+    image = over_black(image)
     if image.shape != (photo.height, photo.width, 3):
         raise UserError(
             f"The photo {path} gives a picture of {image.shape[1]}x{image.shape[0]} pixels, but its camera describes "

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 from nerfstudio.data.datasets.base_dataset import InputDataset
-from PIL import Image
 
 from fit3d_ns.support.errors import UserError, first_line
 
@@ -91,40 +90,6 @@ def check_poses(*datasets: InputDataset) -> None:
                 _check_frames(data, frames)
             name = dataset.image_filenames[int(broken.nonzero()[0])]
             raise UserError(f"The camera of {name} is not finite (NaN or infinite pose): remove or mend that view.")
-
-
-def check_photos_exist(dataset: InputDataset) -> None:
-    """Looks for every photo of a split, without opening any.
-
-    Args:
-        dataset: The split.
-
-    Raises:
-        UserError: Naming the first that is missing.
-    """
-    for path in dataset.image_filenames:
-        if not Path(path).is_file():
-            raise UserError(f"The photo {path} is missing: restore it, or remove it from the scene.")
-
-
-def check_image_files(dataset: InputDataset) -> None:
-    """Opens every photo and mask of a split.
-
-    Args:
-        dataset: The split.
-
-    Raises:
-        UserError: Naming the first file that is missing, truncated or no image.
-    """
-    masks: list[Path] = list(dataset._dataparser_outputs.mask_filenames or [])
-    for path in [*dataset.image_filenames, *masks]:
-        if not path.is_file():
-            raise UserError(f"The photo {path} is missing: restore it, or remove it from the scene.")
-        try:
-            with Image.open(path) as image:
-                image.load()
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise UserError(f"The photo {path} is truncated or not an image ({error}): replace it.") from error
 
 
 def _frames(data: Path) -> list | None:

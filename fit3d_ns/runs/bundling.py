@@ -11,7 +11,6 @@ from torch import Tensor
 
 from fit3d_ns.backbones import backbone_identity
 from fit3d_ns.compat import nerfstudio_needed
-from fit3d_ns.data.cameras import lenses_of
 from fit3d_ns.data.photos import DATA_ROOT_FLAG, Photo, hash_file, locate
 from fit3d_ns.features.grid import FEATURE_GRIDS, FeatureGrid
 from fit3d_ns.runs.bundle import (
@@ -258,7 +257,6 @@ def _read_views(
 
     from fit3d_ns import compat
     from fit3d_ns.backbones import patch_grid
-    from fit3d_ns.data.masks import patch_weights
 
     views: list[BundleView] = []
     weights: dict[int, Tensor] = {}
@@ -268,32 +266,31 @@ def _read_views(
     for split, dataset in (("train", datamanager.train_dataset), ("eval", datamanager.eval_dataset)):
         if len(dataset) == 0:
             continue
-        lenses = lenses_of(dataset.cameras)  # nerfstudio overwrites the cameras while it undistorts
-        color = dataset._dataparser_outputs.alpha_color
-        red, green, blue = (0.0, 0.0, 0.0) if color is None else (float(value) for value in color)
-        for index, batch in enumerate(getattr(datamanager, f"cached_{split}")):
-            height, width = batch["image"].shape[:2]
-            path = Path(dataset.image_filenames[index]).absolute()
+        pinholes = []
+        for prepared in datamanager.photo_reader(split):
+            height, width = prepared.size
+            path = Path(dataset.image_filenames[prepared.index]).absolute()
             photo = Photo(
                 path=str(path),
                 sha256=hash_file(path),
                 height=height,
                 width=width,
-                lens=lenses[index],
+                lens=dataset.lenses[prepared.index],
                 scale_factor=datamanager.config.camera_res_scale_factor,
-                alpha_color=None if color is None else (red, green, blue),
+                alpha_color=dataset.alpha_color,
             )
-            valid = patch_weights(batch, patch_grid(height, width, patch_size, datamanager.config.backbone_max_size))
+            valid = prepared.weights(patch_grid(height, width, patch_size, datamanager.config.backbone_max_size))
             if valid is not None and bool((valid < 1).any()):
                 weights[len(views)] = valid
             name = str(path.relative_to(root)) if path.is_relative_to(root) else path.name
             views.append(BundleView(name, split, photo))  # type: ignore[arg-type]
+            pinholes.append(prepared.camera.get_intrinsics_matrices())
         poses = dataset.cameras.camera_to_worlds
         if split == "train":
             poses = _optimised_poses(poses, config, state)
         with compat.splatfacto_on(torch.device("cpu")):
             viewmats.append(splatfacto.get_viewmat(poses))
-        intrinsics.append(dataset.cameras.get_intrinsics_matrices())
+        intrinsics += pinholes
     return views, BundleCameras(torch.cat(viewmats).float(), torch.cat(intrinsics).float()), weights
 
 

@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from fit3d_ns.data.photo_reader import PhotoReader
 from fit3d_ns.model import Fit3DSplatModel
-from fit3d_ns.scenes.views import PhotoReader
 from fit3d_ns.support.samples import evenly_spaced
 
 _VIEWS = 6
@@ -31,7 +31,7 @@ def disagreement(model: Fit3DSplatModel, photos: PhotoReader) -> float:
         photo = photos.read(number)
         render = model.get_outputs_for_camera(photo.camera.to(model.device))["rgb"]
         renders.append(_thumbnail(render))
-        shown.append(_thumbnail(photo.image.to(model.device).float() / 255.0))
+        shown.append(_thumbnail(photo.rgb.to(model.device).float() / 255.0))
     errors = torch.stack([torch.stack([(render - photo).square().mean() for photo in shown]) for render in renders])
     own = errors.diagonal().sum()
     others = (errors.sum() - own) / max(1, len(shown) - 1)

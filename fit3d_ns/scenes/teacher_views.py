@@ -13,7 +13,7 @@ from fit3d_ns.data.feature_cache import FeatureCache
 from fit3d_ns.datamanager import Fit3DDataManager
 from fit3d_ns.lifting.solver import LiftView
 from fit3d_ns.model import Fit3DSplatModel
-from fit3d_ns.scenes.views import cached_key, cached_training_views, photo_reader, resident_scene
+from fit3d_ns.scenes.views import cached_key, cached_training_views, resident_scene
 from fit3d_ns.support.errors import UserError
 
 NEAR = 0.005
@@ -101,11 +101,9 @@ class TeacherViews:
 
     def _stored(self, index: int) -> TeacherView:
         cache = self._open_cache()
-        photo = photo_reader(self._datamanager, self._model, "train").read(index)
+        photo = self._datamanager.photo_reader("train").read(index)
         patch_tokens = cache.load(cached_key(cache, photo)).to(self._model.device).float()
-        return TeacherView(
-            patch_tokens, photo.camera.to(self._model.device), (photo.image.shape[0], photo.image.shape[1])
-        )
+        return TeacherView(patch_tokens, photo.camera.to(self._model.device), photo.size)
 
     def _open_cache(self) -> FeatureCache:
         if self._cache is None:

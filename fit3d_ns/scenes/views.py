@@ -6,8 +6,6 @@ does not grow with the number of photos beyond that.
 """
 
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,15 +13,13 @@ from typing import Any
 import torch
 from jaxtyping import Float, UInt8
 from nerfstudio.cameras.cameras import Cameras
-from nerfstudio.data.datamanagers.full_images_datamanager import _undistort_image
-from nerfstudio.data.datasets.base_dataset import InputDataset
 from torch import Tensor
 
 from fit3d_ns.backbones import load_backbone
 from fit3d_ns.data.feature_cache import FeatureCache, image_key
 from fit3d_ns.data.masks import composite_on_black, patch_weights
-from fit3d_ns.data.scene_checks import check_image_files
-from fit3d_ns.datamanager import Fit3DDataManager
+from fit3d_ns.data.photo_reader import PhotoReader, PreparedPhoto
+from fit3d_ns.datamanager import SPLITS, Fit3DDataManager
 from fit3d_ns.lifting.evaluation import EvaluationView
 from fit3d_ns.lifting.lift import LiftScene
 from fit3d_ns.lifting.memory import ResidentMaps
@@ -32,124 +28,22 @@ from fit3d_ns.lifting.solver import LiftView
 from fit3d_ns.model import Fit3DSplatModel
 from fit3d_ns.support.errors import UserError
 
-_AHEAD = 8
-"""Photos opened ahead of the one that is used."""
-
-
-@dataclass
-class Photo:
-    """One photo as its camera really describes it.
-
-    Attributes:
-        image: [H, W, 3] 8-bit RGB, transparent parts black.
-        camera: One camera without distortion, of the photo's size.
-        weights: [h, w] share of each patch that masks leave valid; None where all is.
-    """
-
-    image: UInt8[Tensor, "H W 3"]
-    camera: Cameras
-    weights: Float[Tensor, "h w"] | None
-
-
-class PhotoReader:
-    """Photos of a split, opened ahead on other threads when they are asked for in order.
-
-    Args:
-        dataset: The split.
-        image_type: ``uint8`` or ``float32``, as the data manager opens photos; decides rounding when undistorting.
-        grid: Patch grid of a photo's height and width.
-    """
-
-    def __init__(self, dataset: InputDataset, image_type: Any, grid: Callable[[int, int], tuple[int, int]]) -> None:
-        self._dataset = dataset
-        self._image_type = image_type
-        self._grid = grid
-        self._pool = ThreadPoolExecutor(max_workers=_AHEAD)
-        self._opened: dict[int, Future[Photo]] = {}
-        self._next = 0
-
-    def __len__(self) -> int:
-        return len(self._dataset)
-
-    def read(self, index: int) -> Photo:
-        """Returns a photo.
-
-        Args:
-            index: Its position in the split.
-
-        Raises:
-            UserError: If it is missing, damaged, or not of its camera's size; the sentence names the file.
-        """
-        ahead = _AHEAD if index == self._next else 1  # whoever skips photos does not want those in between
-        self._next = index + 1
-        for position in range(index, min(index + ahead, len(self._dataset))):
-            if position not in self._opened:
-                self._opened[position] = self._pool.submit(self._open, position)
-        for position in [position for position in self._opened if not index <= position < index + _AHEAD]:
-            self._opened.pop(position).cancel()
-        try:
-            return self._opened.pop(index).result()
-        except UserError:
-            raise
-        except Exception as error:
-            check_image_files(self._dataset)
-            raise UserError(f"The photo {self._dataset.image_filenames[index]} cannot be prepared: {error}") from error
-
-    def _open(self, index: int) -> Photo:
-        data = self._dataset.get_data(index, image_type=self._image_type)
-        camera = deepcopy(self._dataset.cameras[index : index + 1])
-        height, width = data["image"].shape[:2]
-        if (height, width) != (int(camera.height.item()), int(camera.width.item())):
-            raise UserError(
-                f"The photo {self._dataset.image_filenames[index]} is {width}x{height} pixels, but its camera says "
-                f"{int(camera.width.item())}x{int(camera.height.item())}: it was changed, restore the photo of the run."
-            )
-        if camera.distortion_params is not None and bool((camera.distortion_params != 0).any()):
-            self._undistort(data, camera)
-        camera.distortion_params = None
-        size = (data["image"].shape[0], data["image"].shape[1])
-        camera.metadata = {**(camera.metadata or {}), "image_size": size, "cam_idx": index}
-        return Photo(composite_on_black(data["image"]), camera, patch_weights(data, self._grid(*size)))
-
-    @staticmethod
-    def _undistort(data: dict[str, Any], camera: Cameras) -> None:
-        single = camera[0]
-        intrinsics = single.get_intrinsics_matrices().numpy()
-        distortion = single.distortion_params.numpy()  # type: ignore[union-attr]
-        intrinsics, image, mask = _undistort_image(single, distortion, data, data["image"].numpy(), intrinsics)
-        data["image"] = torch.from_numpy(image)
-        if mask is not None:
-            data["mask"] = mask
-        values = {"fx": intrinsics[0, 0], "fy": intrinsics[1, 1], "cx": intrinsics[0, 2], "cy": intrinsics[1, 2]}
-        for name, value in {**values, "width": image.shape[1], "height": image.shape[0]}.items():
-            getattr(camera, name)[:] = float(value) if name in values else value
-
 
 @dataclass
 class _Split:
     """What stays of a split once its photos were gone through."""
 
     reader: PhotoReader
+    grid: Callable[[int, int], tuple[int, int]]
+    """Patch grid of a photo's height and width."""
     cameras: dict[int, Cameras] = field(default_factory=dict)
     weights: dict[int, Tensor | None] = field(default_factory=dict)
 
     def source(self, index: int) -> UInt8[Tensor, "H W 3"]:
         """Opens a photo for the teacher, and notes what the lift needs beside its map."""
         photo = self.reader.read(index)
-        self.cameras[index], self.weights[index] = photo.camera, photo.weights
-        return photo.image
-
-
-def photo_reader(datamanager: Fit3DDataManager, model: Fit3DSplatModel, split: str) -> PhotoReader:
-    """Returns a reader of a split's photos.
-
-    Args:
-        datamanager: Of the scene.
-        model: Whose teacher's patch grid masks are brought to.
-        split: ``train`` or ``eval``.
-    """
-    dataset = datamanager.train_dataset if split == "train" else datamanager.eval_dataset
-    return PhotoReader(dataset, datamanager.config.cache_images_type, model.patch_grid)
+        self.cameras[index], self.weights[index] = photo.camera, photo.weights(self.grid(*photo.size))
+        return photo.rgb
 
 
 def cached_training_views(datamanager: Fit3DDataManager, model: Fit3DSplatModel, cache: FeatureCache) -> list[LiftView]:
@@ -163,26 +57,28 @@ def cached_training_views(datamanager: Fit3DDataManager, model: Fit3DSplatModel,
     Raises:
         UserError: If a photo cannot be used, or the map of one is missing.
     """
-    reader = photo_reader(datamanager, model, "train")
     views = []
-    for index in range(len(reader)):
-        photo = reader.read(index)
+    for photo in datamanager.photo_reader("train"):
         key = cached_key(cache, photo)
 
         def load(key: str = key) -> Float[Tensor, "C h w"]:
             return cache.load(key).to(model.device)
 
-        views.append(_lift_view(model, photo.camera.to(model.device), load, photo.weights, training=True))
+        views.append(
+            _lift_view(
+                model, photo.camera.to(model.device), load, photo.weights(model.patch_grid(*photo.size)), training=True
+            )
+        )
     return views
 
 
-def cached_key(cache: FeatureCache, photo: Photo) -> str:
+def cached_key(cache: FeatureCache, photo: PreparedPhoto) -> str:
     """Returns the key of a photo's map in the cache.
 
     Raises:
         UserError: If there is none.
     """
-    key = image_key(photo.image)
+    key = image_key(photo.rgb)
     if not cache.has(key):
         raise UserError(
             f"The teacher's maps are not in {cache.folder} (removed, or the photos changed): fit3d-lift "
@@ -201,7 +97,7 @@ def streamed_scene(datamanager: Fit3DDataManager, model: Fit3DSplatModel) -> Lif
     Raises:
         UserError: If a photo or the teacher cannot be used.
     """
-    splits = {name: _Split(photo_reader(datamanager, model, name)) for name in ("train", "eval")}
+    splits = {name: _Split(datamanager.photo_reader(name), model.patch_grid) for name in SPLITS}
     positions = [(split, index) for split in splits.values() for index in range(len(split.reader))]
     cache, spec = datamanager.open_feature_cache(), datamanager.config.backbone_spec()
     with torch.random.fork_rng():
@@ -228,7 +124,7 @@ def streamed_scene(datamanager: Fit3DDataManager, model: Fit3DSplatModel) -> Lif
                 load,
                 split.weights[index],
                 training=name == "train",
-                photo=lambda split=split, index=index: split.reader.read(index).image,
+                photo=lambda split=split, index=index: split.reader.read(index).rgb,
             )
         )
     return _scene(datamanager, views)

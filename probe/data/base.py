@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
+from fit3d_ns.data.pictures import open_depth, open_labels, open_photo, over_black, picture_size
 from fit3d_ns.support.errors import UserError
 from fit3d_ns.support.samples import evenly_spaced
 
@@ -92,34 +93,15 @@ class ProbeData:
 
 
 def read_image(path: Path) -> np.ndarray:
-    """Reads a photo as uint8 RGB [H, W, 3].
+    """Reads a photo as uint8 RGB [H, W, 3], as it is shown over black.
+
+    Args:
+        path: The file.
 
     Raises:
-        UserError: If the file is missing, damaged or no picture.
+        UserError: If the file is missing, damaged or of a mode that has no meaning in 8 bits.
     """
-    try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError) as error:
-        raise _unreadable(path, error) from None
-
-
-def read_index(path: Path) -> np.ndarray:
-    """Reads an index PNG [H, W] without touching its values: palettes are not resolved to colours.
-
-    Raises:
-        UserError: If the file is missing, damaged or a colour picture.
-    """
-    try:
-        with Image.open(path) as image:
-            if image.mode not in ("P", "L", "I", "I;16", "I;16B", "1"):
-                raise UserError(
-                    f"{path} is a picture of mode {image.mode}, not of class ids: save one value per pixel "
-                    "(8-bit grey or palette PNG)."
-                )
-            return np.asarray(image)
-    except (OSError, SyntaxError, ValueError) as error:
-        raise _unreadable(path, error) from None
+    return over_black(open_photo(path))
 
 
 def read_sample(data: ProbeData, sample: Sample) -> tuple[np.ndarray, np.ndarray]:
@@ -137,12 +119,11 @@ def read_sample(data: ProbeData, sample: Sample) -> tuple[np.ndarray, np.ndarray
         UserError: If a file is missing, damaged, of another size or holds other values than it may.
     """
     image = read_image(sample.image)
-    values = read_index(sample.target)
     if data.kind == "segmentation":
         assert data.labels is not None
-        target = data.labels.apply(values, sample.target)
+        target = data.labels.apply(open_labels(sample.target), sample.target)
     else:
-        target = values.astype(np.float32) / np.float32(data.depth_scale)
+        target = open_depth(sample.target).astype(np.float32) / np.float32(data.depth_scale)
     if image.shape[:2] == target.shape:
         return image, target
     check_sizes(data, sample, image.shape[:2], target.shape)
@@ -172,18 +153,12 @@ def check_sizes(data: ProbeData, sample: Sample, image: tuple[int, ...], target:
         )
 
 
-def _unreadable(path: Path, error: Exception) -> UserError:
-    if isinstance(error, UserError):
-        return error
-    if isinstance(error, FileNotFoundError):
-        return UserError(f"There is no file {path}: check the data folder or the list that names it.")
-    return UserError(f"{path} is damaged or no picture that can be read: get it again.")
-
-
 HEADERS_CHECKED = 4000
 """Files of which the size is checked beforehand, per split; evenly spread where there are more."""
 CONTENTS_CHECKED = 100
 """Samples that are read beforehand, per split; the others are checked as they are read."""
+_CLOSEST_SCENE = 0.3
+"""Metres; depths that all lie below are remarked on."""
 
 
 @dataclass(frozen=True)
@@ -194,6 +169,8 @@ class DataSummary:
     """Classes that occur in the samples that were read (segmentation)."""
     valid_share: float
     """Share of pixels with a class, or with a depth up to the cap."""
+    remarks: tuple[str, ...] = ()
+    """Sentences on what looks wrong but may be right."""
 
 
 def check_data(data: ProbeData) -> DataSummary:
@@ -216,6 +193,7 @@ def check_data(data: ProbeData) -> DataSummary:
         )
     seen: set[int] = set()
     valid, total = 0, 0
+    nearest, farthest = float("inf"), 0.0
     for split, samples in (("training", data.train), ("validation", data.validation), ("test", data.test)):
         if samples is None:
             continue
@@ -232,13 +210,16 @@ def check_data(data: ProbeData) -> DataSummary:
                 seen.update(int(value) for value in present if value != 255)
                 known = int((target != 255).sum())
             else:
-                known = int(((target > 0) & (target <= data.max_depth)).sum())
+                within = (target > 0) & (target <= data.max_depth)
+                known = int(within.sum())
+                nearest = float(np.min(target, where=within, initial=nearest))
+                farthest = float(np.max(target, where=within, initial=farthest))
             split_valid += known
             total += target.size
         if not split_valid:
             raise UserError(_nothing_valid(data, chosen[0], split))
         valid += split_valid
-    return DataSummary(len(seen), valid / max(1, total))
+    return DataSummary(len(seen), valid / max(1, total), _range_remark(data, nearest, farthest))
 
 
 def check_crops(data: ProbeData, crop_of: Callable[[int, int], tuple[int, int]]) -> None:
@@ -254,8 +235,7 @@ def check_crops(data: ProbeData, crop_of: Callable[[int, int], tuple[int, int]])
     first: tuple[Path, tuple[int, int]] | None = None
     for sample in evenly_spaced(data.train, HEADERS_CHECKED):
         path = sample.target if data.fit == "image_to_target" else sample.image
-        with Image.open(path) as image:
-            crop = crop_of(image.height, image.width)
+        crop = crop_of(*picture_size(path))
         if first is None:
             first = path, crop
         elif crop != first[1]:
@@ -278,13 +258,15 @@ def _nothing_valid(data: ProbeData, sample: Sample, split: str) -> str:
 
 
 def _check_header(data: ProbeData, sample: Sample) -> None:
-    sizes = []
-    for path in (sample.image, sample.target):
-        try:
-            with Image.open(path) as image:
-                sizes.append((image.height, image.width))
-        except FileNotFoundError:
-            raise UserError(f"There is no file {path}: check the data folder or the list that names it.") from None
-        except (OSError, SyntaxError, ValueError):
-            raise UserError(f"{path} is damaged or no picture that can be read: get it again.") from None
-    check_sizes(data, sample, *sizes)
+    kind = "label file" if data.kind == "segmentation" else "depth map"
+    check_sizes(data, sample, picture_size(sample.image), picture_size(sample.target, kind))
+
+
+def _range_remark(data: ProbeData, nearest: float, farthest: float) -> tuple[str, ...]:
+    """A remark on depths that are all closer than anything in a photo is, as those in whole metres seem."""
+    if data.kind == "segmentation" or farthest >= _CLOSEST_SCENE:
+        return ()
+    return (
+        f"The depths of {data.name} reach from {nearest:g} m to {farthest:g} m at {data.depth_scale:g} units a metre, "
+        "which is closer than photos are taken: if the files hold whole metres, give --depth-scale 1.",
+    )

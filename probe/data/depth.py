@@ -54,8 +54,8 @@ def scannet(choice: DataChoice) -> ProbeData:
     if all(path.is_file() for path in named) or (choice.split_file and _lists_pairs(choice.split_file[0])):
         return _listed(choice, "ScanNet", named, layout, 10.0)
     below = choice.data / "scannet_frames_25k"
-    train, test = scannet_frames(choice, below if below.is_dir() else choice.data, "depth", layout)
-    return ProbeData("ScanNet", "depth", train, test, max_depth=10.0, fit="image_to_target")
+    train, test, notes = scannet_frames(choice, below if below.is_dir() else choice.data, "depth", layout)
+    return ProbeData("ScanNet", "depth", train, test, max_depth=10.0, fit="image_to_target", notes=notes)
 
 
 def scannetpp(choice: DataChoice) -> ProbeData:

@@ -1,17 +1,19 @@
 """A user's own data: folders of photos and truth, procedural rooms, scenes in nerfstudio's format."""
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from fit3d_ns.data.pictures import open_labels
 from fit3d_ns.support.errors import UserError
 from fit3d_ns.support.samples import evenly_spaced
-from probe.data.base import IGNORE, LabelRule, ProbeData, Sample, read_index
+from probe.data.base import IGNORE, LabelRule, ProbeData, Sample
 from probe.data.choice import DataChoice
-from probe.data.pairing import pair_folders, read_lines
+from probe.data.pairing import left_out_note, pair_folders, read_lines
 
 _DEPTH_UNIT = 0.001
 """nerfstudio's default for `depth_unit_scale_factor`: millimetres."""
@@ -105,9 +107,11 @@ def folder(choice: DataChoice) -> ProbeData:
     suffix = "annot" if choice.kind == "segmentation" else "depth"
     layout = f"DATA/{{train,test}}/ photos beside DATA/{{train,test}}{suffix}/ PNGs of the same names; val is optional"
     splits: dict[str, list[Sample]] = {}
+    left_out: Counter[str] = Counter()
     for split in ("train", "test", "val"):
         if split != "val" or (choice.data / "val").is_dir():
-            splits[split] = pair_folders(choice.data / split, choice.data / f"{split}{suffix}", layout)
+            targets = choice.data / f"{split}{suffix}"
+            splits[split] = pair_folders(choice.data / split, targets, layout, left_out)
     name = choice.data.resolve().name
     if choice.kind != "segmentation":
         return ProbeData(
@@ -118,6 +122,7 @@ def folder(choice: DataChoice) -> ProbeData:
             splits.get("val"),
             depth_scale=choice.depth_scale or 1000.0,
             max_depth=choice.max_depth or 10.0,
+            notes=left_out_note(left_out),
         )
     classes = _class_names(choice, splits["train"])
     return ProbeData(
@@ -128,6 +133,7 @@ def folder(choice: DataChoice) -> ProbeData:
         splits.get("val"),
         classes,
         labels=LabelRule(len(classes)),
+        notes=left_out_note(left_out),
     )
 
 
@@ -215,7 +221,7 @@ def _numbered(samples: list[Sample]) -> tuple[str, ...]:
     """Names classes by number, as many as the training labels use."""
     largest = 0
     for sample in evenly_spaced(samples, _LABELS_SEARCHED):
-        values = read_index(sample.target)
+        values = open_labels(sample.target)
         largest = max(largest, int(np.max(values, where=values != IGNORE, initial=0)))
         if largest > IGNORE:
             raise UserError(

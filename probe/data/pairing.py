@@ -1,16 +1,22 @@
 """Lists of samples from folders and list files."""
 
+import glob
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from fit3d_ns.data.folders import PHOTO_SUFFIXES, list_photos
 from fit3d_ns.support.errors import UserError
 from probe.data.base import Sample
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")
-
 
 def pair_folders(
-    images: Path, targets: Path, layout: str, image_prefix: str = "", target_prefix: str = ""
+    images: Path,
+    targets: Path,
+    layout: str,
+    left_out: Counter[str],
+    image_prefix: str = "",
+    target_prefix: str = "",
 ) -> list[Sample]:
     """Pairs the photos of a folder with the PNGs of another by their names.
 
@@ -18,6 +24,7 @@ def pair_folders(
         images: Folder of photos, not searched below.
         targets: Folder of PNGs with the same names.
         layout: The layout expected, for errors.
+        left_out: Here is counted which entries of both folders were left out, by the reason.
         image_prefix: Cut from a photo's name before its truth is looked for.
         target_prefix: Put before the rest.
 
@@ -25,22 +32,46 @@ def pair_folders(
         Samples in the order of their names.
 
     Raises:
-        UserError: If a folder is missing or empty, or a photo has no truth.
+        UserError: If a folder is missing or empty, a photo has no truth, or two photos have the same.
     """
     for folder in (images, targets):
         if not folder.is_dir():
             raise UserError(f"There is no folder {folder}; the layout expected is: {layout}.")
-    photos = sorted(path for path in images.iterdir() if path.suffix in IMAGE_SUFFIXES)
-    if not photos:
-        raise UserError(f"{images} holds no photo (.jpg or .png); the layout expected is: {layout}.")
-    samples = []
-    known = {path.name for path in targets.iterdir()}
-    for photo in photos:
-        name = target_prefix + photo.stem.removeprefix(image_prefix) + ".png"
-        if name not in known:
-            raise UserError(f"{photo} has no truth {targets / name}; the layout expected is: {layout}.")
-        samples.append(Sample(photo, targets / name, photo.stem))
+    photos, truths = list_photos(images), list_photos(targets)
+    left_out.update(photos.left_out)
+    left_out.update(truths.left_out)
+    if not photos.photos:
+        raise UserError(f"{images} holds no photo ({', '.join(PHOTO_SUFFIXES)}); the layout expected is: {layout}.")
+    known = {path.stem: path for path in truths.photos if path.suffix.lower() == ".png"}
+    samples, taken = [], {}
+    for photo in photos.photos:
+        stem = target_prefix + photo.stem.removeprefix(image_prefix)
+        if stem not in known:
+            other = next((path for path in targets.glob(f"{glob.escape(stem)}.*") if path.stem == stem), None)
+            if other is not None:
+                raise UserError(
+                    f"{other}, the truth of {photo.name}, is no PNG: depth must be 16-bit PNG, and class ids 8-bit "
+                    "PNG; convert it."
+                )
+            raise UserError(f"{photo} has no truth {targets / stem}.png; the layout expected is: {layout}.")
+        if stem in taken:
+            raise UserError(f"{taken[stem]} and {photo} have one truth, {known[stem]}: rename or remove one of them.")
+        taken[stem] = photo
+        samples.append(Sample(photo, known[stem], photo.stem))
+    if len(truths.photos) > len(samples):
+        left_out["truths without a photo"] += len(truths.photos) - len(samples)
     return samples
+
+
+def left_out_note(left_out: Counter[str]) -> tuple[str, ...]:
+    """Returns what the report says of entries that were left out: one sentence, or none.
+
+    Args:
+        left_out: Counted by `pair_folders`.
+    """
+    if not left_out:
+        return ()
+    return (f"Left out of the folders: {', '.join(f'{count} {reason}' for reason, count in left_out.items())}.",)
 
 
 def read_lines(path: Path, flag: str) -> list[str]:
@@ -108,7 +139,8 @@ def samples_from_pairs(
 
 def _find(root: Path, folders: Sequence[str], name: str) -> Path | None:
     for folder in folders:
-        path = root / folder / name
-        if path.is_file():
-            return path
+        for spelling in (name, name.replace("\\", "/")):
+            path = root / folder / spelling
+            if path.is_file():
+                return path
     return None

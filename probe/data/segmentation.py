@@ -1,11 +1,12 @@
 """Public data sets for semantic segmentation."""
 
+from collections import Counter
 from pathlib import Path
 
 from fit3d_ns.support.errors import UserError
 from probe.data.base import LabelRule, ProbeData, Sample
 from probe.data.choice import DataChoice
-from probe.data.pairing import pair_folders, read_lines, samples_from_pairs
+from probe.data.pairing import left_out_note, pair_folders, read_lines, samples_from_pairs
 
 _MMSEG = "DATA/{images,annotations}/{training,validation}"
 _LAYOUTS = {
@@ -46,12 +47,13 @@ def nyuv2(choice: DataChoice) -> ProbeData:
     rule = LabelRule(13, zero_is_ignored=True)
     root = choice.data
     if choice.split_file is None and (root / "train_rgb").is_dir():
-        layout = _LAYOUTS["nyuv2"]
+        left_out, prefixes = Counter[str](), ("nyu_rgb_", "new_nyu_class13_")
         train, test = (
-            pair_folders(root / f"{name}_rgb", root / f"{name}_seg13", layout, "nyu_rgb_", "new_nyu_class13_")
+            pair_folders(root / f"{name}_rgb", root / f"{name}_seg13", _LAYOUTS["nyuv2"], left_out, *prefixes)
             for name in ("train", "test")
         )
-        return ProbeData("NYUv2", "segmentation", train, test, classes=NYU13_CLASSES, labels=rule)
+        notes = left_out_note(left_out)
+        return ProbeData("NYUv2", "segmentation", train, test, classes=NYU13_CLASSES, labels=rule, notes=notes)
     return _mmseg(choice, root, "NYUv2", NYU13_CLASSES, rule)
 
 
@@ -64,9 +66,10 @@ def scannet(choice: DataChoice) -> ProbeData:
     root = _below(choice.data, "scannet_frames_25k")
     if (root / "images").is_dir():
         return _mmseg(choice, root, "ScanNet", names, rule)
-    train, test = scannet_frames(choice, root, "label", _LAYOUTS["scannet"])
+    train, test, notes = scannet_frames(choice, root, "label", _LAYOUTS["scannet"])
     # The photos of the 25k release have 1296x968 pixels, all truth 640x480.
-    return ProbeData("ScanNet", "segmentation", train, test, classes=names, labels=rule, fit="image_to_target")
+    fit = "image_to_target"
+    return ProbeData("ScanNet", "segmentation", train, test, classes=names, labels=rule, fit=fit, notes=notes)
 
 
 def scannetpp(choice: DataChoice) -> ProbeData:
@@ -76,13 +79,24 @@ def scannetpp(choice: DataChoice) -> ProbeData:
     return _mmseg(choice, choice.data, "ScanNet++", SCANNETPP_CLASSES, rule)
 
 
-def scannet_frames(choice: DataChoice, root: Path, target: str, layout: str) -> tuple[list[Sample], list[Sample]]:
+def scannet_frames(
+    choice: DataChoice, root: Path, target: str, layout: str
+) -> tuple[list[Sample], list[Sample], tuple[str, ...]]:
     """Lists the frames of ScanNet's 25k release, split by scene.
+
+    Args:
+        choice: What the user chose.
+        root: Folder of the scenes.
+        target: Folder of the truth in each scene: ``label`` or ``depth``.
+        layout: The layout expected, for errors.
+
+    Returns:
+        Training samples, test samples, and what the report says of entries that were left out.
 
     Raises:
         UserError: If a list of scenes, or a scene that it names, is missing.
     """
-    splits = []
+    splits, left_out = [], Counter[str]()
     for position, name in enumerate(("train", "val")):
         path = choice.split_file[position] if choice.split_file else root / f"scannetv2_{name}.txt"
         if not path.is_file() and not choice.split_file:
@@ -90,15 +104,15 @@ def scannet_frames(choice: DataChoice, root: Path, target: str, layout: str) -> 
         samples = []
         for scene in read_lines(path, "--data or --split-file"):
             folder = root / scene
-            frames = pair_folders(folder / "color", folder / target, layout)
+            frames = pair_folders(folder / "color", folder / target, layout, left_out)
             samples += [Sample(frame.image, frame.target, f"{scene}_{frame.name}") for frame in frames]
         splits.append(samples)
-    return splits[0], splits[1]
+    return splits[0], splits[1], left_out_note(left_out)
 
 
 def _mmseg(choice: DataChoice, root: Path, name: str, classes: tuple[str, ...], rule: LabelRule) -> ProbeData:
     """Reads the layout of mmsegmentation, or the user's own lists of ``photo label`` lines."""
-    layout = _LAYOUTS[choice.dataset]
+    layout, left_out = _LAYOUTS[choice.dataset], Counter[str]()
     if choice.split_file is not None:
         train, test = (
             samples_from_pairs(read_lines(path, "--split-file"), root, [""], [""], str(path), layout)
@@ -106,10 +120,11 @@ def _mmseg(choice: DataChoice, root: Path, name: str, classes: tuple[str, ...], 
         )
     else:
         train, test = (
-            pair_folders(root / "images" / split, root / "annotations" / split, layout)
+            pair_folders(root / "images" / split, root / "annotations" / split, layout, left_out)
             for split in ("training", "validation")
         )
-    return ProbeData(name, "segmentation", train, test, classes=classes, labels=rule)
+    notes = left_out_note(left_out)
+    return ProbeData(name, "segmentation", train, test, classes=classes, labels=rule, notes=notes)
 
 
 def _below(root: Path, *names: str) -> Path:

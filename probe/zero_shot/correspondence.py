@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw
 from rich.console import Console
 from torch import Tensor
 
+from fit3d_ns.data.pictures import open_depth
 from fit3d_ns.features.correspondences import View
 from fit3d_ns.support.errors import UserError
 from fit3d_ns.support.files import atomic_write_json, atomic_write_text
@@ -18,7 +19,7 @@ from fit3d_ns.support.html_report import Report
 from fit3d_ns.support.processes import join_world, require_one_process
 from fit3d_ns.support.progress import progress
 from probe.config import CorrespondenceConfig
-from probe.data.base import read_image, read_index
+from probe.data.base import read_image
 from probe.data.own import PosedScene, read_posed_scene
 from probe.features import FrozenBackbones, Row, choose_untrained_rows, load_backbones, row_features
 from probe.report import ResultFolder, markdown_table, provenance
@@ -128,7 +129,7 @@ def load_photos(scene: PosedScene, long_side: int) -> list[PosedPhoto]:
         if max(frame.size) > long_side:
             height, width = (max(1, round(side * long_side / max(frame.size))) for side in frame.size)
             image = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
-        depth = read_index(frame.depth).astype(np.float32) / np.float32(scene.depth_scale)
+        depth = open_depth(frame.depth).astype(np.float32) / np.float32(scene.depth_scale)
         fx, fy, cx, cy = frame.intrinsics
         K = torch.tensor([[fx, 0, cx], [0, fy, cy], [0, 0, 1]], dtype=torch.float64)
         K[0] *= width / frame.size[1]

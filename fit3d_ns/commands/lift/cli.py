@@ -211,7 +211,6 @@ def open_source(source: Any) -> tuple[Any, Any]:
     """
     from fit3d_ns.runs.frozen_geometry import replace_gaussians
     from fit3d_ns.scenes.photo_check import disagreement
-    from fit3d_ns.scenes.views import photo_reader
 
     best: Any = None
     for config in source.configs:
@@ -224,7 +223,7 @@ def open_source(source: Any) -> tuple[Any, Any]:
             replace_gaussians(pipeline.model.gauss_params, source.gaussians, source.name)
         pipeline.model.step = max(source.step, 30000)  # all spherical harmonics, as in any loaded model
         pipeline.eval()
-        score = disagreement(pipeline.model, photo_reader(pipeline.datamanager, pipeline.model, "train"))
+        score = disagreement(pipeline.model, pipeline.datamanager.photo_reader("train"))
         if best is None or score < best[0]:
             best = (score, pipeline, config)
     score, pipeline, config = best
