@@ -5,7 +5,7 @@ Nothing here is imported at a cost: nerfstudio's model modules are touched insid
 
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -14,6 +14,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+import yaml
 
 from fit3d_ns.support.errors import UserError
 
@@ -202,3 +203,44 @@ def resume_adds_steps(trainer: type[Any]) -> bool:
         trainer: nerfstudio's ``Trainer`` class.
     """
     return "max_num_iterations - self._start_step" not in inspect.getsource(trainer.train)
+
+
+def guard_nerfstudio(
+    read_configuration: Callable[[str, Path | None], Any], read_checkpoint: Callable[[Path], Any]
+) -> None:
+    """Lets nerfstudio's own commands read a run's files without running what stands in them.
+
+    ``ns-eval``, ``ns-viewer``, ``ns-render``, ``ns-export`` and ``ns-train --load-config`` read ``config.yml`` with
+    ``yaml.Loader``, which calls whatever the file names, and checkpoints with torch's default, which before torch 2.6
+    unpickles anything (``nerfstudio/utils/eval_utils.py``, ``scripts/train.py``, ``engine/trainer.py`` of 1.1.5).
+    Other callers of ``yaml.load`` and ``torch.load`` are left alone.
+
+    Args:
+        read_configuration: Builds a configuration from its text; the path is for the error's sentence.
+        read_checkpoint: Reads a checkpoint.
+    """
+    load_yaml, load_torch = yaml.load, torch.load
+    if getattr(load_yaml, "guards_nerfstudio", False):
+        return
+
+    def guarded_yaml(stream: Any, Loader: Any) -> Any:
+        caller = sys._getframe(1)
+        if not _is_of_nerfstudio(caller.f_code.co_filename) or issubclass(Loader, yaml.SafeLoader):
+            return load_yaml(stream, Loader)
+        named = caller.f_locals.get("config_path") or getattr(caller.f_locals.get("config"), "load_config", None)
+        return read_configuration(stream if isinstance(stream, str) else stream.read(), named)
+
+    def guarded_torch(f: Any, *arguments: Any, **more: Any) -> Any:
+        is_checkpoint = isinstance(f, (str, Path)) and Path(f).suffix == ".ckpt"
+        if is_checkpoint and _is_of_nerfstudio(sys._getframe(1).f_code.co_filename):
+            return read_checkpoint(Path(f))
+        return load_torch(f, *arguments, **more)
+
+    guarded_yaml.guards_nerfstudio = True  # type: ignore[attr-defined]
+    yaml.load, torch.load = guarded_yaml, guarded_torch
+
+
+def _is_of_nerfstudio(filename: str) -> bool:
+    import nerfstudio
+
+    return any(Path(filename).is_relative_to(folder) for folder in nerfstudio.__path__)

@@ -3,8 +3,11 @@
 import dataclasses
 import enum
 import importlib
+import os
 import re
 from collections.abc import Iterator
+from functools import cache
+from importlib.metadata import entry_points
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -13,6 +16,10 @@ import yaml
 from fit3d_ns.support.errors import UserError, first_line
 
 _OWN_PACKAGES = ("nerfstudio", "fit3d_ns")
+_PLUGINS = ("nerfstudio.method_configs", "nerfstudio.dataparser_configs")
+"""Entry points by which other packages register what configurations are made of."""
+_PLUGIN_VARIABLES = ("NERFSTUDIO_METHOD_CONFIGS", "NERFSTUDIO_DATAPARSER_CONFIGS")
+"""Environment variables that do the same, as ``name=module:attribute`` with commas between."""
 _TAG = "tag:yaml.org,2002:python/"
 _PARTS: dict[str, tuple[type, ...]] = {
     "pipeline": (),
@@ -50,8 +57,7 @@ def read_config(path: Path) -> Any:
     """Reads a run's configuration with a restricted loader.
 
     nerfstudio writes configurations as YAML with Python tags and reads them with a loader that runs whatever they say.
-    This one builds configuration dataclasses of nerfstudio and of this package, paths, tuples and enumerations, and
-    mentions classes of these packages and of ``torch.optim``; everything else is refused, and nothing is called.
+    This one reads what `parse_configuration` reads; everything else is refused, and nothing is called.
 
     Relative paths are taken from the folder that the run was started in, as far as the place of ``config.yml`` tells
     it, and the run is where it was found, so it may have been moved.
@@ -72,17 +78,7 @@ def read_config(path: Path) -> Any:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"The configuration {path} cannot be read ({reason}): check the path.") from error
-    try:
-        config = yaml.load(text, Loader=_ConfigLoader)  # noqa: S506  a SafeLoader with few additions
-    except _Forbidden as error:
-        raise UserError(
-            f"The configuration {path} asks for {error}, which is no part of nerfstudio's or fit3d-ns's configuration; "
-            "nothing was loaded: use a run of a method of these packages."
-        ) from error
-    except (yaml.YAMLError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise UserError(
-            f"The configuration {path} is damaged ({first_line(error)}): restore it or train again."
-        ) from error
+    config = parse_configuration(text, path)
     from nerfstudio.engine.trainer import TrainerConfig
 
     if not isinstance(config, TrainerConfig):
@@ -90,6 +86,35 @@ def read_config(path: Path) -> Any:
     _check_parts(config, path)
     _resolve_paths(config, path.parent)
     return config
+
+
+def parse_configuration(text: str, path: Path | None) -> Any:
+    """Builds what a configuration's text says, and runs nothing of it.
+
+    Allowed are dataclasses of nerfstudio, of this package and of the plugins registered with nerfstudio, paths, tuples,
+    enumerations, classes of these packages and of ``torch.optim``, generic classes of them, and the functions that
+    registered methods' own configurations name.
+
+    Args:
+        text: YAML with Python tags, as nerfstudio writes it.
+        path: For the error's sentence.
+
+    Returns:
+        Whatever stands there, for a run's ``config.yml`` nerfstudio's ``TrainerConfig``.
+
+    Raises:
+        UserError: If the text is damaged or holds anything else.
+    """
+    name = f"The configuration {path}" if path is not None else "The configuration"
+    try:
+        return yaml.load(text, Loader=_ConfigLoader)  # noqa: S506  a SafeLoader with few additions
+    except _Forbidden as error:
+        raise UserError(
+            f"{name} asks for {error}, which is no part of a registered method's configuration; nothing was loaded: "
+            "use a run of a method of nerfstudio, of fit3d-ns or of an installed plugin."
+        ) from error
+    except (yaml.YAMLError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise UserError(f"{name} is damaged ({first_line(error)}): restore it or train again.") from error
 
 
 def _check_parts(config: Any, path: Path) -> None:
@@ -150,7 +175,25 @@ def _named_class(name: str) -> type:
 
 
 def _is_ours(module: str) -> bool:
-    return module.partition(".")[0] in _OWN_PACKAGES
+    package = module.partition(".")[0]
+    return package in _OWN_PACKAGES or package in _plugin_packages()
+
+
+@cache
+def _plugin_packages() -> frozenset[str]:
+    """Returns the packages that have registered a method or a dataparser with nerfstudio."""
+    modules = [point.value for group in _PLUGINS for point in entry_points(group=group)]
+    for variable in _PLUGIN_VARIABLES:
+        modules += [entry.partition("=")[2] for entry in os.environ.get(variable, "").split(",")]
+    return frozenset(package for module in modules if (package := re.split("[.:]", module.strip())[0]))
+
+
+@cache
+def _configured_names() -> frozenset[str]:
+    """Returns every class and function that the registered methods' own configurations name."""
+    from nerfstudio.configs.method_configs import all_methods
+
+    return frozenset(re.findall(r"!!python/name:(\S+)", yaml.dump(list(all_methods.values()))))
 
 
 def _is_optimizer(module: str) -> bool:
@@ -180,6 +223,12 @@ def _construct_value(loader: _ConfigLoader, name: str, node: yaml.Node) -> Any:
         if not all(isinstance(argument, (str, PurePath)) for argument in arguments):
             raise _Forbidden("a path that is not made of words")
         return Path(*arguments)
+    if name in ("_operator.getitem", "operator.getitem"):  # a generic class: VanillaDataManager[DepthDataset]
+        parameters = arguments[1:] if len(arguments) == 2 else [None]
+        parameters = list(parameters[0]) if isinstance(parameters[0], tuple) else parameters
+        if not all(isinstance(kind, type) for kind in (arguments[0], *parameters)):
+            raise _Forbidden(f"a call of `{name}`")
+        return arguments[0][arguments[1]]
     if not _is_ours(name):
         raise _Forbidden(f"a call of `{name}`")
     kind = _named_class(name)
@@ -188,8 +237,15 @@ def _construct_value(loader: _ConfigLoader, name: str, node: yaml.Node) -> Any:
     return kind(arguments[0])
 
 
-def _construct_class(loader: _ConfigLoader, name: str, node: yaml.Node) -> type:
-    return _named_class(name)
+def _construct_name(loader: _ConfigLoader, name: str, node: yaml.Node) -> Any:
+    """A class, or a function that a registered method's configuration names too, such as a data loader's collate."""
+    try:
+        return _named_class(name)
+    except _Forbidden:
+        module_name, _, attribute = name.rpartition(".")
+        if not _is_ours(module_name) or name not in _configured_names():
+            raise
+        return getattr(importlib.import_module(module_name), attribute)
 
 
 def _construct_tuple(loader: _ConfigLoader, node: Any) -> tuple:
@@ -198,5 +254,5 @@ def _construct_tuple(loader: _ConfigLoader, node: Any) -> tuple:
 
 _ConfigLoader.add_multi_constructor(f"{_TAG}object:", _construct_dataclass)
 _ConfigLoader.add_multi_constructor(f"{_TAG}object/apply:", _construct_value)
-_ConfigLoader.add_multi_constructor(f"{_TAG}name:", _construct_class)
+_ConfigLoader.add_multi_constructor(f"{_TAG}name:", _construct_name)
 _ConfigLoader.add_constructor(f"{_TAG}tuple", _construct_tuple)

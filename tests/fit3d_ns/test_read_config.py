@@ -1,12 +1,16 @@
 """Configurations of other people's runs: read whole, and never executed."""
 
 import os
+from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 
-from fit3d_ns.runs.config_reader import read_config
+from fit3d_ns.runs import config_reader
+from fit3d_ns.runs.config_reader import parse_configuration, read_config
 from fit3d_ns.support.errors import UserError
 
 
@@ -80,6 +84,101 @@ def test_nothing_is_executed(tmp_path, saved, attack):
         read_config(path)
     assert "\n" not in str(caught.value)
     assert not mark.exists()
+
+
+def _nerfstudio_commands():
+    """Every way of nerfstudio's own commands to a run's config.yml."""
+    from nerfstudio.configs.method_configs import all_methods
+    from nerfstudio.scripts import eval as evaluation
+    from nerfstudio.scripts import exporter, render, train
+    from nerfstudio.scripts.viewer import run_viewer
+
+    def training(path):
+        config = deepcopy(all_methods["fit3d-splat"])
+        config.load_config = path
+        train.main(config)
+
+    out = Path("out")
+    return {
+        "ns-eval": lambda path: evaluation.ComputePSNR(path).main(),
+        "ns-viewer": lambda path: run_viewer.RunViewer(path).main(),
+        "ns-render": lambda path: render.DatasetRender(path).main(),
+        "ns-export": lambda path: exporter.ExportGaussianSplat(path, out).main(),
+        "ns-train": training,
+    }
+
+
+@pytest.mark.parametrize("command", ["ns-eval", "ns-viewer", "ns-render", "ns-export", "ns-train"])
+@pytest.mark.parametrize("attack", ATTACKS, ids=list(ATTACKS))
+def test_nerfstudios_own_commands_execute_nothing(tmp_path, saved, monkeypatch, command, attack):
+    monkeypatch.chdir(tmp_path)
+    mark = tmp_path / "executed"
+    path = saved()
+    text = path.read_text()
+    path.write_text(f"{text.rstrip()}\nplanted: {ATTACKS[attack].format(mark=mark)}\n")
+    with pytest.raises(UserError, match="config.yml asks for|config.yml is damaged") as caught:
+        _nerfstudio_commands()[command](path)
+    assert "\n" not in str(caught.value)
+    assert not mark.exists() and not any(Path("out").glob("*"))
+
+
+@pytest.mark.parametrize("content", ["[1, 2", "\0", "[" * 100_000], ids=["cut", "binary", "deep"])
+def test_nerfstudios_own_commands_say_what_is_damaged(tmp_path, content):
+    path = tmp_path / "config.yml"
+    path.write_text(content)
+    with pytest.raises(UserError, match="config.yml is damaged"):
+        _nerfstudio_commands()["ns-eval"](path)
+
+
+class _Touch:
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return (Path.touch, (self.mark,))
+
+
+def test_nerfstudio_reads_checkpoints_restricted(tmp_path, monkeypatch):
+    """Whatever the environment asks of torch, and from nerfstudio's files only."""
+    from nerfstudio.utils import eval_utils
+
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    mark, folder = tmp_path / "executed", tmp_path / "nerfstudio_models"
+    folder.mkdir()
+    torch.save({"step": 1, "pipeline": {"planted": _Touch(mark)}}, folder / "step-000000001.ckpt")
+    config = SimpleNamespace(load_dir=folder, load_step=None)
+    with pytest.raises(UserError, match="step-000000001.ckpt cannot be read .*was not loaded"):
+        eval_utils.eval_load_checkpoint(config, None)  # type: ignore[arg-type]
+    assert not mark.exists()
+    torch.load(folder / "step-000000001.ckpt", weights_only=False)
+    assert mark.exists(), "or this would prove nothing"
+
+
+def test_every_registered_method_is_read():
+    """As nerfstudio's own loader would: generic data managers and collate functions among them."""
+    from nerfstudio.configs.method_configs import all_methods
+
+    assert len(all_methods) > 20
+    for config in all_methods.values():
+        text = yaml.dump(config)
+        assert yaml.dump(parse_configuration(text, None)) == text
+
+
+def test_a_plugins_method_is_read(tmp_path, monkeypatch):
+    """Its classes are named by entry point or environment variable, as nerfstudio finds them."""
+    (tmp_path / "other_plugin.py").write_text(
+        "from dataclasses import dataclass\n@dataclass\nclass Config:\n    size: int = 3\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    text = "!!python/object:other_plugin.Config {}"
+    config_reader._plugin_packages.cache_clear()
+    with pytest.raises(UserError, match="asks for"):
+        parse_configuration(text, None)
+    monkeypatch.setenv("NERFSTUDIO_METHOD_CONFIGS", "other=other_plugin:method")
+    config_reader._plugin_packages.cache_clear()
+    assert parse_configuration(text, None).size == 3
+    monkeypatch.undo()
+    config_reader._plugin_packages.cache_clear()
 
 
 def test_the_attack_works_on_the_loader_that_is_not_used(tmp_path):
