@@ -34,6 +34,7 @@ from safetensors.torch import save_file
 from distill.config import DistillConfig
 from distill.feed import Feed
 from distill.photo_store import PhotoStore
+from distill.recipes import Recipe, choose_recipe
 from distill.sampler import Sampler
 from distill.scenes import Scene, SceneBank, open_scenes
 from distill.step import DistillLoss, EagerStep, GraphStep, StepInput, make_optimizer
@@ -126,6 +127,7 @@ def _measure(
     device = world.device
     warm_up = 30
     config = DistillConfig(
+        ema_decay=0.0,
         output_dir=folder / f"out-{batch_size}-{time.time_ns() if world.size == 1 else 'group'}",
         steps=warm_up + math.ceil(benchmark.timed_views / batch_size),
         batch_size=batch_size,
@@ -150,19 +152,20 @@ def _measure(
     world.wait()
     targets = LiftedTargets(scenes, bank, device, "weight", 0.5)
     sampled = [scene.sampled_views() for scene in scenes]
-    sampler = Sampler(sampled, batch_size, config.seed, config.flip, bank.block_bytes)
+    recipe = choose_recipe(config, sum(len(views.views) for views in sampled), world.size)
+    sampler = Sampler(sampled, batch_size, config.seed, recipe.flip, bank.block_bytes)
     kept = 10**12 if benchmark.keep_targets else 0
     feed = Feed(scenes, sampler, targets, bank, photos, config, world, kept_bytes=kept)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    trainer = Trainer(config, scenes, copy.deepcopy(student), feed, sampler, world)
+    trainer = Trainer(config, recipe, scenes, copy.deepcopy(student), feed, sampler, world)
     activity = torch.profiler.ProfilerActivity.CUDA if device.type == "cuda" else torch.profiler.ProfilerActivity.CPU
     profiling = torch.profiler.profile(activities=[activity]) if benchmark.profile else None
     with profiling or contextlib.nullcontext():
         result = trainer.train()
     peak = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else float("nan")
     share = batch_size // world.size
-    vit = share / _vit_seconds(config, student, scenes, share, device) * world.size
+    vit = share / _vit_seconds(config, recipe, student, scenes, share, device) * world.size
     render = 1 / _render_seconds(targets, scenes, benchmark.views_per_render, device) * world.size
     floor = 1 / (1 / vit + 1 / render)
     photos.close()
@@ -189,19 +192,21 @@ def _measure(
     return row
 
 
-def _vit_seconds(config: DistillConfig, student: Any, scenes: list[Scene], share: int, device: torch.device) -> float:
+def _vit_seconds(
+    config: DistillConfig, recipe: Recipe, student: Any, scenes: list[Scene], share: int, device: torch.device
+) -> float:
     """Seconds of one optimizer step on inputs that lie ready."""
     rows, columns = scenes[0].info.patch_grid(0)
     patch, width = student.info.patch_size, student.info.width
     student = copy.deepcopy(student)
     parameters = prepare_training(student, config)
-    optimizer = make_optimizer(parameters, config, device)
+    optimizer = make_optimizer(parameters, recipe, device)
     cuda = device.type == "cuda"
-    bf16 = config.precision == "bf16" or (config.precision == "auto" and cuda)
+    bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and cuda)
     loss: torch.nn.Module = DistillLoss(student, bf16)
     if config.acceleration == "compile":
         loss.compile(dynamic=False)
-    eager = EagerStep(loss, optimizer, parameters, config)
+    eager = EagerStep(loss, optimizer, parameters, recipe.clip)
     graph = cuda and config.acceleration != "none"
     runner = GraphStep(eager, optimizer, parameters) if graph else eager
     weights = torch.ones(share, rows, columns, device=device)
@@ -210,6 +215,7 @@ def _vit_seconds(config: DistillConfig, student: Any, scenes: list[Scene], share
         targets=torch.randn(share, width, rows, columns, device=device).half(),
         weights=weights,
         total_weight=weights.sum(),
+        fullness=torch.ones((), device=device),
     )
     return _seconds(lambda: runner.run(inputs), device)
 

@@ -124,7 +124,8 @@ def _distill(config: DemoConfig, where: Places, targets: str, title: str) -> Sta
     folder = where.distilled(targets)
     command = (
         f"fit3d-distill --runs {_quoted(where.root / 'runs')} --output-dir {_quoted(folder)} --resume "
-        f"--targets {targets} --steps {steps} --lr 3e-5 --seed {config.seed} --save-every {max(steps // 5, 1)} "
+        f"--targets {targets} --recipe paper --accumulation weight --steps {steps} --lr 3e-5 --seed {config.seed} "
+        f"--save-every {max(steps // 5, 1)} "
         f"--keep-checkpoints 1 --cache-dir {_quoted(where.root / 'photos')}"
     )
     return _stage(folder.name, title, command, 95)

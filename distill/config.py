@@ -1,4 +1,4 @@
-"""Everything a user can choose about distillation; the defaults are the paper's."""
+"""Everything a user can choose about distillation."""
 
 import math
 from dataclasses import dataclass
@@ -7,7 +7,12 @@ from typing import Annotated, Literal
 
 import tyro
 
+from fit3d_ns.backbones.averaging import check_amount
 from fit3d_ns.support.errors import UserError
+
+PAPER_BATCH = 2
+"""Views per step in the paper."""
+TargetKind = Literal["lifted", "control", "control-blur", "control-shift"]
 
 
 @dataclass
@@ -15,7 +20,8 @@ class DistillConfig:
     """Fine-tunes a 2D backbone on features that were lifted into 3D (FiT3D, stage two).
 
     Give trained scenes with --runs, or their bundles with --bundles. The result is OUTPUT_DIR/backbone.safetensors, a
-    plain timm state dict, with card.json, metrics.json and report.html beside it.
+    plain timm state dict, with card.json, metrics.json and report.html beside it. How it learns is the --recipe's
+    choice; every flag of it that is given wins.
     """
 
     runs: tuple[Path, ...] = ()
@@ -35,50 +41,68 @@ class DistillConfig:
     bundles_only: bool = False
     """Only make the bundles of --runs."""
 
-    targets: Literal["lifted", "control"] = "lifted"
+    average_only: Path | None = None
+    """Do nothing but average a finished result folder anew, with --interpolate: no scenes, no photos, no GPU."""
+
+    recipe: Literal["auto", "paper"] = "auto"
+    """`auto`: a rate that falls, an average over the steps and one with the original's weights, as long as the number
+    of views asks for; it measured best on up to 800 views. `paper`: FiT3D's own, made for 140,000 views."""
+    interpolate: float | None = None
+    """Share A of the student in the result, whose weights are A x student + (1 - A) x original; 0 to 1."""
+
+    targets: TargetKind = "lifted"
     """What the student learns: `lifted` features rendered from the scenes, or the teacher's own maps passed through
-    the same low-dimensional basis (`control`), which has no 3D in it and shows what fine-tuning alone does."""
-    accumulation: Literal["ignore", "weight", "drop"] = "weight"
+    the same low-dimensional basis, which have no 3D in them and show what fine-tuning alone does: as they are
+    (`control`), blurred as much as lifting blurs (`control-blur`), or averaged over shifted photos (`control-shift`).
+    """
+    accumulation: Literal["ignore", "weight", "drop"] | None = None
     """Patches where the scene is not opaque: `ignore` that (as FiT3D), `weight` them by opacity, or `drop` those below
-    --min-accumulation."""
+    --min-accumulation. The recipe's if not given."""
     min_accumulation: float = 0.5
     """Opacity, in [0, 1], below which `drop` leaves a patch out."""
 
     student: str | None = None
-    """Backbone to fine-tune; the scenes' teacher if not given. Its feature width must be the teacher's."""
+    """Backbone to fine-tune; the scenes' teacher if not given, or what that was itself fine-tuned from. Its feature
+    width must be the teacher's."""
+    start_from: Literal["original", "teacher"] = "original"
+    """Where the scenes' teacher is itself a student: what the next student starts from."""
     student_weights: Path | None = None
     """Local weights of the student. If not given, the teacher's, or where --student names another backbone, those that
     it is published with."""
+    original_weights: Path | None = None
+    """Where the scenes' teacher is itself a student, and with --average-only: local weights of what that was fine-tuned
+    from, if they are not those that its name stands for."""
     student_layer: int | None = None
     """Block of the student whose output is trained. If not given, the teacher's, or where --student names another
     backbone, its last."""
     lora_rank: int = 0
-    """Train only low-rank updates of this rank on every attention layer; 0 trains all weights."""
-    ema_decay: float = 0.0
-    """Save an exponential moving average of the student with this decay per step, such as 0.999; 0 saves the student
-    itself."""
+    """Train only low-rank updates of this rank on every attention layer, at a rate of their own; 0 trains all weights,
+    which learns more."""
+    ema_decay: float | None = None
+    """Take an exponential moving average of the student with this decay per step, such as 0.999; 0 takes the student
+    itself. The recipe's if not given."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third slower. For ViT-L and larger."""
 
-    lr: float = 1e-5
-    """Learning rate of AdamW."""
-    weight_decay: float = 1e-4
+    lr: float | None = None
+    """Learning rate of AdamW; the recipe's if not given, as are those that follow."""
+    weight_decay: float | None = None
     """Weight decay of AdamW, on all trained weights."""
-    clip: float = 0.1
+    clip: float | None = None
     """Largest norm of the gradient; 0 for no limit."""
-    batch_size: int = 2
+    batch_size: int | None = None
     """Views per optimizer step, over all processes together."""
     accumulate: int = 1
     """Parts into which each process cuts its share of the batch, one after the other, to save memory."""
-    epochs: float = 1.0
+    epochs: float | None = None
     """Passes over all training views."""
     steps: int | None = None
     """Optimizer steps, instead of --epochs."""
-    schedule: Literal["constant", "cosine"] = "constant"
+    schedule: Literal["constant", "cosine"] | None = None
     """Learning rate over steps, after the warm-up; `cosine` falls to zero."""
-    warmup_steps: int = 0
+    warmup_steps: int | None = None
     """Steps over which the learning rate rises linearly."""
-    flip: float = 0.5
+    flip: float | None = None
     """Share of views that are mirrored, with their target."""
     seed: int = 42
     """Decides the order of the views and which are mirrored."""
@@ -86,8 +110,8 @@ class DistillConfig:
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """Where to run."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Arithmetic of the student: bf16 autocast on CUDA and fp32 on a CPU by default. Weights, loss and optimizer are
-    always fp32."""
+    """Arithmetic of the student: bf16 autocast on CUDA and fp32 on a CPU by default, fp32 in the paper's recipe.
+    Weights, loss and optimizer are always fp32."""
     acceleration: Literal["auto", "none", "compile", "graph"] = "auto"
     """`graph` replays the whole step as one CUDA graph, `compile` also has torch.compile fuse the student's kernels
     (a start of half a minute; in a CUDA graph too on one GPU). By default `graph` on one GPU and `none` elsewhere."""
@@ -113,8 +137,16 @@ class DistillConfig:
     """Newest checkpoints that are kept."""
     log_every: int = 10
     """Steps between two points of the loss curve."""
+    vis: Literal["none", "tensorboard", "wandb"] = "none"
+    """Show curves while it trains, besides OUTPUT_DIR/curves.jsonl."""
+    validation_runs: tuple[Path, ...] = ()
+    """Runs of scenes that are not trained on, and measured while the student trains."""
+    validation_bundles: tuple[Path, ...] = ()
+    """The same as scene bundles."""
+    validate_every: int = 500
+    """Steps between two measurements of the validation scenes."""
     report_views: int = 24
-    """Held-out views per scene that are measured before and after."""
+    """Held-out views per scene that are measured before and after, and while it trains."""
     report_scenes: int = 6
     """Scenes that the report shows pictures of."""
     half: bool = False
@@ -127,7 +159,8 @@ class DistillConfig:
 
 _AT_LEAST_ZERO = "lora_rank weight_decay clip warmup_steps seed photo_memory workers report_scenes".split()
 _AT_LEAST_ONE = (
-    "batch_size accumulate steps views_per_render render_ahead save_every keep_checkpoints log_every report_views"
+    "batch_size accumulate steps views_per_render render_ahead save_every keep_checkpoints log_every report_views "
+    "validate_every"
 ).split()
 _ABOVE_ZERO = "lr epochs scene_memory".split()
 _SHARES = "min_accumulation flip".split()
@@ -154,11 +187,14 @@ def check_choices(config: DistillConfig, num_processes: int) -> None:
         value = getattr(config, name)
         if value is not None and not (math.isfinite(value) and lowest <= value <= highest):
             raise UserError(f"--{name.replace('_', '-')} {value}: give {wanted}.")
+    if config.interpolate is not None:
+        check_amount(config.interpolate)
+    batch_size = config.batch_size or (PAPER_BATCH if config.recipe == "paper" else None)
     parts = num_processes * config.accumulate
-    if config.batch_size % parts:
+    if batch_size is not None and batch_size % parts:
         raise UserError(
-            f"--batch-size {config.batch_size} cannot be cut into {num_processes} processes x {config.accumulate} "
-            f"parts: choose a multiple of {parts}."
+            f"--batch-size {batch_size} cannot be cut into {num_processes} processes x {config.accumulate} parts: "
+            f"choose a multiple of {parts}."
         )
     if config.data_root is not None and not config.data_root.is_dir():
         raise UserError(f"--data-root {config.data_root} is no folder: name the one that holds the photos.")

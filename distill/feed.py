@@ -64,7 +64,7 @@ class Feed:
         self._bank = bank
         self._photos = photos
         self._views_per_render = config.views_per_render
-        self._share = config.batch_size // world.size
+        self._share = sampler.batch_size // world.size
         self._window_steps = max(1, config.render_ahead // self._share)
         self._world = world
         self._kept: dict[View, tuple[Tensor, Tensor]] = {}
@@ -164,7 +164,8 @@ class Feed:
         if len(images) < self._share:
             images = torch.cat([images, images[:1].expand(self._share - len(images), -1, -1, -1)])
         total_weight = self._world.sum(weights.sum())
-        return StepInput(images, targets, weights, total_weight)
+        fullness = torch.tensor(len(batch.samples) / self._sampler.batch_size).to(device, non_blocking=True)
+        return StepInput(images, targets, weights, total_weight, fullness)
 
     def _target(self, view: View, window: _Window) -> tuple[Tensor, Tensor]:
         return self._kept[view] if view in self._kept else window.made[view]

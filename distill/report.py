@@ -1,184 +1,156 @@
 """The page and the numbers that a training ends with."""
 
-import math
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, UInt8
-from torch import Tensor
 
-from distill.photo_store import PhotoStore
-from distill.scenes import Scene
-from distill.targets import LiftedTargets, TargetSource
-from fit3d_ns.backbones import Backbone
-from fit3d_ns.features.metrics import choose_pairs, feature_cosine, feature_l1, view_match
+from distill.evaluation import MEASURES, SceneResult, average, average_curve
+from fit3d_ns.backbones.result_folder import CARD_NAME
 from fit3d_ns.features.pca import ColorBasis
 from fit3d_ns.support.files import atomic_write_json
 from fit3d_ns.support.html_report import Report
 
-
-@dataclass(frozen=True)
-class ViewPictures:
-    """A view and its maps, on the CPU."""
-
-    name: str
-    photo: UInt8[Tensor, "H W 3"]
-    original: Float[Tensor, "C h w"]
-    target: Float[Tensor, "C h w"]
-    tuned: Float[Tensor, "C h w"]
-
-
-@dataclass(frozen=True)
-class SceneResult:
-    """Measurements on one scene."""
-
-    scene: str
-    """Its name."""
-    held_out: bool
-    """Whether the views were held out from lifting and from distillation."""
-    num_views: int
-    """Views measured."""
-    metrics: dict[str, float]
-    """``l1_before``, ``l1_after``, ``cosine_before``, ``cosine_after`` to the target; ``view_match_before``,
-    ``view_match_after``, ``view_match_target`` (left out where no two views share enough surface), and
-    ``view_match_points``."""
-    pictures: list[ViewPictures] = field(default_factory=list)
-    """Some views to look at."""
-
-
-@torch.no_grad()
-def measure_scene(
-    scenes: Sequence[Scene],
-    index: int,
-    original: Backbone,
-    tuned: Backbone,
-    targets: TargetSource,
-    geometry: LiftedTargets,
-    photos: PhotoStore,
-    num_views: int,
-    num_pictures: int,
-) -> SceneResult:
-    """Measures one scene.
-
-    Args:
-        scenes: The scenes.
-        index: Which.
-        original: The student before training.
-        tuned: The student after training.
-        targets: What it was trained on.
-        geometry: Renders depth, by which points are found again in other views.
-        photos: Where photos are.
-        num_views: Most held-out views that are measured.
-        num_pictures: Most views that are kept as pictures.
-    """
-    scene = scenes[index]
-    views, held_out = scene.report_views(num_views)
-    maps: dict[str, list[Tensor]] = {"before": [], "after": [], "target": []}
-    sums: dict[str, list[float]] = {}
-    pictures: list[ViewPictures] = []
-    for view in views:
-        photo = photos.get([(index, view)])
-        made = targets.make(index, [view])
-        target, weights = made.maps[0].float(), made.weights[0]
-        maps["target"].append(target)
-        for name, backbone in (("before", original), ("after", tuned)):
-            features = backbone(photo.float() / 255.0).patch_tokens[0].float()
-            maps[name].append(features)
-            if bool(weights.any()):
-                sums.setdefault(f"l1_{name}", []).append(float(feature_l1(features, target, weights)))
-                sums.setdefault(f"cosine_{name}", []).append(float(feature_cosine(features, target, weights)))
-        if len(pictures) < num_pictures:
-            shown = (maps["before"][-1].cpu(), target.cpu(), maps["after"][-1].cpu())
-            pictures.append(ViewPictures(scene.info.views[view].name, photo[0].permute(1, 2, 0).cpu(), *shown))
-    metrics = {name: sum(values) / len(values) for name, values in sums.items()}
-    surfaces = [geometry.surface(index, view) for view in views]
-    pairs = choose_pairs(surfaces, [scene.info.patch_grid(view) for view in views])
-    for name, features in maps.items():
-        match = view_match(features, surfaces, pairs)
-        if match.num_points:
-            metrics[f"view_match_{name}"] = match.rate
-            metrics["view_match_points"] = match.num_points
-    return SceneResult(scene.name, held_out, len(views), metrics, pictures)
-
-
-def average(results: Sequence[SceneResult]) -> dict[str, float]:
-    """Returns the mean of each metric over the scenes that have it; points of ``view_match`` are summed."""
-    names = dict.fromkeys(name for result in results for name in result.metrics)
-    means = {}
-    for name in names:
-        values = [result.metrics[name] for result in results if not math.isnan(result.metrics.get(name, math.nan))]
-        if values:
-            means[name] = float(sum(values)) if name == "view_match_points" else sum(values) / len(values)
-    return means
-
-
+METRICS_NAME = "metrics.json"
 _METRICS = (
     ("l1", "L1 to the target (lower is better)"),
     ("cosine", "cosine to the target"),
     ("view_match", "points that the features find again in another view"),
+    ("drift", "cosine to the original's features"),
 )
+_TITLES = {
+    "lifted": "A backbone distilled from 3D",
+    "control": "A backbone distilled without 3D (control)",
+    "control-blur": "A backbone distilled without 3D (blurred control)",
+    "control-shift": "A backbone distilled without 3D (control of shifted photos)",
+}
+_CONTROLS = {
+    "control": "",
+    "control-blur": ", and blurred as much as lifting blurs",
+    "control-shift": ", averaged over shifted photos",
+}
 
-_USAGE = """from fit3d_ns.backbones import load
 
-backbone = load("path/to/this/folder", assembly="concat")
-features = backbone(images)  # [B, 3, H, W], RGB in [0, 1], to [B, 2C, h, w]"""
+@dataclass(frozen=True)
+class Findings:
+    """What was measured of a training."""
+
+    scenes: Sequence[SceneResult]
+    """Of every scene that was trained on, on its held-out views."""
+    validation: Sequence[SceneResult]
+    """Of every scene that was not."""
+    losses: Sequence[tuple[int, float]]
+    """Steps taken, and mean loss since the point before."""
+    watched: Sequence[tuple[int, Mapping[str, float]]]
+    """Steps taken, and what was measured on the validation scenes while it trained."""
 
 
-def write_metrics(
-    output_dir: Path, card: Mapping[str, Any], results: Sequence[SceneResult], losses: Sequence[tuple[int, float]]
-) -> None:
+def write_metrics(output_dir: Path, card: Mapping[str, Any], findings: Findings) -> None:
     """Writes ``metrics.json``.
 
     Args:
         output_dir: The training's folder.
         card: See `distill.result.make_card`.
-        results: Of every scene.
-        losses: Steps taken, and mean loss since the point before.
+        findings: What was measured.
     """
+    settings, losses, watched = card["settings"], findings.losses, findings.watched
     content = {
-        "targets": card["settings"]["targets"],
+        "targets": settings["targets"],
+        "recipe": card["recipe"],
+        "interpolate": card["interpolate"],
         "steps": card["steps"],
         "seconds": card["seconds"],
         "views_per_second": card["views_per_second"],
-        "mean": average(results),
-        "scenes": {
-            f"{number:03d} {result.scene}": {
-                "views": result.num_views,
-                "held_out": result.held_out,
-                **result.metrics,
-            }
-            for number, result in enumerate(results)
-        },
+        "mean": average(findings.scenes),
+        "scenes": _by_scene(findings.scenes),
+        "interpolation": average_curve(findings.scenes),
         "loss": {"step": [step for step, _ in losses], "l1": [loss for _, loss in losses]},
     }
-    atomic_write_json(output_dir / "metrics.json", content)
+    if findings.validation:
+        content["validation"] = {
+            "mean": average(findings.validation),
+            "scenes": _by_scene(findings.validation),
+            "interpolation": average_curve(findings.validation),
+            "while_training": {
+                "step": [step for step, _ in watched],
+                **{name: [values.get(name) for _, values in watched] for name in MEASURES},
+            },
+        }
+    atomic_write_json(output_dir / METRICS_NAME, content)
 
 
-def write_report(
-    output_dir: Path, card: Mapping[str, Any], results: Sequence[SceneResult], losses: Sequence[tuple[int, float]]
-) -> None:
+def _by_scene(results: Sequence[SceneResult]) -> dict[str, Any]:
+    return {
+        f"{number:03d} {result.scene}": {"views": result.num_views, "held_out": result.held_out, **result.metrics}
+        for number, result in enumerate(results)
+    }
+
+
+def write_report(output_dir: Path, card: Mapping[str, Any], findings: Findings) -> None:
     """Writes ``report.html``; arguments as `write_metrics`."""
-    settings, control = card["settings"], card["settings"]["targets"] == "control"
-    report = Report("A backbone distilled without 3D (control)" if control else "A backbone distilled from 3D")
-    learnt = (
-        f"the maps of {card['teacher']['name']} itself, passed through each scene's low-dimensional basis: no 3D is in "
-        "them, so whatever improves here is not owed to lifting"
-        if control
-        else f"features of {card['teacher']['name']} that were lifted into {len(results)} "
-        f"scene{'s' if len(results) > 1 else ''} and rendered back"
-    )
-    report.add_text(
-        f"{card['student']['name']} learnt {learnt}. {card['steps']} steps of {settings['batch_size']} views, learning "
-        f"rate {settings['lr']:g}, {card['training_views']} training views, {card['views_per_second']:.1f} views a "
-        "second."
-    )
+    report = Report(_TITLES[card["settings"]["targets"]])
+    report.add_text(_what_was_done(card, len(findings.scenes)))
     report.add_heading("Before and after")
+    _add_means(report, findings.scenes, "that neither lifting nor distillation saw")
+    if findings.validation:
+        report.add_heading("On scenes that were not trained on")
+        _add_means(report, findings.validation, "of the validation scenes")
+    _add_siblings(report, output_dir, card, findings)
+    _add_interpolation(report, card, findings)
+    _add_pictures(report, findings.scenes)
+    _add_training(report, findings)
+    report.add_heading("Every scene")
+    columns = [f"{name}_{when}" for name, _ in _METRICS[:3] for when in ("before", "after")]
+    columns += ["view_match_target", "drift_after"]
+    table = [
+        (result.scene, "yes" if result.held_out else "no", *(result.metrics.get(name) for name in columns))
+        for result in [*findings.scenes, *findings.validation]
+    ]
+    names = [name.replace("view_", "").replace("_", " ") for name in columns]
+    report.add_table(table, header=("scene", "held out", *names))
+    report.add_heading("Use it")
+    beside = "alone" if card["assembly"] == "tuned" else "beside the original's, as the paper evaluates them"
+    report.add_text(
+        f"From this folder, its features {beside}; the card beside the weights says so, and assembly= chooses another "
+        "way. backbone.safetensors is a plain timm state dict."
+    )
+    channels = "C" if card["assembly"] == "tuned" else "2C"
+    report.add_code(
+        "from fit3d_ns.backbones import load\n\n"
+        f'backbone = load("path/to/this/folder", assembly="{card["assembly"]}")\n'
+        f"features = backbone(images)  # [B, 3, H, W], RGB in [0, 1], to [B, {channels}, h, w]"
+    )
+    report.write(output_dir / "report.html")
+
+
+def _what_was_done(card: Mapping[str, Any], num_scenes: int) -> str:
+    settings, teacher, amount = card["settings"], card["teacher"]["name"], card["interpolate"]
+    if settings["targets"] == "lifted":
+        scenes = f"{num_scenes} scene{'s' if num_scenes > 1 else ''}"
+        learnt = f"features of {teacher} that were lifted into {scenes} and rendered back"
+    else:
+        learnt = (
+            f"the maps of {teacher} itself, passed through each scene's low-dimensional basis"
+            f"{_CONTROLS[settings['targets']]}: no 3D is in them, so whatever improves here is not owed to lifting"
+        )
+    round_ = " The teacher is itself a student: this is a further round." if card["teacher_original"] else ""
+    averaged = (
+        f" The result is {amount:g} x student + {1 - amount:g} x original, weight by weight." if amount < 1 else ""
+    )
+    return (
+        f"{card['student']['name']} learnt {learnt}.{round_} Recipe {card['recipe']}: {card['steps']} steps of "
+        f"{settings['batch_size']} views, learning rate {settings['lr']:g} ({settings['schedule']}), "
+        f"{card['training_views']} training views, {card['views_per_second']:.1f} views a second.{averaged}"
+    )
+
+
+def _add_means(report: Report, results: Sequence[SceneResult], which: str) -> None:
     held_out = all(result.held_out for result in results)
     report.add_text(
-        "Means over scenes, on views that neither lifting nor distillation saw."
+        f"Means over scenes, on views {which}."
         if held_out
         else "Means over scenes. Some scenes have no held-out views; their training views were measured instead."
     )
@@ -190,27 +162,83 @@ def write_report(
     report.add_table(rows, header=("measure", "before", "after", "the targets"))
     if "view_match_points" not in means:
         report.add_text("No two of these views share enough surface to find points of one again in the other.")
-    _add_pictures(report, results)
-    if losses:
-        report.add_heading("While training")
-        curve = {"L1 to the targets": ([float(step) for step, _ in losses], [loss for _, loss in losses])}
-        report.add_curve("Loss", curve, "step", "L1")
-    report.add_heading("Every scene")
-    columns = [f"{name}_{when}" for name, _ in _METRICS for when in ("before", "after")] + ["view_match_target"]
-    table = [
-        (result.scene, "yes" if result.held_out else "no", *(result.metrics.get(name) for name in columns))
-        for result in results
-    ]
-    report.add_table(
-        table, header=("scene", "held out", *(name.replace("view_", "").replace("_", " ") for name in columns))
-    )
-    report.add_heading("Use it")
+
+
+def _add_siblings(report: Report, output_dir: Path, card: Mapping[str, Any], findings: Findings) -> None:
+    """Shows student and controls of the same scenes that were made beside this folder."""
+    siblings = _siblings(output_dir, card)
+    if not siblings:
+        return
+    held_out, validation = average(findings.scenes), average(findings.validation)
+    rows = [("original", held_out.get("view_match_before"), validation.get("view_match_before"), 1.0)]
+    siblings[f"this: {card['settings']['targets']}"] = {"mean": held_out, "validation": {"mean": validation}}
+    for name, metrics in sorted(siblings.items()):
+        own, other = metrics["mean"], metrics.get("validation", {}).get("mean", {})
+        rows.append((name, own.get("view_match_after"), other.get("view_match_after"), own.get("drift_after")))
+    report.add_heading("With and without 3D")
     report.add_text(
-        "From this folder, the original's features beside the fine-tuned backbone's, as the paper evaluates them. "
-        "backbone.safetensors is a plain timm state dict."
+        "Students of the same scenes and teacher that lie beside this one. Only what a student gains over every "
+        "control is owed to lifting; fit3d-probe shows it in labels."
     )
-    report.add_code(_USAGE)
-    report.write(output_dir / "report.html")
+    report.add_table(rows, header=("student", "match", "match on validation scenes", "cosine to the original"))
+
+
+def _siblings(output_dir: Path, card: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns ``metrics.json`` of other finished trainings on the same scenes in the folder above, by name."""
+    found = {}
+    for path in sorted(output_dir.absolute().parent.glob(f"*/{CARD_NAME}")):
+        folder = path.parent
+        if folder == output_dir.absolute():
+            continue
+        try:
+            other = json.loads(path.read_text())
+            metrics = json.loads((folder / METRICS_NAME).read_text())
+            same = [other[name] for name in ("scenes", "teacher")] == [card[name] for name in ("scenes", "teacher")]
+            if same and isinstance(metrics["mean"], dict):
+                found[f"{folder.name}: {other['settings']['targets']}"] = metrics
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # unfinished, or somebody else's
+    return found
+
+
+def _add_interpolation(report: Report, card: Mapping[str, Any], findings: Findings) -> None:
+    report.add_heading("How much of the student")
+    report.add_text(
+        "The weights can be averaged with the original's to any degree, without training: 0 is the original, 1 the "
+        f"student, and this folder's backbone.safetensors is {card['interpolate']:g}. Change it in a second with\n"
+        "fit3d-distill --average-only path/to/this/folder --interpolate 0.5"
+    )
+    for what, results in (("Held-out views", findings.scenes), ("Validation scenes", findings.validation)):
+        if not results:
+            continue
+        curve = average_curve(results)
+        lines = {"match": "view_match", "cosine to the targets": "cosine", "cosine to the original": "drift"}
+        shown = {
+            name: ([float(x or 0) for x in curve["amount"]], _numbers(curve[key]))
+            for name, key in lines.items()
+            if any(value is not None for value in curve[key])
+        }
+        report.add_curve(what, shown, "share of the student", "")
+
+
+def _add_training(report: Report, findings: Findings) -> None:
+    if findings.losses:
+        report.add_heading("While training")
+        steps, values = zip(*findings.losses)
+        report.add_curve("Loss", {"L1 to the targets": ([float(step) for step in steps], values)}, "step", "L1")
+    if findings.watched:
+        steps = [float(step) for step, _ in findings.watched]
+        lines = {"match": "view_match", "cosine to the targets": "cosine", "cosine to the original": "drift"}
+        shown = {
+            name: (steps, _numbers([values.get(key) for _, values in findings.watched]))
+            for name, key in lines.items()
+            if any(key in values for _, values in findings.watched)
+        }
+        report.add_curve("Validation scenes, of what the result would be", shown, "step", "")
+
+
+def _numbers(values: Sequence[float | None]) -> list[float]:
+    return [float("nan") if value is None else value for value in values]
 
 
 def _add_pictures(report: Report, results: Sequence[SceneResult]) -> None:

@@ -6,53 +6,59 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from distill.config import DistillConfig
+from distill.recipes import Recipe
 from distill.scenes import Scene
 from distill.trainer import TrainingResult
-from fit3d_ns.backbones import hash_state_dict
+from fit3d_ns.backbones.averaging import default_assembly
 from fit3d_ns.support.errors import UserError
 
-_NOT_SETTINGS = ("runs", "bundles", "output_dir", "resume", "data_root", "bundle_dir", "cache_dir", "push_to_hub")
+_NOT_SETTINGS = (
+    "name runs bundles validation_runs validation_bundles average_only output_dir resume data_root bundle_dir "
+    "cache_dir push_to_hub vis"
+).split()
 """Choices that say where things are on one machine, and decide nothing."""
 
 
 def make_card(
     config: DistillConfig,
+    recipe: Recipe,
     scenes: Sequence[Scene],
-    student: Mapping[str, Any],
+    validation: Sequence[Scene],
+    original: Mapping[str, Any],
+    start_sha256: str,
     result: TrainingResult,
-    weights: Mapping[str, Tensor],
 ) -> dict[str, Any]:
-    """Returns everything there is to say about the result, as JSON values without paths of this machine.
+    """Returns what there is to say about the result but its hashes, as JSON values without paths of this machine.
 
     Args:
         config: The user's choices.
-        scenes: The scenes.
-        student: The student's identity before training.
+        recipe: The numbers that were settled.
+        scenes: The scenes that were trained on.
+        validation: Those that were only measured.
+        original: Identity of the original, with which the student is averaged.
+        start_sha256: Hash of the weights that training started from.
         result: Of the training.
-        weights: The state dict that is saved.
     """
-    settings = {name: value for name, value in asdict(config).items() if name not in _NOT_SETTINGS}
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
-    if settings["student_weights"] is not None:
-        settings["student_weights"] = Path(settings["student_weights"]).name
+    values = {**asdict(config), **asdict(recipe)}
+    settings = {name: value for name, value in values.items() if name not in _NOT_SETTINGS}
+    for name, value in settings.items():
+        if isinstance(value, Path):
+            settings[name] = value.name
+        elif isinstance(value, tuple):
+            settings[name] = list(value)
     return {
+        "recipe": recipe.name,
+        "interpolate": recipe.interpolate,
+        "assembly": default_assembly(recipe.interpolate),
         "teacher": dict(scenes[0].info.teacher),
-        "student": dict(student),
-        "weights_sha256": hash_state_dict(weights),
-        "moving_average": config.ema_decay > 0,
+        "teacher_original": scenes[0].info.teacher_original,
+        "student": dict(original),
+        "start_sha256": start_sha256,
+        "moving_average": recipe.ema_decay > 0,
         "feature_grid": scenes[0].info.feature_grid.to_dict(),
-        "scenes": [
-            {
-                "name": scene.name,
-                "bundle": scene.bundle.id,
-                "training_views": len(scene.info.indices("train")),
-                "held_out_views": len(scene.info.indices("eval")),
-            }
-            for scene in scenes
-        ],
+        "scenes": [_describe(scene) for scene in scenes],
+        "validation_scenes": [_describe(scene) for scene in validation],
         "training_views": sum(len(scene.info.indices("train")) for scene in scenes),
         "steps": result.steps,
         "seconds": result.seconds,
@@ -60,6 +66,15 @@ def make_card(
         "final_loss": result.losses[-1][1] if result.losses else None,
         "settings": settings,
         "versions": {name: version(name) for name in ("fit3d-ns", "torch", "timm", "safetensors")},
+    }
+
+
+def _describe(scene: Scene) -> dict[str, Any]:
+    return {
+        "name": scene.name,
+        "bundle": scene.bundle.id,
+        "training_views": len(scene.info.indices("train")),
+        "held_out_views": len(scene.info.indices("eval")),
     }
 
 

@@ -75,6 +75,11 @@ class Sampler:
         self.block_bytes = block_bytes
 
     @property
+    def batch_size(self) -> int:
+        """Most views of a step, over all processes."""
+        return self._batch_size
+
+    @property
     def num_views(self) -> int:
         """Views in an epoch."""
         return sum(len(scene.views) for scene in self._scenes)

@@ -58,27 +58,40 @@ class Scene:
         return evenly_spaced(views, count), bool(held_out)
 
 
-def make_bundles(config: DistillConfig, say: Callable[[str], None]) -> list[Path]:
-    """Makes the bundles of ``--runs`` that are missing or stale.
+def make_all_bundles(config: DistillConfig, say: Callable[[str], None]) -> tuple[list[Path], list[Path]]:
+    """Makes the bundles of all scenes named that are missing or stale.
 
     Args:
         config: The user's choices.
         say: Prints one line.
 
     Returns:
-        Folders of all bundles asked for, of ``--runs`` and ``--bundles``.
+        Folders of the bundles to train on, and of those to validate on; the first lack what is among the second.
 
     Raises:
-        UserError: If there are no runs, or one cannot be read.
+        UserError: If there are no scenes to train on, or one cannot be read.
     """
     if not config.runs and not config.bundles:
         raise UserError("There is nothing to distil: name trained runs with --runs, or scene bundles with --bundles.")
-    folders = find_bundles(list(config.bundles)) if config.bundles else []
-    if config.runs:
+    validation = _make_bundles(config.validation_runs, config.validation_bundles, config, say)
+    named = _make_bundles(config.runs, config.bundles, config, say)
+    training = [folder for folder in named if folder not in validation]
+    if len(training) < len(named):
+        say(f"{len(named) - len(training)} of {len(named)} scenes are only validated on.")
+    if not training:
+        raise UserError("All scenes are named by --validation-runs or --validation-bundles: leave some to train on.")
+    return training, validation
+
+
+def _make_bundles(
+    runs_named: Sequence[Path], bundles: Sequence[Path], config: DistillConfig, say: Callable[[str], None]
+) -> list[Path]:
+    folders = find_bundles(list(bundles)) if bundles else []
+    if runs_named:
         # Imported here: with --bundles alone nothing of nerfstudio is needed.
         from fit3d_ns.runs.bundling import bundle_run, choose_runs
 
-        runs, notes = choose_runs(list(config.runs), config.all_runs)
+        runs, notes = choose_runs(list(runs_named), config.all_runs)
         for note in notes:
             say(note)
         for number, run in enumerate(runs, start=1):

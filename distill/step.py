@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from distill.config import DistillConfig
+from distill.recipes import Recipe
 from fit3d_ns.backbones import Backbone
 from fit3d_ns.support.errors import UserError, first_line
 
@@ -27,6 +27,9 @@ class StepInput:
     """How much each patch counts; zero for rows that only fill up the share."""
     total_weight: Float[Tensor, ""]
     """Sum of the weights over the whole batch, of all processes."""
+    fullness: Float[Tensor, ""]
+    """Views of the whole batch over the batch size, in (0, 1]: the gradient of a batch that is not full counts less,
+    so that each view counts the same."""
 
 
 class DistillLoss(nn.Module):
@@ -51,7 +54,7 @@ class DistillLoss(nn.Module):
         weights: Float[Tensor, "B h w"],
         total_weight: Float[Tensor, ""],
     ) -> Float[Tensor, ""]:
-        """Returns this part's summand of the batch's loss; see `StepInput`."""
+        """Returns this part's summand of the batch's mean loss; see `StepInput`."""
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self._bf16):
             features = self.student(images.float() / 255.0).patch_tokens
         distance = (features.float() - targets.float()).abs().mean(1)
@@ -63,7 +66,10 @@ class StepRunner(Protocol):
     """Runs optimizer steps."""
 
     def run(self, inputs: StepInput) -> Float[Tensor, ""]:
-        """Takes one step and returns this process's summand of the loss, without waiting for the device."""
+        """Takes one step and returns this process's summand of the loss, without waiting for the device.
+
+        Where a gradient is NaN or infinite no weight is changed, and NaN is returned.
+        """
         ...
 
 
@@ -74,7 +80,8 @@ class EagerStep:
         loss: `DistillLoss`, possibly wrapped or compiled.
         optimizer: Of ``parameters``.
         parameters: The trained weights.
-        config: The user's choices.
+        clip: Largest norm of the gradient; 0 for no limit.
+        num_parts: Into so many parts the share of the batch is cut, one after the other.
         num_processes: DistributedDataParallel averages over so many; the loss is a sum.
     """
 
@@ -83,24 +90,32 @@ class EagerStep:
         loss: nn.Module,
         optimizer: torch.optim.Optimizer,
         parameters: Sequence[nn.Parameter],
-        config: DistillConfig,
+        clip: float,
+        num_parts: int = 1,
         num_processes: int = 1,
     ):
         self._loss = loss
         self._optimizer = optimizer
         self._parameters = parameters
-        self._parts = config.accumulate
-        self._clip = config.clip
+        self._parts = num_parts
+        self._clip = clip or math.inf
         self._num_processes = num_processes
 
     def run(self, inputs: StepInput) -> Float[Tensor, ""]:
         """See `StepRunner.run`."""
         self._optimizer.zero_grad(set_to_none=True)
         total = self.forward_backward(inputs)
-        if self._clip > 0:
-            nn.utils.clip_grad_norm_(self._parameters, self._clip)
-        self._optimizer.step()
-        return total
+        norm = nn.utils.clip_grad_norm_(self._parameters, self._clip)
+        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        torch._foreach_mul_(gradients, inputs.fullness)  # after clipping, which would undo it
+        broken = ~torch.isfinite(norm)
+        if norm.is_cuda:
+            # Fused optimizers read this on the device, where a CUDA graph cannot branch; see `make_optimizer`.
+            self._optimizer.found_inf = broken.float()  # type: ignore[attr-defined]
+            self._optimizer.step()
+        elif not bool(broken):
+            self._optimizer.step()
+        return torch.where(broken, torch.nan, total)
 
     def forward_backward(self, inputs: StepInput) -> Float[Tensor, ""]:
         """Adds the gradients of all parts of the share; returns their loss.
@@ -215,13 +230,11 @@ class GraphStep:
             group["capturable"] = True  # only now: torch warns of a capturable step outside a capture
 
 
-def make_optimizer(
-    parameters: Sequence[nn.Parameter], config: DistillConfig, device: torch.device
-) -> torch.optim.AdamW:
+def make_optimizer(parameters: Sequence[nn.Parameter], recipe: Recipe, device: torch.device) -> torch.optim.AdamW:
     """Returns AdamW for the student; on CUDA in one kernel, with its learning rate where a CUDA graph can read it."""
     cuda = device.type == "cuda"
-    lr = torch.tensor(config.lr, device=device) if cuda else config.lr
-    return torch.optim.AdamW(parameters, lr=lr, weight_decay=config.weight_decay, fused=cuda or None)
+    lr = torch.tensor(recipe.lr, device=device) if cuda else recipe.lr
+    return torch.optim.AdamW(parameters, lr=lr, weight_decay=recipe.weight_decay, fused=cuda or None)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -233,17 +246,17 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
             group["lr"] = lr
 
 
-def learning_rate(config: DistillConfig, step: int, num_steps: int) -> float:
+def learning_rate(recipe: Recipe, step: int, num_steps: int) -> float:
     """Returns the learning rate of a step: linear warm-up, then constant or half a cosine to zero.
 
     Args:
-        config: The user's choices.
+        recipe: Rate, schedule and warm-up.
         step: From 0.
         num_steps: Of the whole training.
     """
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
-    if config.schedule == "constant":
-        return config.lr
-    progress = (step - config.warmup_steps) / max(num_steps - config.warmup_steps, 1)
-    return config.lr * 0.5 * (1.0 + math.cos(math.pi * progress))
+    if step < recipe.warmup_steps:
+        return recipe.lr * (step + 1) / recipe.warmup_steps
+    if recipe.schedule == "constant":
+        return recipe.lr
+    progress = (step - recipe.warmup_steps) / max(num_steps - recipe.warmup_steps, 1)
+    return recipe.lr * 0.5 * (1.0 + math.cos(math.pi * progress))

@@ -3,7 +3,7 @@
 import copy
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,8 @@ def load_teacher(scenes: Sequence[Scene], device: torch.device, weights: Path | 
 def load_student(config: DistillConfig, scenes: Sequence[Scene], device: torch.device) -> Backbone:
     """Loads the backbone to fine-tune: the scenes' teacher unless the user names another.
 
+    Where the teacher is itself a student, its original is taken, unless the user wants to start from the teacher.
+
     Args:
         config: The user's choices.
         scenes: Scenes of one teacher.
@@ -62,13 +64,18 @@ def load_student(config: DistillConfig, scenes: Sequence[Scene], device: torch.d
     Raises:
         UserError: As `load_teacher`; or if another backbone's width differs from the teacher's.
     """
-    if config.student is None and config.student_layer is None:
+    another = config.student is not None or config.student_layer is not None
+    original = scenes[0].info.teacher_original
+    if not another and (original is None or config.start_from == "teacher"):
         return load_teacher(scenes, device, config.student_weights)
     teacher = teacher_spec(scenes)
-    if config.student is None:
-        spec = replace(teacher, weights=config.student_weights or teacher.weights, layer=config.student_layer)
+    if config.student is not None:
+        norm, normalization = teacher.norm, teacher.normalization
+        spec = BackboneSpec(config.student, config.student_weights, config.student_layer, norm, normalization)
+    elif original is not None and config.start_from == "original":
+        return _load_original(original, config.original_weights, device, config.student_layer)
     else:
-        spec = BackboneSpec(config.student, config.student_weights, config.student_layer, teacher.norm)
+        spec = replace(teacher, weights=config.student_weights or teacher.weights, layer=config.student_layer)
     student = _load(spec, device)
     width = scenes[0].info.teacher["width"]
     if student.info.width != width:
@@ -77,6 +84,43 @@ def load_student(config: DistillConfig, scenes: Sequence[Scene], device: torch.d
             f"choose a backbone of that width, or leave --student out to fine-tune {teacher.name}."
         )
     return student
+
+
+def load_original(config: DistillConfig, scenes: Sequence[Scene], student: Backbone, device: torch.device) -> Backbone:
+    """Loads what the student is averaged with, compared with and put beside: itself before any fine-tuning.
+
+    Args:
+        config: The user's choices.
+        scenes: Scenes of one teacher.
+        student: Of `load_student`, before training.
+        device: Where it goes.
+
+    Returns:
+        ``student`` itself, unless it is a teacher that was fine-tuned already.
+
+    Raises:
+        UserError: If the original's weights cannot be had, or are others than the card of the teacher names.
+    """
+    original = scenes[0].info.teacher_original
+    if original is None or student.identity["weights_sha256"] != scenes[0].info.teacher["weights_sha256"]:
+        return student
+    return _load_original(original, config.original_weights, device, student.info.layer)
+
+
+def _load_original(
+    identity: Mapping[str, Any], weights: Path | None, device: torch.device, layer: int | None
+) -> Backbone:
+    """Loads what a teacher was fine-tuned from, at another layer if one is given."""
+    spec = spec_of_identity(identity, weights)
+    with flags_named("the original in the teacher's card", "--original-weights", "--student-layer"):
+        original = load_backbone(spec if layer is None else replace(spec, layer=layer), device)
+    if original.identity["weights_sha256"] != identity["weights_sha256"]:
+        what = f"{weights} does not hold" if weights else f"What {spec.name} stands for is not"
+        raise UserError(
+            f"{what} the weights that the scenes' teacher was fine-tuned from (their hashes differ): name the file "
+            "that does with --original-weights."
+        )
+    return original
 
 
 def _load(spec: BackboneSpec, device: torch.device) -> Backbone:

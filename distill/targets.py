@@ -1,4 +1,4 @@
-"""What the student learns: features rendered from the scenes, or the teacher's own maps as a control."""
+"""What the student learns: features rendered from the scenes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,9 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from distill.photo_store import PhotoStore
 from distill.scenes import Scene, SceneBank
-from fit3d_ns.backbones import Backbone
 from fit3d_ns.features.correspondences import View
 from fit3d_ns.features.grid import FeatureGrid
 from fit3d_ns.rasterization import rasterize
@@ -180,62 +178,6 @@ class LiftedTargets:
             render_mode="ED",
         )
         return View(viewmat, intrinsics, photo.width, photo.height, depth[0, 0], alpha[0, 0])
-
-
-class ControlTargets:
-    """The teacher's own maps of the photos, projected on the directions that the scene's decoder can express.
-
-    The same photos, the same loss of detail by a low-dimensional basis, but no 3D: what a student gains here, it does
-    not owe to lifting.
-
-    Args:
-        scenes: The scenes.
-        bank: Where their decoders are.
-        photos: Where the photos are.
-        teacher: The scenes' teacher, frozen.
-        device: Where to compute.
-    """
-
-    def __init__(
-        self, scenes: Sequence[Scene], bank: SceneBank, photos: PhotoStore, teacher: Backbone, device: torch.device
-    ):
-        self._scenes = scenes
-        self._bank = bank
-        self._photos = photos
-        self._teacher = teacher
-        self._device = device
-        self._bases: dict[int, Float[Tensor, "C D"]] = {}
-
-    @torch.no_grad()
-    def make(self, scene: int, views: Sequence[int]) -> Targets:
-        """Sees the photos and projects; see `TargetSource.make`."""
-        images = self._photos.get([(scene, view) for view in views])
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._device.type == "cuda"):
-            maps = self._teacher(images.float() / 255.0).patch_tokens.float()
-        if scene not in self._bases:
-            self._bases[scene] = low_dimensional_basis(self._bank.get(scene).decoder)
-        basis = self._bases[scene]
-        flat = maps.flatten(2)
-        projected = torch.matmul(basis, torch.matmul(basis.T, flat)).view_as(maps)
-        grid = self._scenes[scene].info.patch_grid(views[0])
-        return Targets(projected, mask_weights(self._scenes[scene], views, grid, self._device))
-
-    def needs(self, scene: int) -> bool:
-        """Only the first do, for the decoder; see `TargetSource.needs`."""
-        return scene not in self._bases
-
-
-def low_dimensional_basis(decoder: Float[Tensor, "C D 3 3"]) -> Float[Tensor, "C R"]:
-    """Returns orthonormal directions that span what a decoder makes of features that do not change between pixels.
-
-    Args:
-        decoder: Kernel of the scene's decoder. For a lifted scene these directions are its principal components.
-
-    Returns:
-        R directions, at most D; fewer where the decoder uses fewer.
-    """
-    left, strengths, _ = torch.linalg.svd(decoder.sum((2, 3)).double(), full_matrices=False)
-    return left[:, strengths > strengths[0] * 1e-6].float()
 
 
 def mask_weights(scene: Scene, views: Sequence[int], grid: tuple[int, int], device: torch.device) -> Tensor:

@@ -21,20 +21,21 @@ from distill.checkpoint import (
     save_checkpoint,
 )
 from distill.config import DistillConfig
+from distill.evaluation import Validation
 from distill.feed import Feed
+from distill.recipes import Recipe
 from distill.sampler import Batch, Sampler
 from distill.scenes import Scene
 from distill.step import DistillLoss, EagerStep, GraphStep, StepRunner, learning_rate, make_optimizer, set_learning_rate
-from distill.student import make_average, prepare_training
+from distill.student import make_average, plain_state_dict, prepare_training
 from fit3d_ns.backbones import Backbone
+from fit3d_ns.support.curve_log import CurveLog
 from fit3d_ns.support.errors import UserError
 from fit3d_ns.support.processes import World
 
-_RESULT_SETTINGS = (
-    "targets accumulation min_accumulation lora_rank ema_decay lr weight_decay clip batch_size schedule warmup_steps "
-    "flip seed"
-).split()
-"""Choices that decide the weights that come out; a checkpoint can be resumed with no others."""
+_RECIPE_SETTINGS = "accumulation ema_decay lr weight_decay clip batch_size schedule warmup_steps flip".split()
+_RESULT_SETTINGS = "targets min_accumulation lora_rank seed".split()
+"""Choices that decide the student that comes out; a checkpoint can be resumed with no others."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ class TrainingResult:
     """The timm model to save: the student's, or its moving average."""
     losses: list[tuple[int, float]]
     """Steps taken, and the mean loss since the point before."""
+    validation: list[tuple[int, dict[str, float]]]
+    """Steps taken, and what was measured on the validation scenes."""
     steps: int
     """All steps."""
     seconds: float
@@ -58,6 +61,7 @@ class Trainer:
 
     Args:
         config: The user's choices.
+        recipe: The numbers that were settled.
         scenes: The scenes.
         student: The backbone, with its original weights; changed in place.
         feed: Prepares steps.
@@ -69,6 +73,7 @@ class Trainer:
     def __init__(
         self,
         config: DistillConfig,
+        recipe: Recipe,
         scenes: list[Scene],
         student: Backbone,
         feed: Feed,
@@ -77,17 +82,21 @@ class Trainer:
         resumed: dict[str, Any] | None = None,
     ):
         self._config = config
+        self._recipe = recipe
+        self._validation: Validation | None = None
+        self._curves: CurveLog | None = None
         self._scenes = scenes
         self._student = student
         self._feed = feed
         self._block_bytes = sampler.block_bytes
         self._world = world
-        self.num_steps = config.steps or sampler.steps_of(config.epochs)
-        self._settings = training_settings(config, scenes, student)
+        self.num_steps = recipe.steps or sampler.steps_of(recipe.epochs)
+        self.settings = training_settings(config, recipe, scenes, student)
         self._parameters = prepare_training(student, config)
-        self._average = make_average(student, config.ema_decay)
-        self._optimizer = make_optimizer(self._parameters, config, world.device)
+        self._average = make_average(student, recipe.ema_decay)
+        self._optimizer = make_optimizer(self._parameters, recipe, world.device)
         self._losses: list[tuple[int, float]] = []
+        self._measured: list[tuple[int, dict[str, float]]] = []
         self._curve_sum, self._curve_count = 0.0, 0
         self._recent: list[tuple[Batch, Tensor]] = []
         self._step = 0
@@ -109,6 +118,15 @@ class Trainer:
         """Steps taken."""
         return self._step
 
+    def watch(self, curves: CurveLog, validation: Validation | None = None) -> None:
+        """Shows what happens while it trains; for the first of several processes.
+
+        Args:
+            curves: Where losses and measurements go.
+            validation: Measures the validation scenes, if there are any.
+        """
+        self._curves, self._validation = curves, validation
+
     def train(self) -> TrainingResult:
         """Trains to the last step.
 
@@ -126,10 +144,11 @@ class Trainer:
         )
         silent = not self._world.is_main
         try:
+            self._validate()
             with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), disable=silent) as progress:
                 task = progress.add_task("Distilling", total=self.num_steps, completed=self._step, loss="")
                 for batch, inputs in self._feed.steps(self._step, self.num_steps):
-                    set_learning_rate(self._optimizer, learning_rate(self._config, batch.step, self.num_steps))
+                    set_learning_rate(self._optimizer, learning_rate(self._recipe, batch.step, self.num_steps))
                     self._recent.append((batch, self._runner.run(inputs)))
                     if self._average is not None:
                         self._average.update_parameters(self._student.model)
@@ -138,6 +157,7 @@ class Trainer:
                         progress.update(task, completed=self._step, loss=f"L1 {self._flush():.4f}")
                         if begin is None:
                             begin, first_step = time.perf_counter(), self._step
+                    self._validate()
                     if self._step % self._config.save_every == 0:
                         self._save()
         except torch.cuda.OutOfMemoryError as error:
@@ -150,23 +170,37 @@ class Trainer:
         self._flush()
         end = time.perf_counter()
         self._save()
-        trained = (self._step - first_step) * self._config.batch_size
+        trained = (self._step - first_step) * self._recipe.batch_size
         speed = trained / (end - begin) if begin is not None and trained else 0.0
-        model = self._student.model if self._average is None else self._average
-        return TrainingResult(model, self._losses, self.num_steps, end - start, speed)
+        return TrainingResult(self._result, self._losses, self._measured, self.num_steps, end - start, speed)
+
+    @property
+    def _result(self) -> nn.Module:
+        return self._student.model if self._average is None else self._average
+
+    def _validate(self) -> None:
+        """Measures the validation scenes if it is time, before training, every so often, and at its end."""
+        if self._validation is None or (self._measured and self._measured[-1][0] == self._step):
+            return
+        if self._step % self._config.validate_every and self._step != self.num_steps:
+            return
+        measured = self._validation.measure(plain_state_dict(self._result))
+        self._measured.append((self._step, measured))
+        if self._curves is not None:
+            self._curves.write(self._step, {f"validation/{name}": value for name, value in measured.items()})
 
     def _check_space(self) -> None:
         config = self._config
         weights = sum(tensor.numel() * tensor.element_size() for tensor in self._student.model.state_dict().values())
         moments = 2 * sum(parameter.numel() * parameter.element_size() for parameter in self._parameters)
         checkpoint = weights * (1 if self._average is None else 2) + moments
-        result = weights * (1 + 0.5 * config.half + config.dinov2_layout)
+        result = weights * (1 + (self._recipe.interpolate < 1) + 0.5 * config.half + config.dinov2_layout)
         check_space(config.output_dir, checkpoint, int(result), config.keep_checkpoints)
 
     def _make_runner(self) -> StepRunner:
         config, world = self._config, self._world
         cuda = world.device.type == "cuda"
-        bf16 = config.precision == "bf16" or (config.precision == "auto" and cuda)
+        bf16 = self._recipe.precision == "bf16" or (self._recipe.precision == "auto" and cuda)
         graphs = cuda and world.size == 1
         if config.acceleration == "graph" and not graphs:
             raise UserError("--acceleration graph needs CUDA and a single process: use compile or none.")
@@ -177,7 +211,7 @@ class Trainer:
             loss = DistributedDataParallel(
                 loss, device_ids=[world.device.index] if cuda else None, broadcast_buffers=False
             )
-        eager = EagerStep(loss, self._optimizer, self._parameters, config, world.size)
+        eager = EagerStep(loss, self._optimizer, self._parameters, self._recipe.clip, config.accumulate, world.size)
         if graphs and config.acceleration != "none":
             return GraphStep(eager, self._optimizer, self._parameters)
         return eager
@@ -200,7 +234,7 @@ class Trainer:
             *losses, stop = self._world.sum(values.double()).tolist()
             for (batch, _), loss in zip(self._recent, losses):
                 if not math.isfinite(loss):
-                    raise UserError(self._broken(batch, loss))
+                    raise UserError(self._broken(batch))
             self._add_to_curve(losses)
             self._recent.clear()
             if stop:
@@ -217,17 +251,21 @@ class Trainer:
             self._curve_count += 1
             if step % self._config.log_every == 0 or step == self.num_steps:
                 self._losses.append((step, self._curve_sum / self._curve_count))
+                if self._curves is not None:
+                    rate = learning_rate(self._recipe, step - 1, self.num_steps)
+                    self._curves.write(step, {"train/l1": self._losses[-1][1], "train/learning_rate": rate})
                 self._curve_sum, self._curve_count = 0.0, 0
 
-    def _broken(self, batch: Batch, loss: float) -> str:
+    def _broken(self, batch: Batch) -> str:
         views = ", ".join(
             f"{self._scenes[sample.scene].name}/{self._scenes[sample.scene].info.views[sample.view].name}"
             for sample in batch.samples[:8]
         )
         more = len(batch.samples) - 8
         return (
-            f"The loss of step {batch.step + 1} is {loss} (batch: {views}{f' and {more} more' if more > 0 else ''}): "
-            "look at those views, lower --lr, or resume an earlier checkpoint with --precision fp32."
+            f"The loss of step {batch.step + 1}, or its gradient, is NaN or infinite (batch: {views}"
+            f"{f' and {more} more' if more > 0 else ''}): look at those views, "
+            "lower --lr, or resume an earlier checkpoint with --precision fp32."
         )
 
     def _ask_to_stop(self, *_: Any) -> None:
@@ -241,13 +279,14 @@ class Trainer:
         state: dict[str, Any] = {
             "step": self._step,
             "num_steps": self.num_steps,
-            "settings": self._settings,
+            "settings": self.settings,
             "block_bytes": self._block_bytes,
             "model": self._student.model.state_dict(),
             "optimizer": self._optimizer.state_dict()["state"],
             "average": None if self._average is None else self._average.state_dict(),
             "random": random_state(),
             "losses": self._losses,
+            "validation": self._measured,
             "curve": [self._curve_sum, self._curve_count],
         }
         save_checkpoint(self._config.output_dir, state, self._config.keep_checkpoints)
@@ -256,7 +295,7 @@ class Trainer:
     def _resume(self, state: dict[str, Any]) -> None:
         if state["step"] > self.num_steps:
             raise UserError(f"The checkpoint has {state['step']} steps already: raise --steps or --epochs.")
-        if self._config.schedule == "cosine" and state["num_steps"] != self.num_steps:
+        if self._recipe.schedule == "cosine" and state["num_steps"] != self.num_steps:
             raise UserError(
                 f"The checkpoint's learning rate falls over {state['num_steps']} steps, not {self.num_steps}: resume "
                 "with the same --steps or --epochs."
@@ -269,16 +308,20 @@ class Trainer:
             self._average.load_state_dict(state["average"])
         restore_random_state(state["random"])
         self._losses = [(int(step), float(loss)) for step, loss in state["losses"]]
+        self._measured = [(int(step), dict(measured)) for step, measured in state["validation"]]
         self._curve_sum, self._curve_count = state["curve"]
         self._step = self._saved = state["step"]
         self._world.say(f"Resumed after step {self._step}.")
 
 
-def read_resumed(config: DistillConfig, scenes: list[Scene], student: Backbone) -> dict[str, Any] | None:
+def read_resumed(
+    config: DistillConfig, recipe: Recipe, scenes: list[Scene], student: Backbone
+) -> dict[str, Any] | None:
     """Reads the newest checkpoint in the output folder, to go on from it.
 
     Args:
         config: The user's choices.
+        recipe: The numbers that were settled.
         scenes: The scenes.
         student: As loaded.
 
@@ -296,35 +339,20 @@ def read_resumed(config: DistillConfig, scenes: list[Scene], student: Backbone) 
             f"{config.output_dir} holds a training already ({checkpoints[-1].name}): go on with --resume, or choose "
             "another --output-dir."
         )
-    return load_checkpoint(checkpoints[-1], training_settings(config, scenes, student))
+    return load_checkpoint(checkpoints[-1], training_settings(config, recipe, scenes, student))
 
 
-def training_settings(config: DistillConfig, scenes: list[Scene], student: Backbone) -> dict[str, Any]:
+def training_settings(config: DistillConfig, recipe: Recipe, scenes: list[Scene], student: Backbone) -> dict[str, Any]:
     """Returns everything that decides the result but the number of steps, as plain values.
 
     Args:
         config: The user's choices.
+        recipe: The numbers that were settled.
         scenes: The scenes.
         student: With its identity, as loaded.
     """
     settings: dict[str, Any] = {name: getattr(config, name) for name in _RESULT_SETTINGS}
+    settings |= {name: getattr(recipe, name) for name in _RECIPE_SETTINGS}
     settings["student"] = dict(student.identity)
     settings["scenes"] = [scene.bundle.id for scene in scenes]
     return settings
-
-
-def advice_for_few_views(config: DistillConfig, num_views: int, num_steps: int) -> str | None:
-    """Returns advice where the paper's rate and length, made for 140,000 views, would hardly move the student.
-
-    Args:
-        config: The user's choices.
-        num_views: Training views.
-        num_steps: Steps that the training would take.
-    """
-    if config.lr * num_steps >= 0.03:
-        return None
-    return (
-        f"{num_views} views give {num_steps} steps at --lr {config.lr:g}, which hardly changes the student: the "
-        "paper's values are made for 140,000 views. With hundreds of views, --lr 3e-5 and --steps 1000 to 3500 "
-        "measured best."
-    )

@@ -101,13 +101,13 @@ def average_result(folder: Path, amount: float, original_weights: Path | None = 
     card = read_card(folder)
     student = _read_student(folder, card.get("student_sha256", card["weights_sha256"]))
     spec = spec_of_identity(card["student"], original_weights)
-    with flags_named("the student's name in card.json", "--student-weights", "the layer in card.json"):
+    with flags_named("the student's name in card.json", "--original-weights", "the layer in card.json"):
         original = load_weights(spec, find_weights(spec))
     if hash_state_dict(original) != card["student"]["weights_sha256"]:
         what = f"{original_weights} does not hold" if original_weights else f"What {spec.name} stands for is not"
         raise UserError(
             f"{what} the weights that {folder} was fine-tuned from (their hashes differ): name the file that does with "
-            "--student-weights."
+            "--original-weights."
         )
     card |= {"interpolate": amount, "assembly": default_assembly(amount)}
     layouts = {name: (folder / name).is_file() for name in (HALF_NAME, DINOV2_NAME)}

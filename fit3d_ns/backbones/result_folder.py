@@ -53,6 +53,22 @@ def read_card(folder: Path) -> dict[str, Any]:
     return card
 
 
+def original_of(weights: Path | None, weights_sha256: str) -> dict[str, Any] | None:
+    """Returns the identity of what a weight file was fine-tuned from; None if no card beside it knows these weights.
+
+    Args:
+        weights: A weight file, maybe of a result folder; None for the hub's.
+        weights_sha256: Hash of the tensors in it.
+
+    Raises:
+        UserError: If the card is damaged.
+    """
+    if weights is None or not Path(weights).expanduser().with_name(CARD_NAME).is_file():
+        return None
+    card = read_card(Path(weights).expanduser().parent)
+    return card["student"] if weights_sha256 in (card["weights_sha256"], card.get("student_sha256")) else None
+
+
 def damaged_card(folder: Path, error: Exception) -> UserError:
     """Returns what is said of a card that cannot be used.
 

@@ -99,6 +99,8 @@ class BundleInfo:
     """All V views, in the order of ``cameras``."""
     versions: dict[str, str] = field(default_factory=lambda: {name: version(name) for name in ("fit3d-ns", "torch")})
     """Versions of what made the bundle."""
+    teacher_original: dict[str, Any] | None = None
+    """Where the teacher is itself a student: the identity of the backbone that it was fine-tuned from."""
 
     def patch_grid(self, view: int) -> tuple[int, int]:
         """Returns height and width, in patches, of the teacher's map of a view."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fit3d_ns.backbones import backbone_identity
+from fit3d_ns.backbones.result_folder import original_of
 from fit3d_ns.compat import nerfstudio_needed
 from fit3d_ns.data.photos import DATA_ROOT_FLAG, Photo, hash_file, locate
 from fit3d_ns.features.grid import FEATURE_GRIDS, FeatureGrid
@@ -156,6 +157,7 @@ def bundle_run(run: Run, folder: Path | None = None, data_root: Path | None = No
         dataparser_scale=float(outputs.dataparser_scale),
         source=source,
         views=views,
+        teacher_original=original_of(spec.weights, identity["weights_sha256"]),
     )
     return write_bundle(folder, info, scene, cameras, weights), False
 

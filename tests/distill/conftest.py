@@ -11,6 +11,7 @@ from PIL import Image
 
 from distill.config import DistillConfig
 from fit3d_ns.backbones import BackboneSpec, backbone_identity
+from fit3d_ns.backbones.result_folder import original_of
 from fit3d_ns.data.photos import Photo, hash_file
 from fit3d_ns.features.grid import FEATURE_GRIDS
 from fit3d_ns.runs.bundle import BundleCameras, BundleInfo, BundleView, SceneTensors, write_bundle
@@ -92,6 +93,7 @@ def make_scene(tmp_path, teacher_weights):
             dataparser_scale=1.0,
             source={"seed": seed},
             views=bundle_views,
+            teacher_original=original_of(spec.weights, backbone_identity(spec)["weights_sha256"]),
         )
         weights = {view: torch.rand(info.patch_grid(view), generator=generator).round() for view in masked}
         cameras = BundleCameras(torch.stack(viewmats), intrinsics.expand(views, 3, 3))
@@ -102,13 +104,17 @@ def make_scene(tmp_path, teacher_weights):
 
 @pytest.fixture
 def make_config(tmp_path):
-    """Choices for a short training on the CPU; keyword arguments set fields."""
+    """Choices for a short training on the CPU; keyword arguments set fields.
+
+    Of the paper's recipe, so that every step and every weight can be followed.
+    """
 
     def make(*bundles: Path, **fields) -> DistillConfig:
         values = {
             "bundles": tuple(bundles),
             "output_dir": tmp_path / "out",
             "device": "cpu",
+            "recipe": "paper",
             "lr": 1e-3,
             "steps": 8,
             "workers": 2,

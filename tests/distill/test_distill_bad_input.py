@@ -174,13 +174,13 @@ def test_a_compiler_that_fails(make_scene, make_config, monkeypatch, message, ca
     refused(make_config(make_scene(), acceleration="compile"), sentence)
 
 
-def test_a_step_that_cannot_be_captured(make_config, monkeypatch):
+def test_a_step_that_cannot_be_captured(monkeypatch):
     monkeypatch.setattr("torch.cuda.graph_pool_handle", lambda: None)
     loss = torch.nn.Linear(2, 2)
     parameters = list(loss.parameters())
     optimizer = torch.optim.AdamW(parameters)
-    step = GraphStep(EagerStep(loss, optimizer, parameters, make_config()), optimizer, parameters)
-    inputs = StepInput(*(torch.zeros(1) for _ in range(4)))
+    step = GraphStep(EagerStep(loss, optimizer, parameters, clip=0.1), optimizer, parameters)
+    inputs = StepInput(*(torch.zeros(1) for _ in range(5)))
     for failure, sentence in (
         (RuntimeError(), r"captured as a CUDA graph \(RuntimeError\): use --acceleration none\."),
         (UserError("torch.compile failed"), "^torch.compile failed$"),

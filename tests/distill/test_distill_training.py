@@ -14,10 +14,10 @@ from distill import trainer as trainer_module
 from distill.checkpoint import list_checkpoints
 from distill.cli import distil
 from distill.feed import Feed
+from distill.recipes import choose_recipe
 from distill.scenes import open_scenes
 from distill.step import DistillLoss, EagerStep, StepInput, learning_rate
 from distill.student import load_student, plain_state_dict, prepare_training
-from distill.trainer import advice_for_few_views
 from fit3d_ns.backbones import BackboneSpec, load, load_backbone
 from fit3d_ns.support.errors import UserError
 
@@ -75,10 +75,10 @@ def test_killed_and_resumed_is_the_same_to_the_last_bit(make_scene, make_config,
     killed = make_config(*folders, steps=9, save_every=4, output_dir=tmp_path / "killed", **options)
     rate = trainer_module.learning_rate
 
-    def kill_at_step_six(config, step, num_steps):
+    def kill_at_step_six(recipe, step, num_steps):
         if step == 5:
             os.kill(os.getpid(), signal.SIGTERM)
-        return rate(config, step, num_steps)
+        return rate(recipe, step, num_steps)
 
     with monkeypatch.context() as patched:
         patched.setattr(trainer_module, "learning_rate", kill_at_step_six)
@@ -189,7 +189,10 @@ def test_a_broken_loss_names_the_batch_and_saves_nothing(make_scene, make_config
         return forward(self, *inputs) * (math.nan if len(calls) == 3 else 1.0)
 
     monkeypatch.setattr(DistillLoss, "forward", break_third)
-    with pytest.raises(UserError, match=r"loss of step 3 is nan \(batch: scene/00\d\.png, scene/00\d\.png\)"):
+    with pytest.raises(
+        UserError,
+        match=r"loss of step 3, or its gradient, is NaN or infinite \(batch: scene/00\d\.png, scene/00\d\.png\)",
+    ):
         distil(config)
     assert [path.name for path in list_checkpoints(config.output_dir)] == ["step-00000002.pt"]
 
@@ -276,14 +279,14 @@ def test_the_moving_average_is_what_is_saved(make_scene, make_config):
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_the_gradient_is_cut_to_its_largest_norm(make_scene, make_config, accumulate):
-    config = make_config(make_scene(), clip=0.01, accumulate=accumulate)
+    config = make_config(make_scene())
     student = load_student(config, open_scenes(list(config.bundles), None), torch.device("cpu"))
     parameters = prepare_training(student, config)
     before = [parameter.detach().clone() for parameter in parameters]
     optimizer = torch.optim.SGD(parameters, lr=1.0)  # moves the weights by just the gradient
     images = torch.randint(0, 256, (2, 3, 48, 64), dtype=torch.uint8)
-    inputs = StepInput(images, torch.randn(2, 64, 3, 4), torch.ones(2, 3, 4), torch.tensor(24.0))
-    EagerStep(DistillLoss(student, bf16=False), optimizer, parameters, config).run(inputs)
+    inputs = StepInput(images, torch.randn(2, 64, 3, 4), torch.ones(2, 3, 4), torch.tensor(24.0), torch.tensor(1.0))
+    EagerStep(DistillLoss(student, bf16=False), optimizer, parameters, 0.01, accumulate).run(inputs)
     moved = torch.stack([(old - new).norm() for old, new in zip(before, parameters)]).norm()
     assert float(moved) == pytest.approx(0.01, rel=1e-3)
 
@@ -328,15 +331,7 @@ def test_the_control_trains_on_the_teacher_alone(make_scene, make_config, teache
 
 
 def test_learning_rates(make_config):
-    config = make_config(lr=2.0, warmup_steps=4, schedule="cosine")
-    assert [learning_rate(config, step, 14) for step in (0, 3, 4, 9)] == pytest.approx([0.5, 2.0, 2.0, 1.0])
-    assert learning_rate(config, 14, 14) == pytest.approx(0.0)
-    assert learning_rate(make_config(lr=2.0), 13, 14) == 2.0
-
-
-def test_few_views_are_told_what_measures_best(make_config):
-    paper = make_config(lr=1e-5)
-    advice = advice_for_few_views(paper, num_views=600, num_steps=300)
-    assert advice is not None and "3e-5" in advice and "600 views" in advice
-    assert advice_for_few_views(paper, 140_451, 70_225) is None
-    assert advice_for_few_views(make_config(lr=3e-5), 600, 2000) is None
+    recipe = choose_recipe(make_config(lr=2.0, warmup_steps=4, schedule="cosine"), 10, 1)
+    assert [learning_rate(recipe, step, 14) for step in (0, 3, 4, 9)] == pytest.approx([0.5, 2.0, 2.0, 1.0])
+    assert learning_rate(recipe, 14, 14) == pytest.approx(0.0)
+    assert learning_rate(choose_recipe(make_config(lr=2.0), 10, 1), 13, 14) == 2.0

@@ -34,7 +34,19 @@ def start(config: DistillConfig, rank: int, port: int, *extra: str) -> subproces
         "PYTHONPATH": str(ROOT),
     }
     arguments = ["--bundles", *map(str, config.bundles), "--output-dir", str(config.output_dir), "--device", "cpu"]
-    arguments += ["--lr", str(config.lr), "--clip", str(config.clip), "--batch-size", "4", "--workers", "1", *extra]
+    arguments += [
+        "--recipe",
+        config.recipe,
+        "--lr",
+        str(config.lr),
+        "--clip",
+        str(config.clip),
+        "--batch-size",
+        "4",
+        "--workers",
+        "1",
+        *extra,
+    ]
     return subprocess.Popen(
         [sys.executable, "-m", "distill", *arguments],
         env=environment,

@@ -4,12 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from distill.controls import ControlTargets, low_dimensional_basis
 from distill.feed import Feed
 from distill.photo_store import PhotoStore
 from distill.sampler import Sampler
 from distill.scenes import SceneBank, open_scenes
 from distill.student import load_teacher
-from distill.targets import ControlTargets, LiftedTargets, accumulation_weights, low_dimensional_basis
+from distill.targets import LiftedTargets, accumulation_weights
 from fit3d_ns.features.decoder import FeatureDecoder
 from fit3d_ns.rasterization import rasterize
 from fit3d_ns.support.processes import World
@@ -81,7 +82,8 @@ def test_control_is_the_teacher_seen_through_the_basis(make_scene):
     photos = PhotoStore(scenes, 16, CPU)
     photos.fill(show=False)
     teacher = load_teacher(scenes, CPU)
-    made = ControlTargets(scenes, SceneBank(scenes, World(0, 1, CPU)), photos, teacher, CPU).make(0, [0, 1])
+    bank = SceneBank(scenes, World(0, 1, CPU))
+    made = ControlTargets("control", scenes, bank, photos, teacher, lifted(scenes), CPU).make(0, [0, 1])
     with torch.no_grad():
         own = teacher(photos.get([(0, 0), (0, 1)]).float() / 255).patch_tokens
     basis = low_dimensional_basis(scenes[0].bundle.read_scene().decoder)
@@ -149,7 +151,7 @@ def test_scenes_are_fetched_only_while_targets_need_them(make_scene, make_config
     photos.fill(show=False)
     source = LiftedTargets(scenes, bank, CPU, "weight", 0.5)
     if control:
-        source = ControlTargets(scenes, bank, photos, load_teacher(scenes, CPU), CPU)
+        source = ControlTargets("control", scenes, bank, photos, load_teacher(scenes, CPU), source, CPU)
     sampler = Sampler([scene.sampled_views() for scene in scenes], 2, seed=0, block_bytes=bank.block_bytes)
     feed = Feed(
         scenes, sampler, source, bank, photos, make_config(render_ahead=2), World(0, 1, CPU), kept_bytes=kept_bytes

@@ -173,7 +173,7 @@ def test_what_does_not_belong_together_is_refused_and_nothing_is_written(result,
     other = tmp_path / "other.safetensors"
     save_file({name: tensor + 1 for name, tensor in student.items()}, other)
     with pytest.raises(
-        UserError, match="other.safetensors does not hold the weights.*hashes differ.*--student-weights"
+        UserError, match="other.safetensors does not hold the weights.*hashes differ.*--original-weights"
     ):
         average_result(folder, 0.5, other)
     with pytest.raises(UserError, match="There is no folder .*nowhere"):

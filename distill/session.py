@@ -1,0 +1,186 @@
+"""One training from opened scenes to the files that it leaves."""
+
+import copy
+
+import torch
+
+from distill.config import DistillConfig
+from distill.controls import ControlTargets
+from distill.evaluation import Averages, HeldOutViews, SceneResult, Validation, measure_scene
+from distill.feed import Feed
+from distill.photo_store import PhotoStore
+from distill.recipes import choose_recipe, explain
+from distill.report import Findings, write_metrics, write_report
+from distill.result import make_card, push_to_hub
+from distill.sampler import Sampler
+from distill.scenes import Scene, SceneBank
+from distill.student import load_original, load_student, load_teacher, plain_state_dict
+from distill.targets import LiftedTargets, TargetSource
+from distill.trainer import Trainer, TrainingResult, read_resumed
+from fit3d_ns.backbones.averaging import interpolate
+from fit3d_ns.backbones.result_folder import check_dinov2, write_weights
+from fit3d_ns.support.curve_log import CurveLog
+from fit3d_ns.support.errors import UserError
+from fit3d_ns.support.processes import World
+
+
+class Session:
+    """Everything that one training holds, and frees at its end.
+
+    Args:
+        config: The user's choices.
+        scenes: The scenes to train on.
+        validation: Scenes to measure on while it trains, and at the end.
+        world: This process among its fellows.
+
+    Raises:
+        UserError: Whatever is wrong with scenes, choices or machine.
+    """
+
+    def __init__(self, config: DistillConfig, scenes: list[Scene], validation: list[Scene], world: World):
+        self.config = config
+        self.scenes = scenes
+        self.validation = validation
+        self.world = world
+        device = world.device
+        every = [*scenes, *validation]
+        views = [scene.sampled_views() for scene in scenes]
+        num_views = sum(len(sampled.views) for sampled in views)
+        self.recipe = choose_recipe(config, num_views, world.size * config.accumulate)
+        self.start = load_student(config, scenes, device)
+        self.original = load_original(config, scenes, self.start, device)
+        self._say_where_it_starts()
+        self.resumed = read_resumed(config, self.recipe, scenes, self.start)
+        if config.dinov2_layout:
+            check_dinov2(self.start.info.timm_id)
+        memory = _photo_memory(config, device)
+        self.photos = PhotoStore(
+            every,
+            self.start.info.patch_size,
+            device,
+            config.cache_dir,
+            config.workers,
+            config.data_root,
+            resident_bytes=memory,
+        )
+        self.bank = SceneBank(every, world, config.scene_placement, config.scene_memory)
+        world.say(self.bank.describe())
+        block_bytes = self.bank.block_bytes
+        if self.resumed is not None:  # the order of the views depends on it
+            block_bytes = self.resumed["block_bytes"]
+            self.bank.check_block(block_bytes)
+        recipe = self.recipe
+        self.lifted = LiftedTargets(every, self.bank, device, recipe.accumulation, config.min_accumulation)
+        self.targets: TargetSource = self.lifted
+        if config.targets != "lifted":
+            self.targets = self._control(every)
+        self.sampler = Sampler(views, recipe.batch_size, config.seed, recipe.flip, block_bytes)
+        photo_bytes = self.photos.num_bytes
+        left = memory - photo_bytes if photo_bytes <= memory else memory
+        self.feed = Feed(scenes, self.sampler, self.targets, self.bank, self.photos, config, world, kept_bytes=left)
+        self.curves: CurveLog | None = None
+
+    def run(self) -> None:
+        """Decodes photos, trains, and writes everything."""
+        config, world = self.config, self.world
+        try:
+            trainer = Trainer(
+                config,
+                self.recipe,
+                self.scenes,
+                copy.deepcopy(self.start),
+                self.feed,
+                self.sampler,
+                world,
+                self.resumed,
+            )
+            decoded = self.photos.fill(world.rank, world.size, show=world.is_main)
+            world.wait()
+            if world.local_size < world.size:  # another machine's share may have gone to a disk of its own
+                decoded += self.photos.fill(world.local_rank, world.local_size, show=False)
+                world.wait()
+            if decoded:
+                world.say(f"Decoded {decoded} photos; the next start finds them.")
+            num_views, num_scenes = self.sampler.num_views, len(self.scenes)
+            kind = world.device.type.upper()
+            world.say(explain(self.recipe, config, num_views, num_scenes, trainer.num_steps))
+            world.say(
+                f"{self.start.info.name}, layer {self.start.info.layer}: {trainer.num_parameters:,} weights to train "
+                f"on {world.size} {kind} process{'es' if world.size > 1 else ''}."
+            )
+            if world.is_main:
+                self.curves = CurveLog(config.output_dir, config.vis, "fit3d-distill", trainer.settings, trainer.step)
+                trainer.watch(self.curves, self._validation())
+            result = trainer.train()
+            if world.is_main:
+                self._finish(result)
+            world.wait()  # a process that leaves early takes the others' connection with it
+        finally:
+            if self.curves is not None:
+                self.curves.close()
+            self.photos.close()
+            self.bank.close()
+
+    def _say_where_it_starts(self) -> None:
+        original = self.scenes[0].info.teacher_original
+        if original is None or self.config.student is not None:
+            return
+        what = "that teacher" if self.config.start_from == "teacher" else f"{original['name']} itself"
+        self.world.say(
+            f"The scenes' teacher is itself a student of {original['name']}: the next one starts from {what} "
+            "(--start-from) and is averaged with the original."
+        )
+
+    def _control(self, scenes: list[Scene]) -> ControlTargets:
+        config, device = self.config, self.world.device
+        # Where student and teacher are the same, the file that the user names for one serves for both.
+        same = config.student is None and config.student_layer is None
+        teacher = load_teacher(scenes, device, config.student_weights if same else None).requires_grad_(False)
+        if teacher.info.patch_size != self.start.info.patch_size:
+            raise UserError(
+                f"--targets {config.targets} needs a student with the teacher's patch size: leave --student out."
+            )
+        return ControlTargets(config.targets, scenes, self.bank, self.photos, teacher, self.lifted, device)
+
+    def _views(self, index: int) -> HeldOutViews:
+        every, num_views = [*self.scenes, *self.validation], self.config.report_views
+        return HeldOutViews(every, index, self.original, self.targets, self.lifted, self.photos, num_views)
+
+    def _validation(self) -> Validation | None:
+        if not self.validation:
+            return None
+        first = len(self.scenes)
+        held_out = [self._views(first + number) for number in range(len(self.validation))]
+        weights = plain_state_dict(self.original.model)
+        return Validation(held_out, copy.deepcopy(self.original), weights, self.recipe.interpolate)
+
+    def _finish(self, result: TrainingResult) -> None:
+        config, world, amount = self.config, self.world, self.recipe.interpolate
+        student, original = plain_state_dict(result.model), plain_state_dict(self.original.model)
+        start = self.start.identity["weights_sha256"]
+        card = make_card(config, self.recipe, self.scenes, self.validation, self.original.identity, start, result)
+        averaged = interpolate(student, original, amount)
+        files = write_weights(config.output_dir, student, averaged, card, config.half, config.dinov2_layout)
+        world.say(f"Weights: {files[0]}")
+        averages = Averages(copy.deepcopy(self.original), student, original)
+        results = [self._measure(index, averages) for index in range(len(self.scenes) + len(self.validation))]
+        first = len(self.scenes)
+        findings = Findings(results[:first], results[first:], result.losses, result.validation)
+        write_metrics(config.output_dir, card, findings)
+        write_report(config.output_dir, card, findings)
+        files += [config.output_dir / "metrics.json", config.output_dir / "report.html"]
+        world.say(f"Report:  {files[-1]}")
+        if config.push_to_hub is not None:
+            world.say(f"Uploaded to {push_to_hub(config.push_to_hub, files)}")
+
+    def _measure(self, index: int, averages: Averages) -> SceneResult:
+        pictures = 2 if index < self.config.report_scenes else 0
+        return measure_scene(self._views(index), averages, self.recipe.interpolate, pictures)
+
+
+def _photo_memory(config: DistillConfig, device: torch.device) -> int:
+    if config.photo_memory is not None:
+        return int(config.photo_memory * 1e9)
+    if device.type == "cuda":
+        return int(0.15 * torch.cuda.mem_get_info(device)[0])
+    return 2_000_000_000
