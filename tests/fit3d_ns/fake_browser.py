@@ -45,7 +45,7 @@ class FakeBrowser:
         self.thread = RenderStateMachine(viewer, VISER_NERFSTUDIO_SCALE_RATIO, self)  # type: ignore[arg-type]
         self.thread.start()
 
-    def look(self, output=None, seconds=60.0):
+    def look(self, output=None, seconds=900.0):
         """Returns the picture of an output at full resolution, [H, W, 3] uint8.
 
         Args:
@@ -74,4 +74,4 @@ class FakeBrowser:
     def close(self):
         """Closes the browser."""
         self.thread.running = False
-        self.thread.join(timeout=20)
+        self.thread.join(timeout=900)

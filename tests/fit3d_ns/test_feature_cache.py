@@ -242,7 +242,7 @@ def start_filling(folder, spec, images, tmp_path, die_at=0) -> subprocess.Popen:
 def test_a_killed_process_leaves_whole_files_only_and_the_next_goes_on(spec, teacher, images, tmp_path):
     folder = tmp_path / "cache"
     process = start_filling(folder, spec, images, tmp_path, die_at=4)
-    process.communicate(timeout=120)
+    process.communicate(timeout=900)
     assert process.returncode == -signal.SIGKILL
     survivors = files(folder)
     (left_over,) = temporaries(folder)
@@ -263,7 +263,7 @@ def test_two_processes_filling_at_once_give_the_same_complete_cache(spec, teache
     together, alone = tmp_path / "together", tmp_path / "alone"
     processes = [start_filling(together, spec, images, tmp_path) for _ in range(2)]
     for process in processes:
-        process.communicate(timeout=120)
+        process.communicate(timeout=900)
         assert process.returncode == 0
     keys, loads = fill(FeatureCache(together, spec, MAX_SIZE), images, teacher)
     assert loads == 0 and not temporaries(together)

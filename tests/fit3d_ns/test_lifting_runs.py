@@ -166,7 +166,7 @@ def test_killed_command_resumes_to_the_same_result(splatfacto_run, lift_command,
     words = [sys.executable, "-m", "fit3d_ns.commands.lift.cli", *map(str, arguments)]
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     runs = tmp_path / "killed" / "scene" / "fit3d-splat"
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 900
     while not (runs / "a-lift" / "nerfstudio_models").exists() and time.monotonic() < deadline:
         assert process.poll() is None
         time.sleep(0.001)

@@ -38,7 +38,7 @@ def run_python(code, **environment):
 
 
 def finished_output(process):
-    output, errors = process.communicate(timeout=120)
+    output, errors = process.communicate(timeout=900)
     assert process.returncode == 0, errors
     return output.split()
 

@@ -129,7 +129,7 @@ def test_looking_while_training(scene, make_config, make_trainer, keep):
         with pytest.raises(_LookedEnough):
             trainer.train()
     finally:
-        watcher.join(timeout=60)
+        watcher.join(timeout=900)
         viewer.viser_server.stop()
     assert not failures, failures
     assert pictures.pop("steps") > 20

@@ -22,7 +22,7 @@ def test_a_slow_process_misses_no_shard(tmp_path, weights, colored_blocks, monke
     samples = list(load_data(DataChoice("folder", colored_blocks(), "segmentation")).train)
     samples = (samples * (4 * SHARD // len(samples) + 1))[: 4 * SHARD]
     backbones = FrozenBackbones({"original": load_backbone(BackboneSpec(TINY, weights["original"]), "cpu")}, "fp32")
-    barrier, process = threading.Barrier(2, timeout=60), threading.local()
+    barrier, process = threading.Barrier(2, timeout=900), threading.local()
     is_complete = module.is_complete_safetensors
 
     def look(path):
