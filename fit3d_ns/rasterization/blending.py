@@ -51,8 +51,9 @@ def list_tiles(means2d: Tensor, radii: Tensor, depths: Tensor, width: int, heigh
     """
     compile_kernels(means2d.dtype)
     tile_width, tile_height = -(-width // tile_size), -(-height // tile_size)
-    visible = np.flatnonzero(radii.numpy() > 0)
-    order = visible[np.argsort(depths.detach().numpy()[visible], kind="stable")].astype(np.int64, copy=False)
+    visible = np.flatnonzero(radii.numpy() > 0)  # [M]
+    nearest_first = np.argsort(depths.detach().numpy()[visible], kind="stable")  # [M]
+    order = visible[nearest_first].astype(np.int64, copy=False)  # [M]
     bounds = np.empty((len(order), 4), np.int32)
     tile_starts = np.zeros(tile_height * tile_width + 1, np.int64)
     slot_starts = np.empty(len(order) + 1, np.int64)
@@ -80,7 +81,7 @@ class BlendGaussians(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, means2d, conics, opacities, colors, backgrounds, tiles, width, height, absgrad):
+    def forward(ctx, means2d, conics, opacities, colors, tiles, width, height, absgrad):
         """Blends every view.
 
         Args:
@@ -90,7 +91,6 @@ class BlendGaussians(torch.autograd.Function):
             conics: Upper triangle of the inverse 2D covariance. [V, N, 3]
             opacities: [V, N]
             colors: [N, X] or [V, N, X]
-            backgrounds: [V, X] or None.
             tiles: One `TileLists` per view.
             width: Image width in pixels.
             height: Image height in pixels.
@@ -99,10 +99,10 @@ class BlendGaussians(torch.autograd.Function):
         Returns:
             Render [V, height, width, X] and alpha [V, height, width, 1].
         """
-        number_of_views, channels, dtype = len(tiles), colors.shape[-1], means2d.dtype
-        render = torch.zeros(number_of_views, height, width, channels, dtype=dtype)
-        transmittance = torch.ones(number_of_views, height, width, dtype=dtype)
-        last_entry = torch.full((number_of_views, height, width), -1, dtype=torch.int64)
+        num_views, channels, dtype = len(tiles), colors.shape[-1], means2d.dtype
+        render = torch.zeros(num_views, height, width, channels, dtype=dtype)  # [V, H, W, X]
+        transmittance = torch.ones(num_views, height, width, dtype=dtype)  # [V, H, W]
+        last_entry = torch.full((num_views, height, width), -1, dtype=torch.int64)  # [V, H, W]
         tables = []
         for v, lists in enumerate(tiles):
             table = np.empty((len(lists.order), kernels.GAUSSIAN_COLUMNS), render.numpy().dtype)
@@ -122,31 +122,26 @@ class BlendGaussians(torch.autograd.Function):
                 transmittance[v].numpy(),
                 last_entry[v].numpy(),
             )
-        if backgrounds is not None:
-            render += transmittance[..., None] * backgrounds[:, None, None, :]
-        ctx.save_for_backward(means2d, colors, backgrounds, transmittance, last_entry)
+        ctx.save_for_backward(means2d, colors, transmittance, last_entry)
         ctx.tiles, ctx.tables, ctx.absgrad = tiles, tables, absgrad
         return render, (1 - transmittance)[..., None]
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *output_gradients):  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Gradients of means2d, conics, opacities, colors and backgrounds, as far as they are asked for."""
+        """Gradients of means2d, conics, opacities and colors, as far as they are asked for."""
         render_gradient, alpha_gradient = output_gradients
-        means2d, colors, backgrounds, transmittance, last_entry = ctx.saved_tensors
+        means2d, colors, transmittance, last_entry = ctx.saved_tensors
         with_geometry, with_colors = any(ctx.needs_input_grad[:3]), ctx.needs_input_grad[3]
         render_gradient = render_gradient.contiguous()
-        # Transmittance enters the loss through alpha = 1 - T and through the background.
-        behind = -transmittance * alpha_gradient[..., 0]
-        if backgrounds is not None:
-            behind = behind + transmittance * (render_gradient * backgrounds[:, None, None, :]).sum(-1)
-        behind = behind.contiguous()
+        # Transmittance enters the loss through alpha = 1 - T.
+        behind = (-transmittance * alpha_gradient[..., 0]).contiguous()  # [V, H, W]
         geometry = means2d.new_zeros(*means2d.shape[:2], kernels.GRADIENT_COLUMNS) if with_geometry else None
         color_gradient = torch.zeros_like(colors) if with_colors else None
         for v, lists in enumerate(ctx.tiles):
-            number_of_slots = int(lists.slot_starts[-1])
-            geometry_slots = means2d.new_zeros(number_of_slots * with_geometry, kernels.GRADIENT_COLUMNS)
-            color_slots = means2d.new_zeros(number_of_slots * with_colors, colors.shape[-1])
+            num_slots = int(lists.slot_starts[-1])
+            geometry_slots = means2d.new_zeros(num_slots * with_geometry, kernels.GRADIENT_COLUMNS)  # [S or 0, 8]
+            color_slots = means2d.new_zeros(num_slots * with_colors, colors.shape[-1])  # [S or 0, X]
             run_parts(
                 kernels.blend_band_backward,
                 lists.tile_height,
@@ -170,16 +165,12 @@ class BlendGaussians(torch.autograd.Function):
                 _gather(lists, geometry_slots, geometry[v])
             if color_gradient is not None:
                 _gather(lists, color_slots, _of_view(color_gradient, v))
-        gradients: list[Tensor | None] = [None] * 9
+        gradients: list[Tensor | None] = [None] * 8
         if geometry is not None:
             gradients[0], gradients[1], gradients[2] = geometry[..., 0:2], geometry[..., 2:5], geometry[..., 5]
             if ctx.absgrad:
                 means2d.absgrad = geometry[..., 6:8].contiguous()
         gradients[3] = color_gradient
-        if ctx.needs_input_grad[4]:
-            # numpy sums in one fixed order, torch in one that depends on the number of threads
-            weighted = render_gradient * transmittance[..., None]
-            gradients[4] = torch.from_numpy(weighted.numpy().sum(axis=(1, 2)))
         return tuple(gradients)
 
 

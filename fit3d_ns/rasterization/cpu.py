@@ -10,38 +10,35 @@ import functools
 import importlib.metadata
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from fit3d_ns.rasterization.blending import BlendGaussians, TileLists, list_tiles
+from fit3d_ns.rasterization.blending import BlendGaussians, list_tiles
 from fit3d_ns.rasterization.projection import project_gaussians
 from fit3d_ns.rasterization.spherical_harmonics import spherical_harmonics_colors
 
 
 def rasterize_on_cpu(
-    means: Tensor,
-    quats: Tensor,
-    scales: Tensor,
-    opacities: Tensor,
-    colors: Tensor,
-    viewmats: Tensor,
-    Ks: Tensor,
+    means: Tensor,  # [N, 3]
+    quats: Tensor,  # [N, 4]
+    scales: Tensor,  # [N, 3]
+    opacities: Tensor,  # [N]
+    colors: Tensor,  # [(V,) N, X], or [(V,) N, K, 3] with sh_degree
+    viewmats: Tensor,  # [V, 4, 4]
+    Ks: Tensor,  # [V, 3, 3]
     width: int,
     height: int,
     near_plane: float,
     far_plane: float,
-    radius_clip: float,
     eps2d: float,
     sh_degree: int | None,
     tile_size: int,
-    backgrounds: Tensor | None,
     render_mode: str,
     absgrad: bool,
     rasterize_mode: str,
 ) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """Rasterises on the CPU; arguments and returns are those of `fit3d_ns.rasterization.rasterize`."""
-    number_of_views = len(viewmats)
+    num_views = len(viewmats)
     projected = project_gaussians(
         means,
         quats,
@@ -52,31 +49,25 @@ def rasterize_on_cpu(
         height,
         near_plane=near_plane,
         far_plane=far_plane,
-        radius_clip=radius_clip,
         eps2d=eps2d,
     )
     means2d, conics, depths = projected.means2d, projected.conics, projected.depths
-    view_opacities = opacities.expand(number_of_views, -1)
+    view_opacities = opacities.expand(num_views, -1)  # [V, N]
     if rasterize_mode == "antialiased":
         view_opacities = view_opacities * projected.compensations
     view_opacities = view_opacities.contiguous()
 
     if sh_degree is not None:
-        colors = spherical_harmonics_colors(sh_degree, means, colors, viewmats, projected.radii > 0)
-    if render_mode in ("D", "ED"):
-        colors = depths[..., None]
-        backgrounds = None if backgrounds is None else backgrounds.new_zeros(number_of_views, 1)
-    elif render_mode in ("RGB+D", "RGB+ED"):
-        colors = torch.cat([colors.expand(number_of_views, -1, -1), depths[..., None]], dim=-1)
-        if backgrounds is not None:
-            backgrounds = torch.cat([backgrounds, backgrounds.new_zeros(number_of_views, 1)], dim=-1)
+        colors = spherical_harmonics_colors(sh_degree, means, colors, viewmats, projected.radii > 0)  # [V, N, 3]
+    if render_mode == "ED":
+        colors = depths[..., None]  # [V, N, 1]
+    elif render_mode == "RGB+ED":
+        colors = torch.cat([colors.expand(num_views, -1, -1), depths[..., None]], dim=-1)  # [V, N, X + 1]
 
-    tiles = [
-        list_tiles(means2d[v], projected.radii[v], depths[v], width, height, tile_size) for v in range(number_of_views)
-    ]
+    tiles = [list_tiles(means2d[v], projected.radii[v], depths[v], width, height, tile_size) for v in range(num_views)]
     render, alpha = BlendGaussians.apply(
-        means2d, conics, view_opacities, colors.contiguous(), backgrounds, tiles, width, height, absgrad
-    )
+        means2d, conics, view_opacities, colors.contiguous(), tiles, width, height, absgrad
+    )  # [V, H, W, X], [V, H, W, 1]
     if render_mode in ("ED", "RGB+ED"):
         render = torch.cat([render[..., :-1], render[..., -1:] / alpha.clamp_min(1e-10)], dim=-1)
 
@@ -90,26 +81,12 @@ def rasterize_on_cpu(
         "opacities": view_opacities,
         "width": width,
         "height": height,
-        "n_cameras": number_of_views,
+        "n_cameras": num_views,
         "tile_size": tile_size,
-        **_tile_information(tiles, len(means)),
-    }
-    return render, alpha, info
-
-
-def _tile_information(tiles: list[TileLists], number_of_gaussians: int) -> dict[str, Any]:
-    """Gsplat's ``tile_width``, ``tile_height``, ``isect_offsets`` and ``flatten_ids``."""
-    offsets, flatten_ids, intersections = [], [], 0
-    for v, lists in enumerate(tiles):
-        offsets.append(lists.tile_starts[:-1].reshape(lists.tile_height, lists.tile_width) + intersections)
-        flatten_ids.append(lists.order[lists.entries] + v * number_of_gaussians)
-        intersections += len(lists.entries)
-    return {
         "tile_width": tiles[0].tile_width,
         "tile_height": tiles[0].tile_height,
-        "isect_offsets": torch.from_numpy(np.stack(offsets).astype(np.int32)),
-        "flatten_ids": torch.from_numpy(np.concatenate(flatten_ids).astype(np.int32)),
     }
+    return render, alpha, info
 
 
 @functools.cache

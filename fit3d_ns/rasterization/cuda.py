@@ -23,7 +23,7 @@ def rasterize_on_cuda(
     """
     if channel_chunk is None:
         channels = 3 if sh_degree is not None else colors.shape[-1]
-        channel_chunk = channels_per_launch(channels + (render_mode in ("RGB+D", "RGB+ED")))
+        channel_chunk = channels_per_launch(channels + (render_mode == "RGB+ED"))
     return load_gsplat()(
         colors=colors, sh_degree=sh_degree, render_mode=render_mode, channel_chunk=channel_chunk, **arguments
     )

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fit3d_ns.support.errors import UserError
 
-RENDER_MODES = ("RGB", "D", "ED", "RGB+D", "RGB+ED")
+RENDER_MODES = ("RGB", "ED", "RGB+ED")
 RASTERIZE_MODES = ("classic", "antialiased")
 
 
@@ -24,13 +24,11 @@ def rasterize(
     height: int,
     near_plane: float = 0.01,
     far_plane: float = 1e10,
-    radius_clip: float = 0.0,
     eps2d: float = 0.3,
     sh_degree: int | None = None,
     packed: bool = False,
     tile_size: int = 16,
-    backgrounds: Float[Tensor, "V X"] | None = None,
-    render_mode: Literal["RGB", "D", "ED", "RGB+D", "RGB+ED"] = "RGB",
+    render_mode: Literal["RGB", "ED", "RGB+ED"] = "RGB",
     sparse_grad: bool = False,
     absgrad: bool = False,
     rasterize_mode: Literal["classic", "antialiased"] = "classic",
@@ -55,14 +53,12 @@ def rasterize(
         height: Image height H in pixels.
         near_plane: Nearer Gaussians are left out, world units.
         far_plane: Farther Gaussians are left out, world units.
-        radius_clip: Gaussians with this radius or less are left out, pixels.
         eps2d: Blur added to the projected covariance, pixels squared.
         sh_degree: Degree of the spherical harmonics to use, 0 to 4, or None for plain colours.
         packed: gsplat's packed layout; the CPU backend has one layout, the dense one.
         tile_size: Side of a tile in pixels. 16 by default; 4 is faster on CUDA for renders of few tiles.
-        backgrounds: Colour behind everything, [V, D]; depth has none.
-        render_mode: "RGB" for the colours, "D" for accumulated depth, "ED" for expected depth (accumulated depth over
-            alpha), or colours with one of them as the last channel.
+        render_mode: "RGB" for the colours on a zero background, "ED" for expected depth (accumulated depth over
+            alpha), "RGB+ED" for colours with expected depth as the last channel.
         sparse_grad: gsplat's sparse gradients, only with ``packed``; always dense on the CPU.
         absgrad: Sets ``info["means2d"].absgrad`` in the backward pass: gradients summed by absolute value over pixels.
         rasterize_mode: "antialiased" scales opacities down by what ``eps2d`` adds to small Gaussians.
@@ -73,14 +69,14 @@ def rasterize(
         Render [V, H, W, X] (X = D, 1, or D + 1), alpha [V, H, W, 1] in [0, 1], and gsplat's dictionary of
         intermediate results: ``means2d`` [V, N, 2] (``retain_grad`` works on it), ``radii`` (0 where culled; [V, N],
         or [V, N, 2] with gsplat 1.5 and later), ``depths`` [V, N], ``conics`` [V, N, 3], ``opacities`` [V, N],
-        ``width``, ``height``, ``n_cameras``, ``tile_size``, ``tile_width``, ``tile_height``, ``isect_offsets``,
-        ``flatten_ids``.
+        ``width``, ``height``, ``n_cameras``, ``tile_size``, ``tile_width``, ``tile_height``; on CUDA also gsplat's tile
+        lists.
 
     Raises:
         ValueError: A shape, dtype, device or mode is wrong.
         UserError: On CUDA, gsplat's kernels cannot be loaded.
     """
-    _check_arguments(means, quats, scales, opacities, colors, viewmats, Ks, backgrounds, sh_degree)
+    _check_arguments(means, quats, scales, opacities, colors, viewmats, Ks, sh_degree)
     if render_mode not in RENDER_MODES:
         raise ValueError(f"render_mode {render_mode!r} is none of {RENDER_MODES}")
     if rasterize_mode not in RASTERIZE_MODES:
@@ -97,11 +93,9 @@ def rasterize(
         "height": height,
         "near_plane": near_plane,
         "far_plane": far_plane,
-        "radius_clip": radius_clip,
         "eps2d": eps2d,
         "sh_degree": sh_degree,
         "tile_size": tile_size,
-        "backgrounds": backgrounds,
         "render_mode": render_mode,
         "absgrad": absgrad,
         "rasterize_mode": rasterize_mode,
@@ -139,19 +133,13 @@ def check_backend(device: torch.device) -> None:
     load_gsplat()
 
 
-def _check_arguments(means, quats, scales, opacities, colors, viewmats, Ks, backgrounds, sh_degree) -> None:
+def _check_arguments(means, quats, scales, opacities, colors, viewmats, Ks, sh_degree) -> None:
     n, v = len(means), len(viewmats)
-    shapes = {
-        "means": (means, (n, 3)),
-        "quats": (quats, (n, 4)),
-        "scales": (scales, (n, 3)),
-        "opacities": (opacities, (n,)),
-        "viewmats": (viewmats, (v, 4, 4)),
-        "Ks": (Ks, (v, 3, 3)),
-    }
-    for name, (tensor, shape) in shapes.items():
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} has the shape {tuple(tensor.shape)} instead of {shape}")
+    tensors = {"means": means, "quats": quats, "scales": scales, "opacities": opacities, "viewmats": viewmats, "Ks": Ks}
+    shapes = {"means": (n, 3), "quats": (n, 4), "scales": (n, 3), "opacities": (n,), "viewmats": (v, 4, 4)}
+    for name, shape in {**shapes, "Ks": (v, 3, 3)}.items():
+        if tuple(tensors[name].shape) != shape:
+            raise ValueError(f"{name} has the shape {tuple(tensors[name].shape)} instead of {shape}")
     if v == 0:
         raise ValueError("there is no view to render")
     per_gaussian = 1 if sh_degree is None else 2  # dimensions that follow N
@@ -159,14 +147,11 @@ def _check_arguments(means, quats, scales, opacities, colors, viewmats, Ks, back
     if leading not in ((n,), (v, n)) or 0 in colors.shape[-per_gaussian:]:
         wanted = "[N, D] or [V, N, D]" if sh_degree is None else "[N, K, 3] or [V, N, K, 3]"
         raise ValueError(f"colors has the shape {tuple(colors.shape)} instead of {wanted} with N = {n}, V = {v}")
-    if sh_degree is not None and (colors.shape[-1] != 3 or not 0 <= sh_degree <= 4):
+    if sh_degree is not None and not (0 <= sh_degree <= 4 and colors.shape[-1] == 3):
         raise ValueError("spherical harmonics need 3 colour channels and a degree from 0 to 4")
     if sh_degree is not None and (sh_degree + 1) ** 2 > colors.shape[-2]:
         raise ValueError(f"sh_degree {sh_degree} needs {(sh_degree + 1) ** 2} coefficients, not {colors.shape[-2]}")
-    if backgrounds is not None and tuple(backgrounds.shape) != (v, colors.shape[-1]):
-        raise ValueError(f"backgrounds has the shape {tuple(backgrounds.shape)} instead of {(v, colors.shape[-1])}")
-    tensors = [tensor for tensor, _ in shapes.values()] + [colors] + ([] if backgrounds is None else [backgrounds])
-    if any(tensor.dtype != means.dtype or tensor.device != means.device for tensor in tensors):
+    if any(tensor.dtype != means.dtype or tensor.device != means.device for tensor in (*tensors.values(), colors)):
         raise ValueError("all tensors must have the dtype and the device of means")
     if means.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"means must be float32 or float64, not {means.dtype}")

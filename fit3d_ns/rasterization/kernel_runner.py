@@ -24,28 +24,28 @@ from fit3d_ns.rasterization import kernels
 _compile_lock = threading.Lock()
 
 
-def run_parts(kernel: Callable, number_of_parts: int, *arguments) -> None:
+def run_parts(kernel: Callable, num_parts: int, *arguments) -> None:
     """Calls ``kernel(part, *arguments)`` for every part, on as many threads as torch uses.
 
     The parts must write disjoint memory; which thread takes which part is then without effect on the result.
 
     Args:
         kernel: A compiled kernel that releases the GIL.
-        number_of_parts: The parts are 0 to this number minus one.
+        num_parts: The parts are 0 to this number minus one.
         *arguments: What follows the part in the kernel's signature.
     """
-    parts = iter(range(number_of_parts))  # next() of a range iterator is atomic under the GIL
+    parts = iter(range(num_parts))  # next() of a range iterator is atomic under the GIL
 
     def work() -> None:
         for part in parts:
             kernel(part, *arguments)
 
-    number_of_helpers = min(torch.get_num_threads(), number_of_parts) - 1
-    if number_of_helpers <= 0:
+    num_helpers = min(torch.get_num_threads(), num_parts) - 1
+    if num_helpers <= 0:
         work()
         return
-    with ThreadPoolExecutor(number_of_helpers) as pool:
-        helpers = [pool.submit(work) for _ in range(number_of_helpers)]
+    with ThreadPoolExecutor(num_helpers) as pool:
+        helpers = [pool.submit(work) for _ in range(num_helpers)]
         work()
         for helper in helpers:
             helper.result()

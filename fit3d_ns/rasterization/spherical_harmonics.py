@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from fit3d_ns.rasterization.projection import spread_over_gaussians
+from fit3d_ns.rasterization.projection import repeat_for_gaussians
 
 
 def spherical_harmonics_colors(
@@ -23,11 +23,11 @@ def spherical_harmonics_colors(
     Returns:
         Colours [V, N, 3], not bounded above.
     """
-    used = coefficients[..., : (degree + 1) ** 2, :]
-    camera_centers = torch.linalg.inv(viewmats)[:, :3, 3]
-    offsets = [means[:, k] - spread_over_gaussians(camera_centers[:, k], len(means)) for k in range(3)]
-    directions = torch.nn.functional.normalize(torch.stack(offsets, dim=-1), dim=-1)
-    colors = (_bases(degree, directions)[..., None] * used).sum(dim=-2)
+    used = coefficients[..., : (degree + 1) ** 2, :]  # [(V,) N, B, 3]
+    camera_centers = torch.linalg.inv(viewmats)[:, :3, 3]  # [V, 3]
+    offsets = [means[:, k] - repeat_for_gaussians(camera_centers[:, k], len(means)) for k in range(3)]  # 3 of [V, N]
+    directions = torch.nn.functional.normalize(torch.stack(offsets, dim=-1), dim=-1)  # [V, N, 3]
+    colors = (_bases(degree, directions)[..., None] * used).sum(dim=-2)  # [V, N, 3]
     return torch.clamp_min(torch.where(visible[..., None], colors, 0) + 0.5, 0.0)
 
 

@@ -22,10 +22,8 @@ def oracle_rasterize(
     height: int,
     near_plane: float = 0.01,
     far_plane: float = 1e10,
-    radius_clip: float = 0.0,
     eps2d: float = 0.3,
     tile_size: int = 16,
-    backgrounds: Tensor | None = None,
     render_mode: str = "RGB",
     rasterize_mode: str = "classic",
 ) -> tuple[Tensor, Tensor, dict[str, Any]]:
@@ -39,17 +37,13 @@ def oracle_rasterize(
     renders, alphas, radii, pixel_means = [], [], [], []
     for view, (viewmat, K) in enumerate(zip(viewmats, Ks)):
         ids, means2d, depths, conics, compensations, radius = _project(
-            means, quats, scales, viewmat, K, width, height, near_plane, far_plane, radius_clip, eps2d
+            means, quats, scales, viewmat, K, width, height, near_plane, far_plane, eps2d
         )
         radii.append(torch.zeros(len(means), dtype=torch.int32).index_put((ids,), radius.to(torch.int32)))
         opacity = opacities[ids] * (compensations if rasterize_mode == "antialiased" else 1)
         color = (colors if colors.dim() == 2 else colors[view])[ids]
-        background = None if backgrounds is None else backgrounds[view]
         if render_mode != "RGB":
-            zero = torch.zeros_like(depths[:0]).new_zeros(1)
             color = torch.cat([color, depths[:, None]], -1) if "RGB" in render_mode else depths[:, None]
-            if background is not None:
-                background = torch.cat([background, zero]) if "RGB" in render_mode else zero
         render = means.new_zeros(height, width, color.shape[-1])
         alpha = means.new_zeros(height, width, 1)
         near_to_far = torch.sort(depths, stable=True).indices
@@ -62,8 +56,6 @@ def oracle_rasterize(
                 tile_means = means2d[meets][:, None].expand(-1, len(pixels), -1)
                 pixel_means.append((view, ids[meets], tile_means))
                 tile_color, tile_alpha = _blend(tile_means - pixels, conics[meets], opacity[meets], color[meets])
-                if background is not None:
-                    tile_color = tile_color + (1 - tile_alpha) * background
                 render = render.index_put((y, x), tile_color.reshape(*y.shape, -1))
                 alpha = alpha.index_put((y, x), tile_alpha.reshape(*y.shape, 1))
         if "ED" in render_mode:
@@ -74,7 +66,7 @@ def oracle_rasterize(
     return torch.stack(renders), torch.stack(alphas), info
 
 
-def _project(means, quats, scales, viewmat, K, width, height, near_plane, far_plane, radius_clip, eps2d):
+def _project(means, quats, scales, viewmat, K, width, height, near_plane, far_plane, eps2d):
     in_camera = means @ viewmat[:3, :3].T + viewmat[:3, 3]
     ids = torch.nonzero((in_camera[:, 2] >= near_plane) & (in_camera[:, 2] <= far_plane))[:, 0]
     x, y, z = in_camera[ids].unbind(-1)
@@ -103,7 +95,7 @@ def _project(means, quats, scales, viewmat, K, width, height, near_plane, far_pl
         spread = torch.sqrt((half_trace**2 - torch.linalg.det(blurred)).clamp_min(0.01))
         radius = torch.ceil(3 * torch.sqrt(half_trace + spread))
         size = torch.tensor([width, height], dtype=means.dtype)
-        keep = ((means2d + radius[:, None] > 0) & (means2d - radius[:, None] < size)).all(-1) & (radius > radius_clip)
+        keep = ((means2d + radius[:, None] > 0) & (means2d - radius[:, None] < size)).all(-1)
     return ids[keep], means2d[keep], z[keep], conics[keep], compensations[keep], radius[keep]
 
 

@@ -34,8 +34,8 @@ def random_loss(render, alpha):
         {},
         {"rasterize_mode": "antialiased"},
         {"render_mode": "RGB+ED", "rasterize_mode": "antialiased"},
-        {"render_mode": "D"},
-        {"tile_size": 4, "render_mode": "RGB+D"},
+        {"render_mode": "ED"},
+        {"tile_size": 4, "render_mode": "RGB+ED"},
     ],
 )
 @pytest.mark.parametrize("channels", [3, 64])
@@ -44,13 +44,12 @@ def test_gradients_match_oracle(channels, options):
     for function in (rasterize, oracle_rasterize):
         scene, leaves = differentiable(random_scene(150, 2, WIDTH, HEIGHT, seed=3))
         leaves["colors"] = random(150, channels).requires_grad_()
-        leaves["backgrounds"] = random(2, channels, seed=2).requires_grad_()
-        render, alpha, _ = function(**scene, colors=leaves["colors"], backgrounds=leaves["backgrounds"], **options)
+        render, alpha, _ = function(**scene, colors=leaves["colors"], **options)
         random_loss(render, alpha).backward()
         gradients.append({name: leaf.grad for name, leaf in leaves.items()})
     for name, wanted in gradients[1].items():
-        if wanted is None:  # colours and backgrounds do not enter a depth map
-            assert options["render_mode"] == "D" and gradients[0][name] is None
+        if wanted is None:  # colours do not enter a depth map
+            assert options["render_mode"] == "ED" and gradients[0][name] is None
         else:
             torch.testing.assert_close(gradients[0][name], wanted, rtol=1e-7, atol=1e-8, msg=lambda m: f"{name}: {m}")
 
@@ -83,21 +82,20 @@ def test_colors_of_each_view_get_their_own_gradient():
 def test_finite_differences(rasterize_mode):
     scene, leaves = differentiable(random_scene(7, 2, 9, 8, seed=5, size=0.5))
     fixed = {name: value for name, value in scene.items() if name not in leaves}
-    colors, backgrounds = random(7, 2).requires_grad_(), random(2, 2, seed=2).requires_grad_()
+    colors = random(7, 2).requires_grad_()
 
-    def render_and_alpha(colors, backgrounds, *tensors):
+    def render_and_alpha(colors, *tensors):
         named = dict(zip(leaves, tensors))
         return rasterize(
             **fixed,
             **named,
             colors=colors,
-            backgrounds=backgrounds,
             rasterize_mode=rasterize_mode,
             render_mode="RGB+ED",
             tile_size=4,
         )[:2]
 
-    inputs = (colors, backgrounds, *leaves.values())
+    inputs = (colors, *leaves.values())
     assert torch.autograd.gradcheck(render_and_alpha, inputs, eps=1e-6, atol=1e-5, rtol=1e-4)
 
 

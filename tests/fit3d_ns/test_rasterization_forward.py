@@ -42,22 +42,20 @@ def test_antialiasing_changes_small_gaussians():
     assert antialiased.mean() < 0.8 * classic.mean()
 
 
-@pytest.mark.parametrize("render_mode", ["D", "ED", "RGB+D", "RGB+ED"])
-@pytest.mark.parametrize("with_background", [False, True])
-def test_depth_modes(render_mode, with_background):
+@pytest.mark.parametrize("render_mode", ["ED", "RGB+ED"])
+def test_depth_modes(render_mode):
     scene = random_scene(200, 2, WIDTH, HEIGHT)
-    backgrounds = colors_of(2, 3, seed=2) if with_background else None
-    render, _, _ = check(scene, colors_of(200, 3), render_mode=render_mode, backgrounds=backgrounds)
+    render, _, _ = check(scene, colors_of(200, 3), render_mode=render_mode)
     assert render.shape[-1] == (4 if "RGB" in render_mode else 1)
 
 
-def test_colors_and_backgrounds_of_each_view():
+def test_colors_of_each_view():
     scene = random_scene(200, 3, WIDTH, HEIGHT)
     colors = torch.stack([colors_of(200, 5, seed=s) for s in range(3)])
-    check(scene, colors, backgrounds=colors_of(3, 5, seed=4))
+    check(scene, colors)
 
 
-@pytest.mark.parametrize("options", [{"tile_size": 4}, {"tile_size": 8}, {"eps2d": 0.0}, {"radius_clip": 4.0}])
+@pytest.mark.parametrize("options", [{"tile_size": 4}, {"tile_size": 8}, {"eps2d": 0.0}])
 def test_options(options):
     check(random_scene(200, 1, WIDTH, HEIGHT), colors_of(200, 3), **options)
 
@@ -119,10 +117,8 @@ def test_needles_and_giants():
 def test_nothing_visible():
     scene = random_scene(30, 2, WIDTH, HEIGHT)
     scene["means"] = -scene["means"].abs() - 20
-    background = colors_of(2, 3)
-    render, alpha, info = rasterize(**scene, colors=colors_of(30, 3).requires_grad_(), backgrounds=background)
-    assert torch.equal(render, background[:, None, None].expand_as(render))
-    assert not alpha.any() and not one_radius(info).any() and len(info["flatten_ids"]) == 0
+    render, alpha, info = rasterize(**scene, colors=colors_of(30, 3).requires_grad_())
+    assert not render.any() and not alpha.any() and not one_radius(info).any()
     render.sum().backward()
 
 
@@ -165,8 +161,10 @@ def test_float32_stays_close_to_float64():
     assert (alpha - exact_alpha).norm() / exact_alpha.norm() < 1e-5
 
 
-def test_info_lists_intersections_as_gsplat_does():
+def test_tiles_list_gaussians_as_gsplat_does():
     from gsplat.cuda._torch_impl import _isect_offset_encode, _isect_tiles
+
+    from fit3d_ns.rasterization.blending import list_tiles
 
     scene = random_scene(60, 2, WIDTH, HEIGHT, dtype=torch.float32)
     _, _, info = rasterize(**scene, colors=colors_of(60, 3, dtype=torch.float32))
@@ -174,5 +172,13 @@ def test_info_lists_intersections_as_gsplat_does():
     tiles = info["tile_width"], info["tile_height"]
     assert tiles == (4, 3)
     _, isect_ids, flatten_ids = _isect_tiles(info["means2d"], info["radii"], info["depths"], 16, *tiles)
-    assert torch.equal(info["flatten_ids"], flatten_ids)
-    assert torch.equal(info["isect_offsets"], _isect_offset_encode(isect_ids, 2, *tiles))
+    starts = _isect_offset_encode(isect_ids, 2, *tiles)  # [V, rows of tiles, columns of tiles]
+    total = 0
+    for view in range(2):
+        means2d, radii, depths = info["means2d"][view], one_radius(info)[view], info["depths"][view]
+        lists = list_tiles(means2d, radii, depths, WIDTH, HEIGHT, 16)
+        ids = torch.from_numpy(lists.order[lists.entries]) + 60 * view
+        assert torch.equal(ids.int(), flatten_ids[total : total + len(ids)])
+        assert torch.equal(torch.from_numpy(lists.tile_starts[:-1]).int() + total, starts[view].flatten())
+        total += len(ids)
+    assert total == len(flatten_ids)

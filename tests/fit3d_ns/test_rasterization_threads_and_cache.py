@@ -56,9 +56,7 @@ def everything(scene, **options):
         name: value.clone().requires_grad_() for name, value in scene.items() if torch.is_tensor(value)
     }
     leaves["colors"] = torch.rand(len(scene["means"]), 16, 3, generator=torch.Generator().manual_seed(1)) - 0.3
-    leaves["backgrounds"] = torch.full((len(scene["viewmats"]), 3), 0.3)
-    for name in ("colors", "backgrounds"):
-        leaves[name].requires_grad_()
+    leaves["colors"].requires_grad_()
     leaves["Ks"].requires_grad_(False)
     render, alpha, info = rasterize(
         **leaves, width=scene["width"], height=scene["height"], sh_degree=3, absgrad=True, **options
@@ -143,7 +141,6 @@ def test_import_loads_neither_gsplat_nor_numba():
         {"colors": torch.zeros(4, 3)},
         {"colors": torch.zeros(5, 0)},
         {"colors": torch.zeros(5, 3, dtype=torch.float16)},
-        {"backgrounds": torch.zeros(1, 4)},
         {"viewmats": torch.zeros(0, 4, 4), "Ks": torch.zeros(0, 3, 3)},
         {"sh_degree": 1},
         {"sh_degree": 2, "colors": torch.zeros(5, 4, 3)},
