@@ -45,6 +45,7 @@ from fit3d_ns.backbones import BackboneSpec, backbone_identity, describe_backbon
 from fit3d_ns.backbones.architecture import build_model, resolve_architecture
 from fit3d_ns.data.photos import Photo, hash_file
 from fit3d_ns.features.grid import FEATURE_GRIDS
+from fit3d_ns.features.rendering import Geometry
 from fit3d_ns.runs.bundle import BundleCameras, BundleInfo, BundleView, SceneTensors, write_bundle
 from fit3d_ns.support.command_line import run_command
 from fit3d_ns.support.errors import UserError
@@ -346,10 +347,12 @@ def _room(gaussians: int, channels: int) -> SceneTensors:
     means[torch.arange(gaussians), wall] = side * (half[wall] - depth)
     size = 0.5 * (110.0 / gaussians) ** 0.5  # 110 square units of wall
     return SceneTensors(
-        means=means,
-        quats=torch.randn(gaussians, 4, generator=generator),
-        scales=size * torch.exp(0.5 * torch.randn(gaussians, 3, generator=generator)),
-        opacities=torch.sigmoid(torch.randn(gaussians, generator=generator)),
+        geometry=Geometry(
+            means=means,
+            quats=torch.randn(gaussians, 4, generator=generator),
+            scales=size * torch.exp(0.5 * torch.randn(gaussians, 3, generator=generator)),
+            opacities=torch.sigmoid(torch.randn(gaussians, generator=generator)),
+        ),
         features=torch.randn(gaussians, 64, generator=generator).half(),
         decoder=torch.randn(channels, 64, 3, 3, generator=generator) * 0.05,
     )

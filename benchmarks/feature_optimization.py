@@ -19,7 +19,7 @@ import torch
 import tyro
 
 from fit3d_ns.config import FusedAdamOptimizerConfig
-from fit3d_ns.features.decoder import FeatureDecoder
+from fit3d_ns.features.decoder import FeatureDecoder, decode_patches
 from fit3d_ns.features.grid import sample_teacher
 from fit3d_ns.features.metrics import feature_cosine, feature_l1
 from fit3d_ns.model import Fit3DSplatModel
@@ -92,7 +92,7 @@ class ManyFieldsModel(Fit3DSplatModel):
             grid = self.patch_grid(*camera.metadata["image_size"])
             decoder = self.decoders[number]
             assert isinstance(decoder, FeatureDecoder)
-            maps.append(decoder.decode_patches(low, self.feature_grid, grid, offset))
+            maps.append(decode_patches(low, decoder.weight, self.feature_grid, grid, offset))
         return maps
 
     def _trains_features(self) -> bool:

@@ -29,17 +29,18 @@ import tyro
 
 from fit3d_ns.commands.lift.cli import LiftCommand, open_source, run_lift
 from fit3d_ns.commands.lift.sources import source_from_run
-from fit3d_ns.features.decoder import FeatureDecoder
+from fit3d_ns.features.decoder import FeatureDecoder, decode_patches
 from fit3d_ns.features.grid import FEATURE_GRIDS
 from fit3d_ns.features.metrics import feature_l1
+from fit3d_ns.features.rendering import Geometry
 from fit3d_ns.lifting.evaluation import LiftEvaluation
 from fit3d_ns.lifting.lift import LiftScene, lift_features, project, teacher_basis
-from fit3d_ns.lifting.operator import FeatureOperator, Geometry
+from fit3d_ns.lifting.operator import FeatureOperator
 from fit3d_ns.lifting.settings import LiftSettings
 from fit3d_ns.lifting.solver import LiftSolver, LiftView
 from fit3d_ns.runs.checkpoints import read_checkpoint
 from fit3d_ns.runs.record import RECORD
-from fit3d_ns.scenes.views import model_geometry, streamed_scene
+from fit3d_ns.scenes.views import streamed_scene
 from fit3d_ns.support.errors import UserError
 from fit3d_ns.support.files import atomic_write_json
 from fit3d_ns.support.html_report import Report
@@ -94,7 +95,7 @@ class Bench:
         self.model = self.pipeline.fit3d_model
         self.scene: LiftScene = streamed_scene(self.pipeline.datamanager, self.model)
         self.width = self.model.fit3d_decoder.width
-        self.geometry = model_geometry(self.model)
+        self.geometry = self.model.geometry
         self.cuda = self.model.device.type == "cuda"
 
     def operator(self, grid: str = "fast") -> FeatureOperator:
@@ -253,7 +254,7 @@ def adam_row(bench: Bench, steps: int) -> dict[str, Any]:
         order = order or torch.randperm(len(views), generator=generator).tolist()
         view = views[order.pop()]
         low = operator.low_maps([view.camera], values)[0]
-        decoded = decoder.decode_patches(low, operator.feature_grid, view.camera.grid)
+        decoded = decode_patches(low, decoder.weight, operator.feature_grid, view.camera.grid)
         feature_l1(decoded, view.load(), view.weights).backward()
         for optimizer in optimizers:
             optimizer.step()

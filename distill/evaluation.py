@@ -13,7 +13,7 @@ from distill.scenes import Scene
 from distill.targets import LiftedTargets, TargetSource
 from fit3d_ns.backbones import Backbone
 from fit3d_ns.backbones.averaging import interpolate
-from fit3d_ns.features.metrics import choose_pairs, feature_cosine, feature_l1, view_match
+from fit3d_ns.features.metrics import MatchedViews, feature_cosine, feature_l1
 
 AMOUNTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Shares of the student at which the average with the original is measured."""
@@ -83,8 +83,8 @@ class HeldOutViews:
         # In half precision, as they are trained on: a validation scene's stay while training goes on.
         self.targets = [target.maps[0].half() for target in made]  # each [C, h, w]
         self._weights = [target.weights[0] for target in made]  # each [h, w]
-        self._surfaces = [geometry.surface(index, view) for view in self.views]
-        self._pairs = choose_pairs(self._surfaces, [self.scene.info.patch_grid(view) for view in self.views])
+        surfaces = [geometry.surface(index, view) for view in self.views]
+        self._matched = MatchedViews(surfaces, [self.scene.info.patch_grid(view) for view in self.views])
         self._original = [map_.half() for map_ in self.maps(original)]
 
     @torch.no_grad()
@@ -109,8 +109,8 @@ class HeldOutViews:
 
     def match(self, maps: Sequence[Float[Tensor, "C h w"]]) -> tuple[float, int] | None:
         """Returns the share of points found again, and how many there are; None where no two views share enough."""
-        match = view_match(maps, self._surfaces, self._pairs)
-        return (match.rate, match.num_points) if match.num_points else None
+        match = self._matched.match(maps)
+        return None if match is None else (match, self._matched.num_points)
 
     def photo(self, position: int) -> UInt8[Tensor, "H W 3"]:
         """Returns a view's photo, on the CPU; ``position`` counts the views taken."""

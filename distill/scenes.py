@@ -331,16 +331,16 @@ class SceneBank:
 
     def _read(self, index: int) -> SceneTensors:
         scene = self._scenes[index].bundle.read_scene()
-        return scene.pin_memory() if self._device.type == "cuda" else scene.to(torch.device("cpu"))
+        return scene.each(Tensor.pin_memory) if self._device.type == "cuda" else scene
 
     def _upload(self, index: int) -> SceneTensors:
         if self._stream is None:
             source = self._host.get(index) or self._read(index)
             # A copy, so that no page is read from disk while rendering.
-            return SceneTensors(**{name: tensor.clone() for name, tensor in vars(source).items()})
+            return source.each(Tensor.clone)
         with torch.cuda.stream(self._stream):  # around the reading too: it tells this thread which GPU is meant
             source = self._host.get(index) or self._read(index)
-            scene = source.to(self._device, non_blocking=True)
+            scene = source.each(lambda tensor: tensor.to(self._device, non_blocking=True))
         # The page-locked source must outlive the copy, and whoever gets the scene need not wait again.
         self._stream.synchronize()
         return scene
@@ -359,14 +359,14 @@ class SceneBank:
             used -= self._bytes[oldest]
             if self._stream is not None:
                 # Renders that read it may still be queued.
-                for tensor in vars(scene).values():
+                for tensor in scene.tensors().values():
                     tensor.record_stream(torch.cuda.current_stream(self._device))
         return used <= self.budget
 
 
 def _pinned_bytes(scene: Scene) -> int:
     """Host memory that a scene takes page-locked: torch rounds every tensor up to a power of two."""
-    return sum(1 << (tensor.nbytes - 1).bit_length() for tensor in vars(scene.bundle.read_scene()).values())
+    return sum(1 << (tensor.nbytes - 1).bit_length() for tensor in scene.bundle.read_scene().tensors().values())
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -3,7 +3,9 @@
 Nothing here is imported at a cost: nerfstudio's model modules are touched inside the functions only.
 """
 
+import functools
 import inspect
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +17,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 import yaml
+from torch.overrides import TorchFunctionMode
 
 from fit3d_ns.support.errors import UserError
 
@@ -123,7 +126,7 @@ class LazyLpips:
             from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
             try:
-                with torch.random.fork_rng():
+                with torch.random.fork_rng(devices=[]):  # networks are initialised on the CPU
                     self._metric = LearnedPerceptualImagePatchSimilarity(**self._arguments).to(image.device)
             except (OSError, RuntimeError) as error:  # URLError is an OSError; torch.hub raises RuntimeError
                 from nerfstudio.utils.rich_utils import CONSOLE
@@ -146,9 +149,22 @@ def lazy_lpips() -> Iterator[None]:
         yield
 
 
+class _CudaMeans(TorchFunctionMode):
+    """While active in a thread, its calls of ``Tensor.cuda()`` lead to another device."""
+
+    def __init__(self, device: torch.device):
+        super().__init__()
+        self._device = device
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.cuda:
+            return args[0].to(self._device)
+        return func(*args, **(kwargs or {}))
+
+
 @contextmanager
 def splatfacto_on(device: torch.device) -> Iterator[None]:
-    """While active, splatfacto's own methods run on ``device``; on CUDA nothing is changed.
+    """While active, splatfacto's own methods run on ``device``, in this thread; on CUDA nothing is changed.
 
     Splatfacto moves tensors with ``.cuda()`` in two places, calls gsplat's CUDA rasterizer and compiles a 4x4 matrix
     inverse with torch.compile, which needs a C++ compiler
@@ -160,25 +176,43 @@ def splatfacto_on(device: torch.device) -> Iterator[None]:
     if device.type == "cuda":
         yield
         return
+    _splatfacto_by_device()
+    with _CudaMeans(device):
+        yield
+
+
+@functools.cache
+def _splatfacto_by_device() -> None:
+    """Lets splatfacto's rasterizer and matrix inverse be chosen by the device of what they are given.
+
+    Once for the process, and on CUDA they are what they were: browsers render in threads of their own, so nothing may
+    be put back while another thread still needs it.
+    """
     from nerfstudio.models import splatfacto
 
     from fit3d_ns.rasterization import rasterize
 
-    eager_viewmat = getattr(splatfacto.get_viewmat, "_torchdynamo_orig_callable", splatfacto.get_viewmat)
-    with (
-        patch.object(torch.Tensor, "cuda", lambda tensor, *_, **__: tensor.to(device)),
-        patch.object(splatfacto, "rasterization", rasterize, create=True),
-        patch.object(splatfacto, "get_viewmat", eager_viewmat),
-    ):
-        yield
+    on_cuda = getattr(splatfacto, "rasterization", None)
+    compiled = splatfacto.get_viewmat
+    eager = getattr(compiled, "_torchdynamo_orig_callable", compiled)
+
+    def rasterization(*, means: torch.Tensor, **arguments: Any) -> Any:
+        return (on_cuda if means.is_cuda and on_cuda is not None else rasterize)(means=means, **arguments)
+
+    def get_viewmat(camera_to_world: torch.Tensor) -> torch.Tensor:
+        return (compiled if camera_to_world.is_cuda else eager)(camera_to_world)
+
+    setattr(splatfacto, "rasterization", rasterization)
+    setattr(splatfacto, "get_viewmat", get_viewmat)
 
 
 def clamp_refinement_pause(strategy: Any) -> bool:
-    """Keeps scenes of thousands of images densifying.
+    """Lets scenes densify whose number of images would stop it for good.
 
-    Splatfacto pauses refinement after each opacity reset for as many steps as there are images, so from about 2,900
-    images on the pause never ends (https://github.com/nerfstudio-project/nerfstudio/issues/2927). At least a third of
-    the steps between two resets is kept for refinement.
+    Splatfacto pauses refinement after each opacity reset for as many steps as there are images, and refines at every
+    n-th step only: from about 2,900 images on, no such step is left between two resets
+    (https://github.com/nerfstudio-project/nerfstudio/issues/2927). Then, and only then, a third of the steps between
+    two resets is kept for refinement.
 
     Args:
         strategy: gsplat's strategy, changed in place.
@@ -189,10 +223,10 @@ def clamp_refinement_pause(strategy: Any) -> bool:
     pause, reset = getattr(strategy, "pause_refine_after_reset", None), getattr(strategy, "reset_every", None)
     if pause is None or reset is None:
         return False  # MCMC neither resets nor pauses
-    longest = reset * 2 // 3
-    if pause <= longest:
+    # gsplat refines where step % refine_every == 0 and step % reset >= pause; this is the largest such remainder.
+    if pause <= reset - math.gcd(reset, strategy.refine_every):
         return False
-    strategy.pause_refine_after_reset = longest
+    strategy.pause_refine_after_reset = reset * 2 // 3
     return True
 
 

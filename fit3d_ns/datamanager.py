@@ -299,7 +299,8 @@ class Fit3DDataManager(FullImageDatamanager[PhotoDataset]):
             for index in range(len(self._dataset(split))):
                 sources.append(partial(self._photo, split, index, len(splits) > 1))
         python_state = random.getstate()
-        with torch.random.fork_rng():
+        device = torch.device(self.device)
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             keys = cache.fill(
                 sources,
                 load_teacher=lambda: load_backbone(spec, self.device),

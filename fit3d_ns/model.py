@@ -1,14 +1,15 @@
 """Splatfacto with a feature on every Gaussian and a decoder to the teacher's width."""
 
+from collections.abc import Callable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.data.scene_box import OrientedBox
-from nerfstudio.models import splatfacto
 from nerfstudio.models.splatfacto import SplatfactoModel, SplatfactoModelConfig
 from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
@@ -21,8 +22,9 @@ from fit3d_ns.features.decoder import FeatureDecoder
 from fit3d_ns.features.grid import FEATURE_GRIDS, FeatureGrid, sample_teacher, sampling_offset
 from fit3d_ns.features.metrics import feature_cosine, feature_l1
 from fit3d_ns.features.pca import ColorBasis
+from fit3d_ns.features.rendering import Geometry, decode_views, render_features, viewmats_of
 from fit3d_ns.lifting.settings import LiftSettings
-from fit3d_ns.rasterization import rasterize
+from fit3d_ns.runs.checkpoints import check_features
 from fit3d_ns.runs.frozen_geometry import freeze_configuration, take_over_run
 from fit3d_ns.support.errors import UserError
 
@@ -34,6 +36,9 @@ DECODER = "fit3d_decoder"
 FEATURE_INTERVALS = {"paper": 1, "fast": 4}
 """Steps between two trainings of the features. FiT3D trains them at every step; a feature needs far fewer steps than
 geometry, and more of them fit single views instead of their agreement (docs/benchmarks.md)."""
+
+
+ExtraOutputs = Callable[[Callable[..., Any], Cameras, Any], Any]
 
 
 @dataclass
@@ -81,6 +86,11 @@ class Fit3DSplatModel(SplatfactoModel):
     """
 
     config: Fit3DSplatModelConfig
+    extra_outputs: ExtraOutputs | None = None
+    """Wraps ``get_outputs_for_camera`` where somebody looks: gets its rendering function, camera and crop box."""
+
+    on_measured: Callable[[Mapping[str, Any], Mapping[str, Any], Tensor, Mapping[str, float]], None] | None = None
+    """Told of each held-out view that is measured: its outputs, its batch, its decoded map and the features' scores."""
 
     def populate_modules(self) -> None:
         """Builds splatfacto, then features and decoder; random numbers of the former are not disturbed.
@@ -94,6 +104,11 @@ class Fit3DSplatModel(SplatfactoModel):
             raise UserError(
                 f"--pipeline.model.feature-dim {self.config.feature_dim} is out of range: 1 to the {teacher.width} "
                 "channels of this teacher."
+            )
+        if self.config.feature_interval is not None and self.config.feature_interval < 1:
+            raise UserError(
+                f"--pipeline.model.feature-interval {self.config.feature_interval} is out of range: at least 1, every "
+                "step; leave it out for the feature grid's own."
             )
         if self.frozen and self.config.features == "lift":
             raise UserError(
@@ -119,9 +134,6 @@ class Fit3DSplatModel(SplatfactoModel):
             features.normal_(std=0.1, generator=generator)
         self.gauss_params[FEATURES] = Parameter(features)
         self.fit3d_decoder = FeatureDecoder(self.config.feature_dim, teacher.width, generator)
-        from fit3d_ns.viewer.feature_view import FeatureView
-
-        self.feature_view = FeatureView(self)
 
     @property
     def frozen(self) -> bool:
@@ -157,7 +169,7 @@ class Fit3DSplatModel(SplatfactoModel):
         Raises:
             UserError: If the checkpoint has no features, or features of another dimension or width.
         """
-        self._check_feature_shapes(dict)
+        check_features(dict, self.config.feature_dim, self.fit3d_decoder.width)
         self.step = 30000  # as splatfacto: all spherical harmonics are active in a loaded model
         num_points = dict["gauss_params.means"].shape[0]
         for parameter in self.gauss_params.values():
@@ -165,7 +177,6 @@ class Fit3DSplatModel(SplatfactoModel):
         if self.num_train_data == 0:  # the run's photos are gone: what it learned about each is of its number of views
             for name, parameter in self.named_parameters():
                 parameter.data = parameter.data.new_zeros(dict.get(name, parameter).shape)
-        self.feature_view.refresh()
         # LPIPS has no weights here (compat.LazyLpips); a splatfacto checkpoint may carry them.
         state = {name: value for name, value in dict.items() if not name.startswith("lpips.")}
         return super(SplatfactoModel, self).load_state_dict(state, **kwargs)
@@ -199,53 +210,50 @@ class Fit3DSplatModel(SplatfactoModel):
         return outputs
 
     def get_outputs_for_camera(self, camera: Cameras, obb_box: OrientedBox | None = None) -> Any:
-        """Renders splatfacto's outputs and the pictures of `fit3d_ns.viewer`, each computed only if it is looked at.
+        """Renders splatfacto's outputs, and what ``extra_outputs`` makes of them.
 
         Args:
             camera: One camera.
             obb_box: Part of the scene to render; all of it if None.
         """
-        visible = self.feature_view.visible(obb_box)
-        return self.feature_view.extend(super().get_outputs_for_camera(camera, visible), camera, visible)  # type: ignore[arg-type]
+        render = super().get_outputs_for_camera
+        return self.extra_outputs(render, camera, obb_box) if self.extra_outputs else render(camera, obb_box)
+
+    @property
+    def geometry(self) -> Geometry:
+        """The Gaussians in the units of the rasteriser, without gradients."""
+        return Geometry(
+            means=self.means.detach(),
+            quats=self.quats.detach(),
+            scales=torch.exp(self.scales.detach()),
+            opacities=torch.sigmoid(self.opacities.detach()).squeeze(-1),
+        )
 
     def render_low(
         self,
         camera: Cameras,
         values: Float[Tensor, "N D"] | None = None,
         render_size: tuple[int, int] | None = None,
+        visible: Bool[Tensor, "N"] | None = None,
     ) -> tuple[Float[Tensor, "D H W"], Float[Tensor, "1 H W"]]:
         """Renders the low-dimensional features, by the feature grid's rule and over detached geometry.
 
         Args:
             camera: One camera, at the photo's size.
-            values: Other values to render instead of the features.
-            render_size: Height and width of the maps, instead of those of the grid's rule.
+            values: [N, D] other values to render instead of the features.
+            render_size: Height H and width W of the maps in pixels, instead of those of the grid's rule.
+            visible: [N] which Gaussians are there; all of them if None.
 
         Returns:
-            Blended features on a zero background (not divided by accumulation, as FiT3D), and accumulation in [0, 1].
+            Blended features [D, H, W] on a zero background (not divided by accumulation, as FiT3D), and accumulation
+            [1, H, W] in [0, 1].
         """
         size = image_size(camera)
         render_size = render_size or self.feature_grid.render_size(size, self.patch_grid(*size))
-        colors = self.gauss_params[FEATURES] if values is None else values
-        viewmats, intrinsics = self._view_matrices(camera, render_size, optimized=self.training)
-        rows = slice(None)
-        if self.crop_box is not None and not self.training:
-            rows = self.crop_box.within(self.means).reshape(-1)
-        features, alpha, _ = rasterize(
-            means=self.means.detach()[rows],
-            quats=self.quats.detach()[rows],
-            scales=torch.exp(self.scales.detach()[rows]),
-            opacities=torch.sigmoid(self.opacities.detach()[rows]).squeeze(-1),
-            colors=colors[rows],
-            viewmats=viewmats,
-            Ks=intrinsics,
-            width=render_size[1],
-            height=render_size[0],
-            packed=False,
-            tile_size=self.feature_grid.tile_size,
-            rasterize_mode=self.feature_grid.rasterize_mode,
-        )
-        return features[0].permute(2, 0, 1), alpha[0].permute(2, 0, 1)
+        shown = self.gauss_params[FEATURES] if values is None else values
+        matrices = self._matrices(camera, corrected=self.training)
+        low, alpha = render_features(self.geometry, shown, *matrices, size, render_size, self.feature_grid, visible)
+        return low[0], alpha[0]
 
     def decode_view(self, camera: Cameras, offset: tuple[float, float] = (0.0, 0.0)) -> Float[Tensor, "C h w"]:
         """Renders a view's features and decodes them on the teacher's patch grid.
@@ -254,41 +262,52 @@ class Fit3DSplatModel(SplatfactoModel):
             camera: One camera, at the photo's size.
             offset: Shift of the sampling points in patches (y, x).
         """
-        grid = self.patch_grid(*image_size(camera))
-        low, _ = self.render_low(camera)
-        return self.fit3d_decoder.decode_patches(low, self.feature_grid, grid, offset)
+        size = image_size(camera)
+        features, kernel = self.gauss_params[FEATURES], self.fit3d_decoder.weight
+        matrices = self._matrices(camera, corrected=self.training)
+        maps, _ = decode_views(
+            self.geometry, features, kernel, *matrices, size, self.patch_grid(*size), self.feature_grid, offset
+        )
+        return maps[0]
 
     @torch.no_grad()
-    def view_matrices(
-        self, camera: Cameras, optimized: bool = False
-    ) -> tuple[Float[Tensor, "4 4"], Float[Tensor, "3 3"]]:
+    def corrected(self, camera: Cameras) -> Cameras:
+        """Returns a training view's camera where camera optimization moved it (by default it moves none).
+
+        Args:
+            camera: One training camera, with its ``cam_idx``.
+        """
+        moved = deepcopy(camera)
+        moved.camera_to_worlds = self.camera_optimizer.apply_to_camera(camera).detach()
+        # Without its number, whatever is done with it: it must not be moved twice.
+        moved.metadata = {name: value for name, value in (camera.metadata or {}).items() if name != "cam_idx"}
+        return moved
+
+    @torch.no_grad()
+    def view_matrices(self, camera: Cameras) -> tuple[Float[Tensor, "4 4"], Float[Tensor, "3 3"]]:
         """Returns world-to-camera (OpenCV axes) and the intrinsics in the photo's pixels.
 
         Args:
             camera: One camera, at the photo's size.
-            optimized: Whether what camera optimization learned about this training view is applied.
         """
-        viewmats, intrinsics = self._view_matrices(camera, image_size(camera), optimized)
+        viewmats, intrinsics = self._matrices(camera, corrected=False)
         return viewmats[0], intrinsics[0]
 
     @torch.no_grad()
-    def surface_view(self, camera: Cameras) -> View:
+    def surface_view(self, camera: Cameras, outputs: Mapping[str, Any] | None = None) -> View:
         """Returns a camera with the depth and accumulation that the splat renders for it.
 
         Args:
             camera: One camera, at the photo's size.
+            outputs: Of ``get_outputs_for_camera`` for this camera; rendered here if None.
         """
-        outputs = self.get_outputs_for_camera(camera)
-        depth = outputs["depth"][..., 0]
-        viewmats, intrinsics = self._view_matrices(camera, (depth.shape[0], depth.shape[1]), optimized=False)
-        return View(
-            viewmat=viewmats[0],
-            K=intrinsics[0],
-            width=depth.shape[1],
-            height=depth.shape[0],
-            depth=depth,
-            accumulation=outputs["accumulation"][..., 0],
-        )
+        rendered: Any = outputs or self.get_outputs_for_camera(camera)
+        depth, accumulation = rendered["depth"][..., 0], rendered["accumulation"][..., 0]  # [H, W]
+        viewmat, K = self.view_matrices(camera)
+        (height, width), K = image_size(camera), K.clone()
+        K[0] *= depth.shape[1] / width
+        K[1] *= depth.shape[0] / height
+        return View(viewmat, K, depth.shape[1], depth.shape[0], depth, accumulation)
 
     def get_loss_dict(
         self, outputs: dict[str, Any], batch: dict[str, Any], metrics_dict: dict[str, Any] | None = None
@@ -341,25 +360,23 @@ class Fit3DSplatModel(SplatfactoModel):
             teacher = batch["teacher"].float()
             decoded = self.decode_view(batch["camera"])
             weights = batch.get("patch_weights")
-            metrics["feature_l1"] = float(feature_l1(decoded, teacher, weights))
-            metrics["feature_cosine"] = float(feature_cosine(decoded, teacher, weights))
+            scores = {
+                "feature_l1": float(feature_l1(decoded, teacher, weights)),
+                "feature_cosine": float(feature_cosine(decoded, teacher, weights)),
+            }
+            if self.on_measured is not None:
+                self.on_measured(outputs, batch, decoded, scores)
+            metrics.update(scores)
             basis = ColorBasis.fit(teacher.flatten(1).T)
             pair = torch.cat([teacher, decoded], dim=2)
             images["features"] = basis.to_rgb(pair.permute(1, 2, 0))
         return metrics, images
 
-    def _view_matrices(
-        self, camera: Cameras, render_size: tuple[int, int], optimized: bool
-    ) -> tuple[Float[Tensor, "1 4 4"], Float[Tensor, "1 3 3"]]:
-        """World-to-camera (OpenCV axes) and intrinsics of a camera rendered at another size, without gradients."""
-        pose = self.camera_optimizer.apply_to_camera(camera) if optimized else camera.camera_to_worlds
-        intrinsics = camera.get_intrinsics_matrices().to(self.device).reshape(1, 3, 3).clone()
-        height, width = image_size(camera)
-        intrinsics[:, 0] *= render_size[1] / width
-        intrinsics[:, 1] *= render_size[0] / height
-        with compat.splatfacto_on(self.device):
-            viewmats = splatfacto.get_viewmat(pose.detach().to(self.device).reshape(1, 3, 4))
-        return viewmats, intrinsics
+    def _matrices(self, camera: Cameras, corrected: bool) -> tuple[Float[Tensor, "1 4 4"], Float[Tensor, "1 3 3"]]:
+        """World-to-camera (OpenCV axes) and intrinsics in the photo's pixels, without gradients."""
+        pose = self.camera_optimizer.apply_to_camera(camera) if corrected else camera.camera_to_worlds
+        intrinsics = camera.get_intrinsics_matrices().to(self.device).reshape(1, 3, 3)
+        return viewmats_of(pose.detach().to(self.device).reshape(1, 3, 4)), intrinsics
 
     def _trains_features(self) -> bool:
         if self.config.features == "lift":
@@ -374,26 +391,9 @@ class Fit3DSplatModel(SplatfactoModel):
     def _frozen_outputs(self, camera: Cameras) -> dict[str, Any]:
         """Colour without gradients, for the logs of a run whose geometry is frozen."""
         self.training = False
+        self.set_crop(None)  # that of the last picture that the viewer showed
         try:
             with torch.no_grad():
                 return super().get_outputs(camera)
         finally:
             self.training = True
-
-    def _check_feature_shapes(self, state: dict[str, Tensor]) -> None:
-        features, weight = state.get(f"gauss_params.{FEATURES}"), state.get(f"{DECODER}.weight")
-        if features is None or weight is None:
-            raise UserError(
-                "The checkpoint holds no lifted features (a plain splatfacto run?): to add features to it, train with "
-                "--pipeline.model.init-from instead of --load-dir."
-            )
-        if features.shape[1] != self.config.feature_dim:
-            raise UserError(
-                f"The checkpoint's features have {features.shape[1]} dimensions, but --pipeline.model.feature-dim is "
-                f"{self.config.feature_dim}: use the same value."
-            )
-        if weight.shape[0] != self.fit3d_decoder.width:
-            raise UserError(
-                f"The checkpoint was trained with a teacher of {weight.shape[0]} channels, but "
-                f"--pipeline.datamanager.backbone has {self.fit3d_decoder.width}: use the same teacher."
-            )

@@ -1,9 +1,9 @@
 """nerfstudio's pipeline with a checkpoint that resumes exactly, and consistency between views as a metric."""
 
 import json
-import math
 import random
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +12,20 @@ import torch
 from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttributes, TrainingCallbackLocation
 from nerfstudio.pipelines.base_pipeline import VanillaPipeline, VanillaPipelineConfig
 from nerfstudio.utils.rich_utils import CONSOLE
+from nerfstudio.viewer.viewer_elements import ViewerButton
 
 from fit3d_ns.backbones import check_timm
 from fit3d_ns.compat import check_gsplat, resume_adds_steps
 from fit3d_ns.datamanager import Fit3DDataManager
-from fit3d_ns.features.metrics import choose_pairs, feature_cosine, feature_l1, view_match
 from fit3d_ns.model import Fit3DSplatModel
 from fit3d_ns.rasterization import check_backend
 from fit3d_ns.runs.checkpoints import find_checkpoint, run_folder
+from fit3d_ns.scenes.evaluation import EvaluationPass
+from fit3d_ns.scenes.teacher_views import TeacherViews
 from fit3d_ns.support.errors import UserError
+from fit3d_ns.viewer.controls import FeatureControls
+from fit3d_ns.viewer.feature_view import FeatureView
+from fit3d_ns.viewer.outputs import look
 
 
 @dataclass
@@ -54,14 +59,10 @@ class Fit3DPipeline(VanillaPipeline):
         self._resumed_state: dict[str, Any] | None = None
         self._trains = False
         self._lift_asked_for = False
-        from fit3d_ns.scenes.teacher_views import TeacherViews
-        from fit3d_ns.viewer.controls import FeatureControls
-
-        model.feature_view.teacher = TeacherViews(self.datamanager, model)
-        self.features = FeatureControls(model.feature_view)
+        self.feature_view = FeatureView(model, TeacherViews(self.datamanager, model))
+        model.extra_outputs = partial(look, self.feature_view)
+        self.features = FeatureControls(self.feature_view)
         if model.config.features == "lift":
-            from nerfstudio.viewer.viewer_elements import ViewerButton
-
             if kwargs.get("test_mode", "val") == "val":
                 self._check_lift()
             self.lift_button = ViewerButton(name="Lift features", cb_hook=self.features.reporting(self.ask_for_lift))
@@ -89,6 +90,16 @@ class Fit3DPipeline(VanillaPipeline):
         """The model, with its type."""
         assert isinstance(self._model, Fit3DSplatModel)
         return self._model
+
+    def load_pipeline(self, loaded_state: dict[str, Any], step: int) -> None:
+        """Loads a checkpoint; pictures of the features take their colours from it.
+
+        Args:
+            loaded_state: Tensors and the extra state by name.
+            step: Of the checkpoint.
+        """
+        super().load_pipeline(loaded_state, step)
+        self.feature_view.refresh()
 
     def get_extra_state(self) -> dict[str, Any]:
         """Returns what nerfstudio's checkpoints lack for an exact resume, and what the features were lifted with.
@@ -125,8 +136,8 @@ class Fit3DPipeline(VanillaPipeline):
             changes = ", ".join(f"{name} {trained.get(name)} (now {asked[name]})" for name in differing)
             raise UserError(f"The checkpoint was trained with {changes}: use the same flags, or start a new run.")
         self._resumed_state = state
-        assert self.fit3d_model.feature_view.teacher is not None
-        self.fit3d_model.feature_view.teacher.identity = state.get("teacher_identity")
+        assert self.feature_view.teacher is not None
+        self.feature_view.teacher.identity = state.get("teacher_identity")
 
     def check_resumes(self, checkpoint: Path, state: dict[str, Any]) -> None:
         """Checks, before it is loaded, that a checkpoint was trained on these views and with these weights.
@@ -194,37 +205,15 @@ class Fit3DPipeline(VanillaPipeline):
     def get_average_eval_image_metrics(
         self, step: int | None = None, output_path: Path | None = None, get_std: bool = False
     ) -> dict[str, float]:
-        """Averages the per-view metrics and adds ``view_match_teacher`` and ``view_match_lifted``.
-
-        The features' metrics are means of the views that have any: a view whose mask hides all of it has none.
-        The latter two are shares in [0, 1] over all held-out views together, see
-        `fit3d_ns.features.metrics.view_match`; they are left out where no two held-out views share enough surface.
-        """
-        metrics = super().get_average_eval_image_metrics(step, output_path, get_std)
-        if not self.fit3d_model.has_features:
-            return metrics
-        self.eval()
-        views, teacher_maps, lifted_maps = [], [], []
-        per_view: dict[str, list[float]] = {"feature_l1": [], "feature_cosine": []}
-        for camera, batch in self.datamanager.fixed_indices_eval_dataloader:
-            lifted_maps.append(self.fit3d_model.decode_view(camera))
-            teacher_maps.append(batch["teacher"].float())
-            views.append(self.fit3d_model.surface_view(camera))
-            for name, measure in (("feature_l1", feature_l1), ("feature_cosine", feature_cosine)):
-                per_view[name].append(float(measure(lifted_maps[-1], teacher_maps[-1], batch.get("patch_weights"))))
-        self.train()
-        for name, values in per_view.items():
-            measured = torch.tensor([value for value in values if not math.isnan(value)])
-            metrics[name] = float(measured.mean())
-            if get_std:
-                metrics[f"{name}_std"] = float(measured.std())
-        pairs = choose_pairs(views, [(teacher.shape[1], teacher.shape[2]) for teacher in teacher_maps])
-        for name, maps in (("teacher", teacher_maps), ("lifted", lifted_maps)):
-            match = view_match(maps, views, pairs)
-            if match.num_points > 0:
-                metrics[f"view_match_{name}"] = match.rate
-                metrics["view_match_points"] = match.num_points
-        return metrics
+        """Averages the per-view metrics and adds those of the features over all views (see `EvaluationPass`)."""
+        model = self.fit3d_model
+        features = EvaluationPass(model, len(self.datamanager.eval_dataset))
+        model.on_measured = features.add
+        try:
+            metrics = super().get_average_eval_image_metrics(step, output_path, get_std)
+        finally:
+            model.on_measured = None
+        return {**metrics, **features.metrics(get_std)}
 
     def _lift_when_due(self, step: int, trainer: Any) -> None:
         """Lifts after the last step and writes the record beside the checkpoint; earlier where the viewer asks."""
@@ -245,6 +234,8 @@ class Fit3DPipeline(VanillaPipeline):
         self.eval()
         scene = resident_scene(self.datamanager, self.fit3d_model)
         lift = lift_scene(self.fit3d_model, scene, settings)
+        self.feature_view.refresh()
+        self.feature_view.take_disagreement(lift.variance, lift.coverage)
         if folder is not None:
             report = lift_report(self.fit3d_model, scene, lift, self.datamanager.teacher_info.name)
             write_record(folder, lift, settings, report)

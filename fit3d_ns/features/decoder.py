@@ -37,22 +37,29 @@ class FeatureDecoder(nn.Module):
         """Decodes every pixel of a rendered map."""
         return torch.nn.functional.conv2d(low, self.weight, padding=1)
 
-    def decode_patches(
-        self,
-        low: Float[Tensor, "D H W"],
-        feature_grid: FeatureGrid,
-        grid: tuple[int, int],
-        offset: tuple[float, float] = (0.0, 0.0),
-    ) -> Float[Tensor, "C h w"]:
-        """Decodes a rendered map on the patch grid only.
 
-        Equals decoding every pixel and sampling the result with ``feature_grid`` (see ``FeatureGrid.windows``).
+def decode_patches(
+    low: Float[Tensor, "*V D H W"],
+    kernel: Float[Tensor, "C D 3 3"],
+    feature_grid: FeatureGrid,
+    grid: tuple[int, int],
+    offset: tuple[float, float] = (0.0, 0.0),
+) -> Float[Tensor, "*V C h w"]:
+    """Decodes rendered maps on the patch grid only.
 
-        Args:
-            low: Rendered map, of ``feature_grid.render_size``.
-            feature_grid: The rule it was rendered with.
-            grid: Height and width of the patch grid.
-            offset: Shift of the sampling points, in patches (y, x); see ``FeatureGrid.windows``.
-        """
-        windows = feature_grid.windows(low, grid, offset).flatten(0, 1)
-        return torch.einsum("ck,khw->chw", self.weight.flatten(1), windows)
+    Equals decoding every pixel and sampling the result with ``feature_grid`` (see ``FeatureGrid.windows``).
+
+    Args:
+        low: [D, H, W] or [V, D, H, W], one rendered map or several, of ``feature_grid.render_size``.
+        kernel: [C, D, 3, 3], the decoder's.
+        feature_grid: The rule that they were rendered with.
+        grid: Height h and width w of the patch grid.
+        offset: Shift of the sampling points, in patches (y, x); see ``FeatureGrid.windows``.
+
+    Returns:
+        [C, h, w] or [V, C, h, w].
+    """
+    # Sampling treats channels alike and apart, so views may stand in line with them.
+    windows = feature_grid.windows(low.reshape(-1, *low.shape[-2:]), grid, offset)  # [V D, 9, h, w]
+    windows = windows.reshape(*low.shape[:-3], kernel[0].numel(), -1)  # [*V, D 9, h w]
+    return torch.matmul(kernel.flatten(1), windows).unflatten(-1, grid)

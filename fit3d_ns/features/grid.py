@@ -107,11 +107,12 @@ def sampling_offset(step: int) -> tuple[float, float]:
 
     FiT3D takes the L1 loss at every pixel, against the teacher's map resized bilinearly to the image. One point per
     patch, moving from step to step through the patch, has the same expectation at a hundredth of the cost. The points
-    are the two-dimensional golden-ratio sequence: evenly spread, and a pure function of the step, so training draws no
-    random number for it and a resumed run sees the same points.
+    are the R2 sequence of the plastic number, which is to two dimensions what the golden ratio is to one: evenly
+    spread, and a pure function of the step, so training draws no random number for it and a resumed run sees the same
+    points.
     """
-    golden = 1.32471795724474602596  # the real root of x^3 = x + 1
-    return (0.5 + step / golden) % 1.0 - 0.5, (0.5 + step / golden**2) % 1.0 - 0.5
+    plastic = 1.32471795724474602596  # the real root of x^3 = x + 1
+    return (0.5 + step / plastic) % 1.0 - 0.5, (0.5 + step / plastic**2) % 1.0 - 0.5
 
 
 def sample_teacher(teacher: Float[Tensor, "C h w"], offset: tuple[float, float]) -> Float[Tensor, "C h w"]:

@@ -1,23 +1,26 @@
 """How well lifted features keep the teacher's content, and how well they agree between views.
 
-`feature_l1` and `feature_cosine` compare a map with the teacher's map of the same view. `view_match` compares maps of
+`feature_l1` and `feature_cosine` compare a map with the teacher's map of the same view. `MatchedViews` compares maps of
 different views: a feature that belongs to a point of the surface, not to a picture of it, finds that point again.
 Mean cosine of matched points is no such measure, because features that are alike everywhere score high on it.
 """
 
 import itertools
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from fit3d_ns.features.correspondences import Correspondences, View, ViewStack, correspondences
+from fit3d_ns.support.samples import evenly_spaced
 
 MATCH_RADIUS = 1.5
 """Distance, in patches, up to which a nearest neighbour counts as the true one."""
+
+MATCH_VIEWS = 40
+"""Most views of a scene whose maps are compared with each other; whoever has more takes evenly spaced ones. Bounds
+memory, and time, which grows with the square of their number."""
 
 _SIMILARITIES_PER_STEP = 1 << 22
 """Cosines held at a time by `match_rate`: 16 MiB in float32."""
@@ -66,21 +69,6 @@ def feature_cosine(
     return _masked_mean(torch.nn.functional.cosine_similarity(pred.float(), teacher.float(), dim=0), mask)
 
 
-@dataclass(frozen=True)
-class ViewMatch:
-    """Result of :func:`view_match`.
-
-    Attributes:
-        rate: share of points matched, in [0, 1]; NaN if there was no point to match.
-        num_points: points matched, both directions of every pair counted.
-        num_pairs: pairs of views compared.
-    """
-
-    rate: float
-    num_points: int
-    num_pairs: int
-
-
 def match_rate(
     map_a: Float[Tensor, "C ha wa"],
     map_b: Float[Tensor, "C hb wb"],
@@ -119,7 +107,6 @@ def choose_pairs(
     min_overlap: float = 0.4,
     min_displacement: float = MATCH_RADIUS,
     max_pairs: int = 40,
-    max_views: int = 40,
 ) -> list[tuple[int, int]]:
     """Chooses the pairs of views that are worth comparing, by geometry alone and without chance.
 
@@ -135,7 +122,6 @@ def choose_pairs(
         min_overlap: least share of a view's surface that the other view sees, in (0, 1].
         min_displacement: in patches.
         max_pairs: most pairs returned.
-        max_views: of more views than this, as many evenly spaced ones are considered (cost grows with their square).
 
     Returns:
         Pairs (a, b) with a < b, sorted; none if no pair is eligible.
@@ -145,52 +131,72 @@ def choose_pairs(
     """
     if len(views) != len(grids):
         raise ValueError(f"{len(views)} views but {len(grids)} patch grids")
-    considered = _evenly_spaced(list(range(len(views))), max_views)
     # A third of the grid in each direction estimates the overlap well enough, nine times as fast.
     coarse = [(max(1, round(h / 3)), max(1, round(w / 3))) for h, w in grids]
-    overlap, displacement = _overlaps([views[a] for a in considered], [(coarse[a], grids[a]) for a in considered])
+    overlap, displacement = _overlaps(views, list(zip(coarse, grids)))
     eligible = []
-    for (i, a), (j, b) in itertools.combinations(enumerate(considered), 2):
-        least = min(overlap[i][j], overlap[j][i])
-        if least >= min_overlap and min(displacement[i][j], displacement[j][i]) >= min_displacement:
+    for a, b in itertools.combinations(range(len(views)), 2):
+        least = min(overlap[a][b], overlap[b][a])
+        if least >= min_overlap and min(displacement[a][b], displacement[b][a]) >= min_displacement:
             eligible.append((-least, a, b))
-    return sorted((a, b) for _, a, b in _evenly_spaced(sorted(eligible), max_pairs))
+    return sorted((a, b) for _, a, b in evenly_spaced(sorted(eligible), max_pairs))
 
 
-def view_match(
-    maps: Sequence[Float[Tensor, "C h w"]],
-    views: Sequence[View],
-    pairs: Sequence[tuple[int, int]] | None = None,
-) -> ViewMatch:
-    """Share of surface points seen in two views that their features find again in the other view.
+class MatchedViews:
+    """Views that share surface, and which of their patches show the same points.
 
-    For each pair and in both directions, the feature of a patch whose centre the other view sees too is looked up among
-    all patches of that view; it is a hit if the one with the largest cosine lies within 1.5 patches of the true place.
-    Chance is about 7 patches over the number of patches.
+    Depends on no features: chosen once, any number of sets of maps is compared on the same pairs of views and the same
+    points.
 
     Args:
-        maps: one feature map for each view; grids may differ.
-        views: the cameras and rendered depths of the same views.
-        pairs: from :func:`choose_pairs` (pass the same to compare two sets of maps); chosen here if None.
+        views: V views, at most `MATCH_VIEWS` of a scene.
+        grids: (h, w) of each view's patch grid.
+        pairs: Of `choose_pairs`, by which they are chosen if None.
 
-    Returns:
-        The rate over all points of all pairs, with the counts.
+    Attributes:
+        num_pairs: Pairs of views that are compared.
+        num_points: Points that are looked for, both directions of every pair counted.
 
     Raises:
-        ValueError: if there are not as many maps as views.
+        ValueError: If there are not as many grids as views.
     """
-    if len(maps) != len(views):
-        raise ValueError(f"{len(maps)} maps but {len(views)} views")
-    grids = [(feature_map.shape[-2], feature_map.shape[-1]) for feature_map in maps]
-    if pairs is None:
-        pairs = choose_pairs(views, grids)
-    hits, total = 0, 0
-    for a, b in pairs:
-        for first, second in ((a, b), (b, a)):
-            points = correspondences(views[first], views[second], grids[first], grids[second])
-            pair_hits, pair_total = match_rate(maps[first], maps[second], points)
-            hits, total = hits + pair_hits, total + pair_total
-    return ViewMatch(rate=hits / total if total else math.nan, num_points=total, num_pairs=len(pairs))
+
+    def __init__(
+        self,
+        views: Sequence[View],
+        grids: Sequence[tuple[int, int]],
+        pairs: Sequence[tuple[int, int]] | None = None,
+    ) -> None:
+        pairs = choose_pairs(views, grids) if pairs is None else pairs
+        self._grids = list(grids)
+        self._points = [
+            (a, b, correspondences(views[a], views[b], grids[a], grids[b]))
+            for pair in pairs
+            for a, b in (pair, (pair[1], pair[0]))
+        ]
+        self.num_pairs = len(pairs)
+        self.num_points = sum(len(points) for _, _, points in self._points)
+
+    def match(self, maps: Sequence[Float[Tensor, "C h w"]]) -> float | None:
+        """Returns the share of surface points seen in two views that their features find again in the other view.
+
+        For each pair and in both directions, the feature of a patch whose centre the other view sees too is looked up
+        among all patches of that view; it is a hit if the one with the largest cosine lies within 1.5 patches of the
+        true place. Chance is about 7 patches over the number of patches.
+
+        Args:
+            maps: [C, h, w], one feature map for each view, any float dtype.
+
+        Returns:
+            In [0, 1], over all points of all pairs; None where there is no point to match.
+
+        Raises:
+            ValueError: If there are not as many maps as views, or one is of another grid.
+        """
+        if [(feature_map.shape[-2], feature_map.shape[-1]) for feature_map in maps] != self._grids:
+            raise ValueError(f"{len(maps)} maps do not fit {len(self._grids)} views with the patch grids {self._grids}")
+        hits = sum(match_rate(maps[a], maps[b], points)[0] for a, b, points in self._points)
+        return hits / self.num_points if self.num_points else None
 
 
 def _check_maps(pred: Tensor, teacher: Tensor, mask: Tensor | None) -> None:
@@ -246,9 +252,3 @@ def _overlaps(
             counts[a, b] = valid.sum(1).to(counts)
             shifts[a, b] = torch.where(valid, shift, torch.nan).nanmedian(1).values.nan_to_num(0)
     return (counts / counts.diagonal().clamp_min(1)[:, None]).tolist(), shifts.tolist()
-
-
-def _evenly_spaced(items: list, count: int) -> list:
-    if len(items) <= count:
-        return items
-    return [items[(2 * k + 1) * len(items) // (2 * count)] for k in range(count)]

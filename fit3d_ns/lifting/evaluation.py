@@ -3,19 +3,18 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from fit3d_ns.features.correspondences import Correspondences, View, correspondences
+from fit3d_ns.features.correspondences import View
 from fit3d_ns.features.decoder import FeatureDecoder
-from fit3d_ns.features.metrics import choose_pairs, feature_cosine, feature_l1, match_rate
+from fit3d_ns.features.metrics import MATCH_VIEWS, MatchedViews, feature_cosine, feature_l1
 from fit3d_ns.lifting.operator import FeatureOperator
 from fit3d_ns.lifting.solver import LiftView
-
-MATCH_VIEWS = 40
-"""Most views whose maps are compared with each other; bounds memory."""
+from fit3d_ns.support.samples import evenly_spaced
 
 
 @dataclass(frozen=True)
@@ -33,45 +32,38 @@ class EvaluationView:
     photo: Callable[[], UInt8[Tensor, "H W 3"]]
 
 
-class MatchedViews:
-    """Views that share surface, and which of their patches show the same points.
+@dataclass(frozen=True)
+class MatchedSplit:
+    """Views whose maps are compared with each other.
 
-    Held-out views where enough of them share surface, training views otherwise. Chosen once for a scene: it renders
-    depth maps and compares views by pairs, and depends on no features.
+    Attributes:
+        split: ``held-out`` or ``training``, for people.
+        views: The views; none where no two share enough surface.
+        points: Which of their patches show the same points.
+    """
+
+    split: Literal["held-out", "training"]
+    views: list[EvaluationView]
+    points: MatchedViews
+
+
+def choose_matched(held_out: Sequence[EvaluationView], training: Sequence[EvaluationView]) -> MatchedSplit:
+    """Chooses the views to compare: held-out ones where enough of them share surface, training views otherwise.
+
+    Once for a scene: it renders depth maps and compares views by pairs, and depends on no features.
 
     Args:
         held_out: Views that no feature was lifted from.
         training: Views that features were lifted from.
     """
-
-    def __init__(self, held_out: Sequence[EvaluationView], training: Sequence[EvaluationView]) -> None:
-        self.split = "held-out"
-        self.views, self._points = self._choose(held_out)
-        if not self._points:
-            self.split = "training"
-            self.views, self._points = self._choose(training)
-
-    def match(self, maps: Sequence[Float[Tensor, "C h w"]]) -> float | None:
-        """Returns ``view_match`` of one map for each of ``views``, in [0, 1]; None where there is nothing to match."""
-        counts = [match_rate(maps[a], maps[b], points) for a, b, points in self._points]
-        total = sum(count for _, count in counts)
-        return sum(hits for hits, _ in counts) / total if total else None
-
-    @staticmethod
-    def _choose(
-        views: Sequence[EvaluationView],
-    ) -> tuple[list[EvaluationView], list[tuple[int, int, Correspondences]]]:
-        """Evenly spaced views, and the points of every pair that is worth comparing; no views where there is none."""
-        count = min(MATCH_VIEWS, len(views))
-        chosen = [views[(2 * k + 1) * len(views) // (2 * count)] for k in range(count)]
-        grids = [item.view.camera.grid for item in chosen]
-        surfaces = [item.surface() for item in chosen]
-        points = [
-            (first, second, correspondences(surfaces[first], surfaces[second], grids[first], grids[second]))
-            for pair in (choose_pairs(surfaces, grids) if surfaces else [])
-            for first, second in (pair, pair[::-1])
-        ]
-        return (chosen, points) if points else ([], [])
+    splits: tuple[tuple[Literal["held-out", "training"], Sequence[EvaluationView]], ...]
+    splits = (("held-out", held_out), ("training", training))
+    for split, views in splits:
+        chosen = evenly_spaced(views, MATCH_VIEWS)
+        points = MatchedViews([item.surface() for item in chosen], [item.view.camera.grid for item in chosen])
+        if points.num_points:
+            return MatchedSplit(split, chosen, points)
+    return MatchedSplit("training", [], MatchedViews([], []))
 
 
 class LiftEvaluation:
@@ -83,7 +75,7 @@ class LiftEvaluation:
         matched: Views whose maps are compared with each other.
     """
 
-    def __init__(self, operator: FeatureOperator, held_out: Sequence[EvaluationView], matched: MatchedViews) -> None:
+    def __init__(self, operator: FeatureOperator, held_out: Sequence[EvaluationView], matched: MatchedSplit) -> None:
         self._operator = operator
         self._held_out = held_out
         self._matched = matched
@@ -92,18 +84,18 @@ class LiftEvaluation:
         """Returns ``feature_cosine`` and ``feature_l1`` to the teacher, averaged over the held-out views."""
         scores = _Fidelity()
         for item in self._held_out:
-            scores.add(decode_view(self._operator, item.view, values, decoder), item.view)
+            scores.add(self._operator.decode(item.view.camera, values, decoder), item.view)
         return scores.mean()
 
     def consistency(self, values: Float[Tensor, "N D"], decoder: FeatureDecoder) -> float | None:
         """Returns ``view_match`` of the decoded maps, in [0, 1]; None where no two views share enough surface."""
-        return self._matched.match(
-            [decode_view(self._operator, item.view, values, decoder) for item in self._matched.views]
+        return self._matched.points.match(
+            [self._operator.decode(item.view.camera, values, decoder) for item in self._matched.views]
         )
 
     def teacher_consistency(self) -> float | None:
         """Returns ``view_match`` of the teacher's own maps on the same pairs."""
-        return self._matched.match([item.view.load().float() for item in self._matched.views])
+        return self._matched.points.match([item.view.load().float() for item in self._matched.views])
 
     def measure(self, values: Float[Tensor, "N D"], decoder: FeatureDecoder) -> dict[str, float]:
         """Returns fidelity and consistency under the names that ``ns-eval`` uses."""
@@ -138,7 +130,7 @@ class LiftEvaluation:
         measured = []
         for dim in dims:
             numbers = {"dim": dim, **scores[dim].mean()}
-            match = self._matched.match([_expand(low, basis, dim) for low in lows])
+            match = self._matched.points.match([_expand(low, basis, dim) for low in lows])
             measured.append(numbers if match is None else {**numbers, "view_match_lifted": match})
         return measured
 
@@ -146,15 +138,6 @@ class LiftEvaluation:
         """What the centre tap of a decoder reads."""
         low = self._operator.low_maps([view.camera], values)[0]
         return self._operator.feature_grid.windows(low, view.camera.grid)[:, 4].clone()
-
-
-@torch.no_grad()
-def decode_view(
-    operator: FeatureOperator, view: LiftView, values: Float[Tensor, "N D"], decoder: FeatureDecoder
-) -> Float[Tensor, "C h w"]:
-    """Returns a view's lifted features on the teacher's patch grid, as evaluation and distillation read them."""
-    low = operator.low_maps([view.camera], values)[0]
-    return decoder.decode_patches(low, operator.feature_grid, view.camera.grid)
 
 
 class _Fidelity:

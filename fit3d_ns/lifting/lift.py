@@ -14,7 +14,7 @@ from torch import Tensor
 from fit3d_ns.features.decoder import FeatureDecoder
 from fit3d_ns.features.pca import FeatureCovariance, PCABasis
 from fit3d_ns.lifting.decoder_fit import centre_tap, fit_decoder
-from fit3d_ns.lifting.evaluation import EvaluationView, LiftEvaluation, MatchedViews
+from fit3d_ns.lifting.evaluation import EvaluationView, LiftEvaluation, MatchedSplit, choose_matched
 from fit3d_ns.lifting.operator import FeatureOperator
 from fit3d_ns.lifting.settings import LiftSettings
 from fit3d_ns.lifting.solver import SEEN, Advance, LiftSolver, LiftView
@@ -41,9 +41,9 @@ class LiftScene:
     training_surfaces: Sequence[EvaluationView]
 
     @functools.cached_property
-    def matched(self) -> MatchedViews:
+    def matched(self) -> MatchedSplit:
         """Views whose maps are compared with each other; chosen when first asked for."""
-        return MatchedViews(self.held_out, self.training_surfaces)
+        return choose_matched(self.held_out, self.training_surfaces)
 
 
 @dataclass

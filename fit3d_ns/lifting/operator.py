@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from fit3d_ns.features.decoder import FeatureDecoder
 from fit3d_ns.features.grid import FeatureGrid
+from fit3d_ns.features.rendering import Geometry, decode_views, render_features
 from fit3d_ns.lifting.memory import rendering_budget
-from fit3d_ns.rasterization import rasterize
 
 _SAMPLES = {"area": 1, "bilinear": 4}
 """Points per patch and side at which a rule's render is compared with the teacher. Averages need one; where a rule
@@ -26,26 +27,6 @@ reads single points, what lies between them counts too, as in FiT3D's loss at ev
 _COPIES = 4
 """Copies of values and render that one view holds at most: gsplat's own of the values, the renders of its launches put
 together, and the gradients of all of them."""
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """Gaussians without their colours, in the units of the rasteriser.
-
-    Attributes:
-        means: [N, 3] centres in world coordinates.
-        quats: [N, 4] rotations as wxyz quaternions of any length but zero.
-        scales: [N, 3] standard deviations, world units.
-        opacities: [N] in [0, 1].
-    """
-
-    means: Float[Tensor, "N 3"]
-    quats: Float[Tensor, "N 4"]
-    scales: Float[Tensor, "N 3"]
-    opacities: Float[Tensor, "N"]
-
-    def __len__(self) -> int:
-        return self.means.shape[0]
 
 
 @dataclass(frozen=True)
@@ -81,9 +62,7 @@ class FeatureOperator:
     """
 
     def __init__(self, geometry: Geometry, feature_grid: FeatureGrid) -> None:
-        self.geometry = Geometry(
-            geometry.means.detach(), geometry.quats.detach(), geometry.scales.detach(), geometry.opacities.detach()
-        )
+        self.geometry = geometry.detach()
         self.feature_grid = feature_grid
 
     def batch_size(self, camera: PatchCamera, channels: int, most: int) -> int:
@@ -160,26 +139,27 @@ class FeatureOperator:
         """
         if len({(camera.image_size, camera.grid) for camera in cameras}) != 1:
             raise ValueError("views rendered together must share image size and patch grid")
-        (height, width), grid = cameras[0].image_size, cameras[0].grid
-        render_height, render_width = self.feature_grid.render_size((height, width), grid)
-        intrinsics = torch.stack([camera.K for camera in cameras]).to(values).clone()
-        intrinsics[:, 0] *= render_width / width
-        intrinsics[:, 1] *= render_height / height
-        render, _, _ = rasterize(
-            means=self.geometry.means,
-            quats=self.geometry.quats,
-            scales=self.geometry.scales,
-            opacities=self.geometry.opacities,
-            colors=values,
-            viewmats=torch.stack([camera.viewmat for camera in cameras]).to(values),
-            Ks=intrinsics,
-            width=render_width,
-            height=render_height,
-            packed=False,
-            tile_size=self.feature_grid.tile_size,
-            rasterize_mode=self.feature_grid.rasterize_mode,
+        image_size, grid = cameras[0].image_size, cameras[0].grid
+        render_size = self.feature_grid.render_size(image_size, grid)
+        viewmats, Ks = _stacked(cameras, values)
+        return render_features(self.geometry, values, viewmats, Ks, image_size, render_size, self.feature_grid)[0]
+
+    @torch.no_grad()
+    def decode(
+        self, camera: PatchCamera, values: Float[Tensor, "N D"], decoder: FeatureDecoder
+    ) -> Float[Tensor, "C h w"]:
+        """Returns features on the teacher's patch grid, as evaluation and distillation read them.
+
+        Args:
+            camera: One view.
+            values: [N, D] low-dimensional features, one row per Gaussian.
+            decoder: Brings them to the backbone's width.
+        """
+        viewmats, Ks = _stacked([camera], values)
+        maps, _ = decode_views(
+            self.geometry, values, decoder.weight, viewmats, Ks, camera.image_size, camera.grid, self.feature_grid
         )
-        return render.permute(0, 3, 1, 2)
+        return maps[0]
 
     def _sample(self, low: Float[Tensor, "B X H W"], grid: tuple[int, int]) -> Float[Tensor, "B X Sh Sw"]:
         """What a decoder with nothing but a centre tap sees: the middle ones of ``FeatureGrid.windows``."""
@@ -188,3 +168,9 @@ class FeatureOperator:
             return F.avg_pool2d(low, self.feature_grid.supersample)
         size = (grid[0] * self.samples, grid[1] * self.samples)
         return F.interpolate(low, size=size, mode="bilinear", align_corners=False)
+
+
+def _stacked(cameras: Sequence[PatchCamera], like: Tensor) -> tuple[Float[Tensor, "B 4 4"], Float[Tensor, "B 3 3"]]:
+    """Viewmats and intrinsics of views, in the type and place of a tensor."""
+    viewmats = torch.stack([camera.viewmat for camera in cameras]).to(like)
+    return viewmats, torch.stack([camera.K for camera in cameras]).to(like)

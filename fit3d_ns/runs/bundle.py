@@ -8,7 +8,8 @@ last, so that a bundle is whole or does not open.
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +23,7 @@ from torch import Tensor
 from fit3d_ns.backbones import patch_grid
 from fit3d_ns.data.photos import Photo
 from fit3d_ns.features.grid import FeatureGrid
+from fit3d_ns.features.rendering import Geometry
 from fit3d_ns.support.errors import UserError
 from fit3d_ns.support.files import atomic_path, atomic_write_json
 
@@ -36,31 +38,33 @@ _PATCH_WEIGHTS = "patch_weights."
 class SceneTensors:
     """What rendering a scene's features takes, in units that any rasterizer understands."""
 
-    means: Float[Tensor, "N 3"]
-    """Centres, world coordinates, fp32."""
-    quats: Float[Tensor, "N 4"]
-    """Rotations as wxyz quaternions of any length but zero, fp32."""
-    scales: Float[Tensor, "N 3"]
-    """Standard deviations along the axes, world units, positive, fp32."""
-    opacities: Float[Tensor, "N"]
-    """In [0, 1], fp32."""
+    geometry: Geometry
+    """The Gaussians, fp32."""
     features: Float16[Tensor, "N D"]
     """Lifted features, fp16."""
     decoder: Float[Tensor, "C D 3 3"]
     """Kernel of the scene's decoder, see `fit3d_ns.features.decoder.FeatureDecoder`, fp32."""
 
-    @property
-    def num_bytes(self) -> int:
-        """Memory of all tensors."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in vars(self).values())
+    def tensors(self) -> dict[str, Tensor]:
+        """Returns all tensors by the names that they have in a bundle."""
+        return {**vars(self.geometry), "features": self.features, "decoder": self.decoder}
 
-    def to(self, device: torch.device, non_blocking: bool = False) -> "SceneTensors":
-        """Returns the same scene on a device."""
-        return SceneTensors(**{name: value.to(device, non_blocking=non_blocking) for name, value in vars(self).items()})
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> "SceneTensors":
+        """Puts together what ``tensors`` took apart.
 
-    def pin_memory(self) -> "SceneTensors":
-        """Returns the same scene in page-locked host memory, from which uploads run in the background."""
-        return SceneTensors(**{name: value.pin_memory() for name, value in vars(self).items()})
+        Raises:
+            KeyError: If a tensor is missing.
+        """
+        geometry = Geometry(**{item.name: tensors[item.name] for item in fields(Geometry)})
+        return cls(geometry, tensors["features"], tensors["decoder"])
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "SceneTensors":
+        """Returns the scene with every tensor changed alike: moved, cloned, put into page-locked memory."""
+        return SceneTensors.of({name: change(tensor) for name, tensor in self.tensors().items()})
+
+
+_SCENE_TENSORS = (*(item.name for item in fields(Geometry)), "features", "decoder")
 
 
 @dataclass(frozen=True)
@@ -153,14 +157,14 @@ class SceneBundle:
             if (tensors.metadata() or {}).get("id") != self.id:
                 raise UserError(f"{TENSORS_NAME} and {JSON_NAME} in {folder} do not belong together: make it again.")
             self._names = set(tensors.keys())
-        needed = {*SceneTensors.__dataclass_fields__, "viewmats", "Ks"}
+        needed = {*_SCENE_TENSORS, "viewmats", "Ks"}
         if not needed <= self._names:
             raise UserError(f"{folder / TENSORS_NAME} lacks {', '.join(sorted(needed - self._names))}: make it again.")
 
     def read_scene(self) -> SceneTensors:
         """Reads geometry, features and decoder, memory-mapped: pages are read from disk when touched."""
         with self._open() as tensors:
-            return SceneTensors(**{name: tensors.get_tensor(name) for name in SceneTensors.__dataclass_fields__})
+            return SceneTensors.of({name: tensors.get_tensor(name) for name in _SCENE_TENSORS})
 
     def read_cameras(self) -> BundleCameras:
         """Reads the cameras of all views."""
@@ -211,7 +215,7 @@ def write_bundle(
     _check_scene(info.scene, scene)
     content = _info_to_dict(info)
     bundle_id = hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
-    tensors = {**vars(scene), **vars(cameras)}
+    tensors = {**scene.tensors(), **vars(cameras)}
     tensors.update({f"{_PATCH_WEIGHTS}{index}": weights.half() for index, weights in patch_weights.items()})
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with atomic_path(folder / TENSORS_NAME) as temporary:
@@ -247,9 +251,9 @@ def find_bundles(paths: list[Path]) -> list[Path]:
 
 
 def _check_scene(name: str, scene: SceneTensors) -> None:
-    if len(scene.means) == 0:
+    if len(scene.geometry) == 0:
         raise UserError(f"The scene {name} has no Gaussians: train it again.")
-    broken = [key for key, tensor in vars(scene).items() if not bool(torch.isfinite(tensor).all())]
+    broken = [key for key, tensor in scene.tensors().items() if not bool(torch.isfinite(tensor).all())]
     if broken:
         raise UserError(
             f"The scene {name} holds values that are not finite, or too large for half precision ({broken[0]}): "

@@ -14,6 +14,7 @@ from fit3d_ns.backbones.result_folder import original_of
 from fit3d_ns.compat import nerfstudio_needed
 from fit3d_ns.data.photos import DATA_ROOT_FLAG, Photo, hash_file, locate
 from fit3d_ns.features.grid import FEATURE_GRIDS, FeatureGrid
+from fit3d_ns.features.rendering import Geometry, viewmats_of
 from fit3d_ns.runs.bundle import (
     BundleCameras,
     BundleInfo,
@@ -208,10 +209,12 @@ def _read_scene(state: dict[str, Tensor], checkpoint: Path) -> SceneTensors:
         raise UserError(f"{checkpoint} holds no {missing[0]}: it is no complete {METHOD} checkpoint; train it again.")
     tensors: dict[str, Any] = {name: tensor.float() for name, tensor in parameters.items() if tensor is not None}
     return SceneTensors(
-        means=tensors["means"],
-        quats=tensors["quats"],
-        scales=tensors["scales"].exp(),
-        opacities=tensors["opacities"].sigmoid().squeeze(-1),
+        geometry=Geometry(
+            means=tensors["means"],
+            quats=tensors["quats"],
+            scales=tensors["scales"].exp(),
+            opacities=tensors["opacities"].sigmoid().squeeze(-1),
+        ),
         features=tensors["fit3d_features"].half(),
         decoder=tensors["decoder"],
     )
@@ -255,9 +258,6 @@ def _read_views(
     datamanager: Any, config: Any, state: dict[str, Tensor], patch_size: int
 ) -> tuple[list[BundleView], BundleCameras, dict[int, Tensor]]:
     """Photos, cameras and masks of both splits: training views first."""
-    from nerfstudio.models import splatfacto
-
-    from fit3d_ns import compat
     from fit3d_ns.backbones import patch_grid
 
     views: list[BundleView] = []
@@ -290,8 +290,7 @@ def _read_views(
         poses = dataset.cameras.camera_to_worlds
         if split == "train":
             poses = _optimised_poses(poses, config, state)
-        with compat.splatfacto_on(torch.device("cpu")):
-            viewmats.append(splatfacto.get_viewmat(poses))
+        viewmats.append(viewmats_of(poses))
         intrinsics += pinholes
     return views, BundleCameras(torch.cat(viewmats).float(), torch.cat(intrinsics).float()), weights
 

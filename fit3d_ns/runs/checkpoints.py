@@ -1,10 +1,12 @@
 """Checkpoints of a run: found, and read without running code from them."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fit3d_ns.compat import register_safe_globals
 from fit3d_ns.support.errors import UserError
@@ -83,3 +85,32 @@ def refusal_reason(error: Exception) -> str:
     if asked_for is not None:
         return f"it asks for `{asked_for[1]}`, which is neither a tensor nor a plain value, and was not loaded"
     return f"it is damaged or was not written by torch, {type(error).__name__}"
+
+
+def check_features(state: Mapping[str, Tensor], dim: int, width: int) -> None:
+    """Checks that a model's part of a checkpoint has the features that are asked for.
+
+    Args:
+        state: Tensors by their names in the model.
+        dim: Channels D on every Gaussian.
+        width: Channels C of the teacher.
+
+    Raises:
+        UserError: If it has no features, or features of another dimension or width.
+    """
+    features, weight = state.get("gauss_params.fit3d_features"), state.get("fit3d_decoder.weight")
+    if features is None or weight is None:
+        raise UserError(
+            "The checkpoint holds no lifted features (a plain splatfacto run?): to add features to it, train with "
+            "--pipeline.model.init-from instead of --load-dir."
+        )
+    if features.shape[1] != dim:
+        raise UserError(
+            f"The checkpoint's features have {features.shape[1]} dimensions, but --pipeline.model.feature-dim is "
+            f"{dim}: use the same value."
+        )
+    if weight.shape[0] != width:
+        raise UserError(
+            f"The checkpoint was trained with a teacher of {weight.shape[0]} channels, but "
+            f"--pipeline.datamanager.backbone has {width}: use the same teacher."
+        )

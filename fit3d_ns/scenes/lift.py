@@ -12,12 +12,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fit3d_ns.features.pca import ColorBasis
-from fit3d_ns.lifting.evaluation import EvaluationView, decode_view
+from fit3d_ns.lifting.evaluation import EvaluationView
 from fit3d_ns.lifting.lift import Lift, LiftScene, lift_features, passes
 from fit3d_ns.lifting.operator import FeatureOperator
 from fit3d_ns.lifting.settings import LiftSettings
 from fit3d_ns.model import FEATURES, Fit3DSplatModel
-from fit3d_ns.scenes.views import model_geometry
 from fit3d_ns.support.html_report import ImageLike, Report
 from fit3d_ns.support.samples import evenly_spaced
 
@@ -39,7 +38,7 @@ def lift_scene(model: Fit3DSplatModel, scene: LiftScene, settings: LiftSettings)
         task = progress.add_task(f"Lifting {len(scene.training)} views", total=total)
         with torch.no_grad():
             lift = lift_features(
-                FeatureOperator(model_geometry(model), model.feature_grid),
+                FeatureOperator(model.geometry, model.feature_grid),
                 scene,
                 model.fit3d_decoder.width,
                 model.config.feature_dim,
@@ -49,8 +48,6 @@ def lift_scene(model: Fit3DSplatModel, scene: LiftScene, settings: LiftSettings)
         progress.update(task, completed=total)
     model.gauss_params[FEATURES].data.copy_(lift.values)
     model.fit3d_decoder.weight.data.copy_(lift.decoder.weight.data)
-    model.feature_view.refresh()
-    model.feature_view.take_disagreement(lift.variance, lift.coverage)
     return lift
 
 
@@ -81,7 +78,7 @@ def lift_report(
         peak_memory_mb: Largest memory of the GPU, if there is one.
     """
     start = time.perf_counter()
-    operator = FeatureOperator(model_geometry(model), model.feature_grid)
+    operator = FeatureOperator(model.geometry, model.feature_grid)
     summary = f"{len(lift.values):,} Gaussians carry {lift.values.shape[1]} channels"
     report = Report(f"Features of {teacher} lifted onto a trained splat")
     report.add_text(
@@ -115,7 +112,7 @@ def _add_views(report: Report, operator: FeatureOperator, scene: LiftScene, lift
     places = evenly_spaced(range(len(views)), PICTURED)
     shown = [views[place] for place in places]
     teachers = [item.view.load().float() for item in shown]
-    lifted = [decode_view(operator, item.view, lift.values, lift.decoder) for item in shown]
+    lifted = [operator.decode(item.view.camera, lift.values, lift.decoder) for item in shown]
     spreads = [disagreement_map(operator, item, lift) for item in shown]
     brightest = max(float(np.quantile(np.concatenate([spread.ravel() for spread in spreads]), _BRIGHTEST)), 1e-6)
     report.add_text(

@@ -23,7 +23,7 @@ from fit3d_ns.datamanager import SPLITS, Fit3DDataManager
 from fit3d_ns.lifting.evaluation import EvaluationView
 from fit3d_ns.lifting.lift import LiftScene
 from fit3d_ns.lifting.memory import ResidentMaps
-from fit3d_ns.lifting.operator import Geometry, PatchCamera
+from fit3d_ns.lifting.operator import PatchCamera
 from fit3d_ns.lifting.solver import LiftView
 from fit3d_ns.model import Fit3DSplatModel
 from fit3d_ns.support.errors import UserError
@@ -64,11 +64,8 @@ def cached_training_views(datamanager: Fit3DDataManager, model: Fit3DSplatModel,
         def load(key: str = key) -> Float[Tensor, "C h w"]:
             return cache.load(key).to(model.device)
 
-        views.append(
-            _lift_view(
-                model, photo.camera.to(model.device), load, photo.weights(model.patch_grid(*photo.size)), training=True
-            )
-        )
+        camera = model.corrected(photo.camera.to(model.device))
+        views.append(_lift_view(model, camera, load, photo.weights(model.patch_grid(*photo.size))))
     return views
 
 
@@ -100,7 +97,7 @@ def streamed_scene(datamanager: Fit3DDataManager, model: Fit3DSplatModel) -> Lif
     splits = {name: _Split(datamanager.photo_reader(name), model.patch_grid) for name in SPLITS}
     positions = [(split, index) for split in splits.values() for index in range(len(split.reader))]
     cache, spec = datamanager.open_feature_cache(), datamanager.config.backbone_spec()
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         keys = cache.fill(
             [lambda split=split, index=index: split.source(index) for split, index in positions],
             load_teacher=lambda: load_backbone(spec, datamanager.device),
@@ -168,16 +165,6 @@ def held_out_flags(datamanager: Fit3DDataManager) -> list[bool]:
     return [Path(name) not in trained for name in datamanager.eval_dataset.image_filenames]
 
 
-def model_geometry(model: Fit3DSplatModel) -> Geometry:
-    """Returns a model's Gaussians in the units of the rasteriser, without gradients."""
-    return Geometry(
-        means=model.means.detach(),
-        quats=model.quats.detach(),
-        scales=torch.exp(model.scales.detach()),
-        opacities=torch.sigmoid(model.opacities.detach()).squeeze(-1),
-    )
-
-
 def _evaluation_view(
     model: Fit3DSplatModel,
     camera: Cameras,
@@ -186,7 +173,8 @@ def _evaluation_view(
     training: bool,
     photo: Callable[[], UInt8[Tensor, "H W 3"]],
 ) -> EvaluationView:
-    view = _lift_view(model, camera, load, weights, training)
+    camera = model.corrected(camera) if training else camera  # map and surface must be of one pose
+    view = _lift_view(model, camera, load, weights)
     return EvaluationView(view, lambda: model.surface_view(camera), photo)
 
 
@@ -195,10 +183,9 @@ def _lift_view(
     camera: Cameras,
     load: Callable[[], Float[Tensor, "C h w"]],
     weights: Tensor | None,
-    training: bool,
 ) -> LiftView:
     size: tuple[int, int] = camera.metadata["image_size"]  # type: ignore[index]
-    viewmat, intrinsics = model.view_matrices(camera, optimized=training)
+    viewmat, intrinsics = model.view_matrices(camera)
     patch_camera = PatchCamera(viewmat, intrinsics, size, model.patch_grid(*size))
     return LiftView(patch_camera, load, None if weights is None else weights.to(model.device))
 

@@ -146,7 +146,7 @@ class FeatureControls(nn.Module):
         viewer = self._view.viewer
         panel = viewer.control_panel
         box = panel.crop_obb if panel.crop_viewport else None
-        point = look_at_pixel(self._view.model, self._camera_of(click), click.screen_pos, box)
+        point = look_at_pixel(self._view, self._camera_of(click), click.screen_pos, box)
         self._view.query = point.feature
         place = tuple(float(value) * panel.viser_scale_ratio for value in point.position)
         viewer.viser_server.scene.add_icosphere(MARKER, radius=_MARKER_RADIUS, color=(255, 255, 255), position=place)

@@ -12,7 +12,6 @@ from fit3d_ns.lifting.operator import FeatureOperator
 from fit3d_ns.lifting.settings import LiftSettings
 from fit3d_ns.lifting.solver import SEEN, LiftSolver, LiftView
 from fit3d_ns.model import Fit3DSplatModel
-from fit3d_ns.scenes.views import model_geometry
 
 _PERCENTILES = (0.02, 0.98)
 """Share of what the training views see that is shown in the darkest colour, and in all but the brightest."""
@@ -60,7 +59,7 @@ def view_disagreement(model: Fit3DSplatModel, views: Sequence[LiftView]) -> Disa
     device = model.means.device
     dim = model.config.feature_dim
     basis = teacher_basis(views, model.fit3d_decoder.width, dim, device)
-    operator = FeatureOperator(model_geometry(model), model.feature_grid)
+    operator = FeatureOperator(model.geometry, model.feature_grid)
     batch = LiftSettings().views_per_batch
     aggregate = LiftSolver(operator, project(views, basis), dim, batch).aggregate()
     return Disagreement.of(aggregate.variance, aggregate.coverage)

@@ -1,24 +1,22 @@
-"""The pictures that a run's outputs hold beside rgb, depth and accumulation."""
+"""What a model's outputs hold beside rgb, depth and accumulation: pictures of its features, drawn when looked at."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections import UserDict
+from collections.abc import Callable, Collection
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from nerfstudio.cameras.cameras import Cameras
+from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 
 from fit3d_ns.scenes.teacher_views import seen_from
 from fit3d_ns.support.errors import UserError
 from fit3d_ns.viewer.clusters import UNASSIGNED, assign_clusters
-from fit3d_ns.viewer.pictures import heat_over, label_colors, luminance, over, resize
+from fit3d_ns.viewer.feature_view import FeatureView
+from fit3d_ns.viewer.pictures import heat_over, label_colors, lettering, luminance, over, resize
 from fit3d_ns.viewer.selection import similarity
-
-if TYPE_CHECKING:
-    from fit3d_ns.model import Fit3DSplatModel
-    from fit3d_ns.viewer.feature_view import FeatureView
 
 _SMALLEST_SIDE = 224
 """Pictures smaller than this, as while the camera moves, show features at this size all the same."""
@@ -26,32 +24,57 @@ _THIN = 1e-3
 """Accumulation below which nothing is there."""
 
 
-@dataclass(frozen=True)
-class Frame:
-    """A camera and what splatfacto renders for it.
+class LazyOutputs(UserDict):
+    """One camera's outputs: splatfacto's, and `PICTURES`, which are drawn when they are read, once.
 
-    Attributes:
-        view: What pictures share.
-        model: The scene.
+    Every output of a picture is [H, W, 3], finite, in [0, 1], of the size of ``rgb``.
+
+    Args:
+        view: What is looked at.
         camera: One camera.
-        rgb: [H, W, 3] in [0, 1].
-        background: [H, W, 3] in [0, 1].
-        accumulation: [H, W, 1] in [0, 1].
-        visible: Crop box or selection; None for the whole scene.
+        outputs: Of splatfacto for it; ``background`` is brought to the picture's size.
+        crop: Crop box or selection that they were rendered with; None for the whole scene.
     """
 
-    view: "FeatureView"
-    model: "Fit3DSplatModel"
-    camera: Cameras
-    rgb: Float[Tensor, "H W 3"]
-    background: Float[Tensor, "H W 3"]
-    accumulation: Float[Tensor, "H W 1"]
-    visible: Any
+    def __init__(self, view: FeatureView, camera: Cameras, outputs: dict[str, Tensor], crop: Any) -> None:
+        background = outputs["background"].expand_as(outputs["rgb"])
+        super().__init__({**outputs, "background": background, **dict.fromkeys(PICTURES)})
+        self.view, self.model, self.camera = view, view.model, camera
+        self._crop = crop
+
+    def __getitem__(self, name: str) -> Tensor:
+        if self.data[name] is None:
+            self.data[name] = self._draw(name)
+        return self.data[name]
+
+    def draw_for_browser(self, shown: Collection[str | None]) -> None:
+        """Draws the pictures that a browser shows, and makes all others grey.
+
+        nerfstudio holds the lock that keeps training away only while outputs are computed, not while they are read; and
+        it never starts a browser's thread again that an exception ended.
+
+        Args:
+            shown: Names of outputs.
+        """
+        from nerfstudio.viewer_legacy.server.viewer_utils import IOChangeException
+
+        grey = self["rgb"].new_full((1, 1, 3), 0.5).expand_as(self["rgb"])
+        for name in PICTURES:
+            try:
+                self.data[name] = self._draw(name) if name in shown else grey
+            except IOChangeException:  # nerfstudio's own: a newer camera makes this picture superfluous
+                raise
+            except Exception as error:
+                sentence = f"{name} cannot be drawn ({type(error).__name__}: {error})."
+                if sentence not in _REPORTED:
+                    _REPORTED.add(sentence)
+                    CONSOLE.print_exception()
+                self.data[name] = lettering(sentence, self["rgb"])
 
     @property
     def size(self) -> tuple[int, int]:
-        """(H, W)."""
-        return self.rgb.shape[0], self.rgb.shape[1]
+        """(H, W) of the pictures."""
+        return self["rgb"].shape[0], self["rgb"].shape[1]
 
     def feature_size(self) -> tuple[int, int]:
         """Returns the size at which the feature grid's rule renders a photo like this."""
@@ -62,17 +85,58 @@ class Frame:
     def render(
         self, values: Float[Tensor, "N X"], size: tuple[int, int]
     ) -> tuple[Float[Tensor, "X h w"], Float[Tensor, "1 h w"]]:
-        """Renders values as features are rendered, divided by accumulation, and accumulation."""
-        self.model.set_crop(self.visible)
-        maps, alpha = self.model.render_low(self.camera, values.contiguous(), size)
+        """Renders values as features are rendered, divided by accumulation, and accumulation.
+
+        Args:
+            values: [N, X] one row per Gaussian.
+            size: Height h and width w of the maps in pixels.
+        """
+        maps, alpha = self.model.render_low(self.camera, values.contiguous(), size, self._visible())
         return torch.where(alpha > _THIN, maps / alpha.clamp_min(_THIN), 0.0), alpha
 
-    def nothing_visible(self) -> bool:
-        """Whether everything is cropped away."""
-        return self.visible is not None and not bool(self.visible.within(self.model.means).any())
+    def _visible(self) -> Bool[Tensor, "N"] | None:
+        return None if self._crop is None else self._crop.within(self.model.means).reshape(-1)
+
+    @torch.no_grad()
+    def _draw(self, name: str) -> Float[Tensor, "H W 3"]:
+        """Draws a picture; where it cannot be, the picture says why."""
+        visible = self._visible()
+        try:
+            return PICTURES[name](self) if visible is None or bool(visible.any()) else self["background"]
+        except UserError as error:
+            return lettering(f"{name}: {error}", self["rgb"])
 
 
-def feature_pca(frame: Frame) -> Float[Tensor, "H W 3"]:
+_REPORTED: set[str] = set()
+"""What went wrong while drawing and was printed already; a browser asks for the same picture many times a second."""
+
+
+def look(view: FeatureView, render: Callable[..., Any], camera: Cameras, box: Any) -> LazyOutputs:
+    """Renders a camera for whoever looks at it: the model's ``extra_outputs``.
+
+    nerfstudio's viewer renders in one thread per browser and takes one picture of a frame, or two when its screen is
+    split; every other reader of a model's outputs picks by name. So in such a thread the chosen pictures are drawn at
+    once, while nerfstudio holds the lock that keeps training away, and elsewhere each when it is read.
+
+    Args:
+        view: What is looked at.
+        render: Splatfacto's ``get_outputs_for_camera``.
+        camera: One camera.
+        box: Crop box, or None.
+    """
+    crop = view.visible(box)
+    if not view.in_browser():
+        return LazyOutputs(view, camera, render(camera, crop), crop)
+    panel = view.viewer.control_panel
+    try:
+        outputs = LazyOutputs(view, camera, render(camera, crop), crop)
+        outputs.draw_for_browser((panel.output_render, panel.split_output_render if panel.split else None))
+    finally:
+        view.model.set_background(view.background)  # nerfstudio gave it the viewer's, which no metric must see
+    return outputs
+
+
+def feature_pca(frame: LazyOutputs) -> Float[Tensor, "H W 3"]:
     """Draws decoded features by their principal components."""
     colors, size = frame.view.colors(), frame.feature_size()
     # Colours are linear in features: each tap of the decoder that is used takes three channels instead of C.
@@ -85,16 +149,16 @@ def feature_pca(frame: Frame) -> Float[Tensor, "H W 3"]:
     return _before_background(frame, resize(picture, frame.size), alpha)
 
 
-def feature_pca_low(frame: Frame) -> Float[Tensor, "H W 3"]:
+def feature_pca_low(frame: LazyOutputs) -> Float[Tensor, "H W 3"]:
     """Draws the Gaussians' own features, at full size and without the decoder's window, in the same colours."""
     colors = frame.view.colors()
     maps, alpha = frame.render(frame.view.features @ colors.kernel.sum((2, 3)).T, frame.size)
     return _before_background(frame, maps.permute(1, 2, 0) + colors.bias, alpha)
 
 
-def similarity_to_click(frame: Frame) -> Float[Tensor, "H W 3"]:
+def similarity_to_click(frame: LazyOutputs) -> Float[Tensor, "H W 3"]:
     """Draws the cosine to the clicked point where it reaches the threshold; elsewhere the photo in shades of grey."""
-    photo = luminance(frame.rgb)
+    photo = luminance(frame["rgb"])
     query, threshold = frame.view.query, frame.view.threshold
     if query is None:
         raise UserError("press `Click to query` in the control panel, then click on the scene.")
@@ -103,10 +167,10 @@ def similarity_to_click(frame: Frame) -> Float[Tensor, "H W 3"]:
     cosines = similarity(maps.permute(1, 2, 0), query, space)
     values, alpha = resize(cosines[None], frame.size)[..., 0], resize(alpha, frame.size)[..., 0]
     similar = (values >= threshold) & (alpha > 0.5)
-    return torch.where(similar[..., None], heat_over(frame.rgb, values), photo)
+    return torch.where(similar[..., None], heat_over(frame["rgb"], values), photo)
 
 
-def teacher_pca(frame: Frame) -> Float[Tensor, "H W 3"]:
+def teacher_pca(frame: LazyOutputs) -> Float[Tensor, "H W 3"]:
     """Draws the teacher's own map of the photo that was taken where the camera stands, in the same colours."""
     if frame.view.teacher is None:
         raise UserError("this model has no scene.")
@@ -125,31 +189,31 @@ def teacher_pca(frame: Frame) -> Float[Tensor, "H W 3"]:
         colors[None], places[None].to(colors), mode="bilinear", padding_mode="border", align_corners=False
     )[0]
     inside = (places.abs() <= 1).all(-1, keepdim=True)
-    return over(picture.permute(1, 2, 0), inside.to(colors), 0.25 * luminance(frame.rgb))
+    return over(picture.permute(1, 2, 0), inside.to(colors), 0.25 * luminance(frame["rgb"]))
 
 
-def view_variance(frame: Frame) -> Float[Tensor, "H W 3"]:
+def view_variance(frame: LazyOutputs) -> Float[Tensor, "H W 3"]:
     """Draws how far the teacher's views disagree about what is seen, over the photo in shades of grey."""
     disagreement = frame.view.disagreement()
     maps, alpha = frame.render(disagreement.values[:, None], frame.size)
-    heat = heat_over(frame.rgb, disagreement.shade(maps[0]), "inferno")
+    heat = heat_over(frame["rgb"], disagreement.shade(maps[0]), "inferno")
     return _before_background(frame, heat, alpha)
 
 
-def clusters(frame: Frame) -> Float[Tensor, "H W 3"]:
+def clusters(frame: LazyOutputs) -> Float[Tensor, "H W 3"]:
     """Draws the cluster that most of what is seen at a pixel belongs to."""
     space = frame.view.space()
     centres = space.narrow(frame.view.centres())
     labels = assign_clusters(space.coordinates(frame.view.features), centres)
     # One channel a cluster; the last one for Gaussians without a feature.
     members = F.one_hot(torch.where(labels == UNASSIGNED, len(centres), labels), len(centres) + 1)
-    maps, alpha = frame.render(members.to(frame.rgb), frame.size)
+    maps, alpha = frame.render(members.to(frame["rgb"]), frame.size)
     winners = maps.argmax(0)
-    colors = label_colors(torch.where(winners == len(centres), UNASSIGNED, winners)).to(frame.rgb)
-    return _before_background(frame, colors * (0.6 + 0.4 * luminance(frame.rgb)), alpha)
+    colors = label_colors(torch.where(winners == len(centres), UNASSIGNED, winners)).to(frame["rgb"])
+    return _before_background(frame, colors * (0.6 + 0.4 * luminance(frame["rgb"])), alpha)
 
 
-PICTURES: dict[str, Callable[[Frame], Float[Tensor, "H W 3"]]] = {
+PICTURES: dict[str, Callable[[LazyOutputs], Float[Tensor, "H W 3"]]] = {
     "feature_pca": feature_pca,
     "feature_pca_low": feature_pca_low,
     "similarity": similarity_to_click,
@@ -161,7 +225,7 @@ PICTURES: dict[str, Callable[[Frame], Float[Tensor, "H W 3"]]] = {
 
 
 def _before_background(
-    frame: Frame, picture: Float[Tensor, "H W 3"], alpha: Float[Tensor, "1 h w"]
+    frame: LazyOutputs, picture: Float[Tensor, "H W 3"], alpha: Float[Tensor, "1 h w"]
 ) -> Float[Tensor, "H W 3"]:
     picture = picture.nan_to_num(0.5, 0.5, 0.5).clamp(0, 1)
-    return over(picture, resize(alpha, frame.size).clamp(0, 1), frame.background)
+    return over(picture, resize(alpha, frame.size).clamp(0, 1), frame["background"])

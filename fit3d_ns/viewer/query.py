@@ -11,10 +11,9 @@ from nerfstudio.cameras.cameras import Cameras
 from torch import Tensor
 
 from fit3d_ns.data.ply import standard_gaussians, write_splat_ply
-from fit3d_ns.model import Fit3DSplatModel
 from fit3d_ns.support.errors import UserError
 from fit3d_ns.viewer.feature_view import FeatureView
-from fit3d_ns.viewer.outputs import Frame
+from fit3d_ns.viewer.outputs import LazyOutputs
 
 _SOLID = 0.3
 """Accumulation below which a click went past everything."""
@@ -34,44 +33,40 @@ class ClickedPoint:
 
 
 @torch.no_grad()
-def look_at_pixel(
-    model: Fit3DSplatModel, camera: Cameras, place: tuple[float, float], visible: Any = None
-) -> ClickedPoint:
+def look_at_pixel(view: FeatureView, camera: Cameras, place: tuple[float, float], crop: Any = None) -> ClickedPoint:
     """Finds what a picture shows at a place.
 
     The whole picture is rendered: what a rasterizer shows along a ray depends on the camera around it.
 
     Args:
-        model: The scene.
+        view: What is looked at.
         camera: Of the picture.
         place: Shares (x, y) of its width and height, from the upper left corner, in [0, 1].
-        visible: Crop box or selection; None for the whole scene.
+        crop: Crop box or selection; None for the whole scene.
 
     Raises:
         UserError: If there is nothing, or nothing with a feature.
     """
-    was_training = model.training
+    model, was_training = view.model, view.model.training
     model.eval()
     try:
-        outputs = model.get_outputs_for_camera(camera, visible)
-        shared = (outputs["rgb"], outputs["background"], outputs["accumulation"], visible)
-        frame = Frame(model.feature_view, model, camera, *shared)
+        frame: LazyOutputs = model.get_outputs_for_camera(camera, crop)
         (height, width), (x, y) = frame.size, place
         row, column = min(int(y * height), height - 1), min(int(x * width), width - 1)
-        if float(outputs["accumulation"][row, column]) < _SOLID:
+        if float(frame["accumulation"][row, column]) < _SOLID:
             raise UserError("There is nothing where you clicked: click on a surface.")
-        maps, _ = frame.render(frame.view.features, frame.feature_size())
+        maps, _ = frame.render(view.features, frame.feature_size())
     finally:
         model.train(was_training)
     at = maps.new_tensor([[[[2 * x - 1, 2 * y - 1]]]])
     low = F.grid_sample(maps[None], at, mode="bilinear", padding_mode="border", align_corners=False)[0, :, 0, 0]
-    space = frame.view.space()
+    space = view.space()
     feature = space.decode(space.coordinates(low))
     if not bool(torch.isfinite(feature).all()) or not bool(feature.any()):
         raise UserError("What you clicked on has no feature yet: let it train, or lift features.")
     viewmat, intrinsics = model.view_matrices(camera)
     pixel = intrinsics.new_tensor([x * width, y * height, 1.0])
-    point = torch.linalg.inv(intrinsics) @ pixel * outputs["depth"][row, column]
+    point = torch.linalg.inv(intrinsics) @ pixel * frame["depth"][row, column]
     return ClickedPoint(viewmat[:3, :3].T @ (point - viewmat[:3, 3]), feature)
 
 

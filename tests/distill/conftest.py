@@ -14,6 +14,7 @@ from fit3d_ns.backbones import BackboneSpec, backbone_identity
 from fit3d_ns.backbones.result_folder import original_of
 from fit3d_ns.data.photos import Photo, hash_file
 from fit3d_ns.features.grid import FEATURE_GRIDS
+from fit3d_ns.features.rendering import Geometry
 from fit3d_ns.runs.bundle import BundleCameras, BundleInfo, BundleView, SceneTensors, write_bundle
 
 TINY_TEACHER = "test_vit"
@@ -67,22 +68,24 @@ def make_scene(tmp_path, teacher_weights):
         focal = float(width)
         intrinsics = torch.tensor([[focal, 0, width / 2], [0, focal, height / 2], [0, 0, 1]])
         scene = SceneTensors(
-            means=torch.randn(gaussians, 3, generator=generator) * 0.8,
-            quats=torch.randn(gaussians, 4, generator=generator),
-            scales=torch.rand(gaussians, 3, generator=generator) * 0.2 + 0.05,
-            opacities=torch.rand(gaussians, generator=generator),
+            geometry=Geometry(
+                means=torch.randn(gaussians, 3, generator=generator) * 0.8,
+                quats=torch.randn(gaussians, 4, generator=generator),
+                scales=torch.rand(gaussians, 3, generator=generator) * 0.2 + 0.05,
+                opacities=torch.rand(gaussians, generator=generator),
+            ),
             features=torch.randn(gaussians, 8, generator=generator).half(),
             decoder=torch.randn(WIDTH, 8, 3, 3, generator=generator) * 0.1,
         )
         if wall:  # an opaque plane instead of a cloud
             flat = torch.tensor([2.0, 2.0, 0.0])
-            scene = replace(
-                scene,
+            geometry = Geometry(
                 means=(torch.rand(gaussians, 3, generator=generator) * 2 - 1) * flat,
-                scales=torch.full((gaussians, 3), 0.1) * torch.tensor([1.0, 1.0, 0.01]),
                 quats=torch.tensor([1.0, 0, 0, 0]).repeat(gaussians, 1),
+                scales=torch.full((gaussians, 3), 0.1) * torch.tensor([1.0, 1.0, 0.01]),
                 opacities=torch.full((gaussians,), 0.95),
             )
+            scene = replace(scene, geometry=geometry)
         info = BundleInfo(
             scene=name,
             teacher=backbone_identity(spec),

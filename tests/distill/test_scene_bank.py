@@ -23,8 +23,8 @@ def test_every_placement_gives_the_scenes(scenes, placement):
     bank.prefetch([3, 1])
     for index in (1, 3, 0, 4, 2, 1):
         stored = scenes[index].bundle.read_scene()
-        for name, tensor in vars(bank.get(index)).items():
-            assert torch.equal(tensor, getattr(stored, name))
+        for name, tensor in bank.get(index).tensors().items():
+            assert torch.equal(tensor, stored.tensors()[name])
     bank.close()
 
 
@@ -73,7 +73,7 @@ def test_what_cannot_fit_is_said(scenes, monkeypatch):
 
 
 def test_page_locked_memory_is_counted_in_powers_of_two(scenes):
-    tensors = vars(scenes[0].bundle.read_scene())
+    tensors = scenes[0].bundle.read_scene().tensors()
     assert tensors["means"].nbytes == 3600 and tensors["quats"].nbytes == 4800  # 4096 and 8192
     found = scene_bank._pinned_bytes(scenes[0])
     assert found == 4096 + 8192 + 4096 + 2048 + 8192 + 32768

@@ -11,7 +11,7 @@ from distill.sampler import Sampler
 from distill.scenes import SceneBank, open_scenes
 from distill.student import load_teacher
 from distill.targets import LiftedTargets, accumulation_weights
-from fit3d_ns.features.decoder import FeatureDecoder
+from fit3d_ns.features.decoder import FeatureDecoder, decode_patches
 from fit3d_ns.rasterization import rasterize
 from fit3d_ns.support.processes import World
 
@@ -31,10 +31,10 @@ def single_render(scene, view):
     intrinsics[0] *= width / photo.width
     intrinsics[1] *= height / photo.height
     low, alpha, _ = rasterize(
-        tensors.means,
-        tensors.quats,
-        tensors.scales,
-        tensors.opacities,
+        tensors.geometry.means,
+        tensors.geometry.quats,
+        tensors.geometry.scales,
+        tensors.geometry.opacities,
         tensors.features.float(),
         scene.cameras.viewmats[view][None],
         intrinsics[None],
@@ -45,7 +45,7 @@ def single_render(scene, view):
     )
     decoder = FeatureDecoder(8, 64)
     decoder.weight.data = tensors.decoder
-    decoded = decoder.decode_patches(low[0].permute(2, 0, 1), info.feature_grid, grid).detach()
+    decoded = decode_patches(low[0].permute(2, 0, 1), decoder.weight, info.feature_grid, grid).detach()
     return decoded, F.adaptive_avg_pool2d(alpha[..., 0], grid)[0]
 
 

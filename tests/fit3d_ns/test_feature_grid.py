@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fit3d_ns.features.decoder import FeatureDecoder
+from fit3d_ns.features.decoder import FeatureDecoder, decode_patches
 from fit3d_ns.features.grid import FEATURE_GRIDS, FeatureGrid, sample_teacher, sampling_offset
 from fit3d_ns.support.errors import UserError
 
@@ -18,7 +18,7 @@ def test_fast_windows_equal_decoding_everything_then_averaging(decoder):
     grid = (4, 6)
     low = torch.randn(5, *FEATURE_GRIDS["fast"].render_size((61, 91), grid), dtype=torch.float64)
     expected = F.avg_pool2d(decoder(low), 4)
-    torch.testing.assert_close(decoder.decode_patches(low, FEATURE_GRIDS["fast"], grid), expected)
+    torch.testing.assert_close(decode_patches(low, decoder.weight, FEATURE_GRIDS["fast"], grid), expected)
 
 
 @pytest.mark.parametrize("image_size", [(56, 84), (61, 91)])
@@ -27,7 +27,7 @@ def test_paper_windows_equal_decoding_everything_then_bilinear_resizing(decoder,
     low = torch.randn(5, *image_size, dtype=torch.float64)
     expected = F.interpolate(decoder(low)[None], size=grid, mode="bilinear", align_corners=False)[0]
     torch.testing.assert_close(
-        decoder.decode_patches(low, FEATURE_GRIDS["paper"], grid), expected, rtol=1e-5, atol=1e-5
+        decode_patches(low, decoder.weight, FEATURE_GRIDS["paper"], grid), expected, rtol=1e-5, atol=1e-5
     )
 
 
@@ -43,10 +43,10 @@ def test_moving_points_have_the_papers_full_resolution_loss_as_their_mean(decode
     samples = []
     for step in range(400):
         offset = sampling_offset(step)
-        decoded = decoder.decode_patches(low, FEATURE_GRIDS["paper"], grid, offset)
+        decoded = decode_patches(low, decoder.weight, FEATURE_GRIDS["paper"], grid, offset)
         samples.append((decoded - sample_teacher(teacher, offset)).abs().mean())
     assert torch.stack(samples).mean() == pytest.approx(everywhere.item(), rel=0.01)
-    fixed = (decoder.decode_patches(low, FEATURE_GRIDS["paper"], grid) - teacher).abs().mean()
+    fixed = (decode_patches(low, decoder.weight, FEATURE_GRIDS["paper"], grid) - teacher).abs().mean()
     assert abs(fixed / everywhere - 1) > 0.02  # one fixed point per patch is another loss
 
 

@@ -13,7 +13,7 @@ from fit3d_ns.commands.lift.cli import run_lift
 from fit3d_ns.lifting.operator import FeatureOperator
 from fit3d_ns.lifting.settings import LiftSettings
 from fit3d_ns.scenes.lift import disagreement_map, lift_scene
-from fit3d_ns.scenes.views import model_geometry, resident_scene
+from fit3d_ns.scenes.views import resident_scene
 
 
 def test_report_shows_views_where_they_disagree_and_what_was_measured(feature_run, lift_command, scene):
@@ -42,7 +42,7 @@ def test_heat_map_is_bright_where_views_disagree(feature_run, lift_command):
     scene = resident_scene(pipeline.datamanager, pipeline.model)
     lift = lift_scene(pipeline.model, scene, LiftSettings())
     camera = scene.held_out[0].view.camera
-    operator = FeatureOperator(model_geometry(pipeline.model), pipeline.model.feature_grid)
+    operator = FeatureOperator(pipeline.model.geometry, pipeline.model.feature_grid)
     x = (pipeline.model.means @ camera.viewmat[:3, :3].T + camera.viewmat[:3, 3])[:, 0]
     lift.variance = torch.where(x < 0, lift.feature_energy, 0.0)  # by as much as features are long, on the left
     heat = disagreement_map(operator, scene.held_out[0], lift)

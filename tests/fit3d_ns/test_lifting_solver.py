@@ -7,14 +7,15 @@ import pytest
 import torch
 
 from fit3d_ns.features.correspondences import View
-from fit3d_ns.features.decoder import FeatureDecoder
+from fit3d_ns.features.decoder import FeatureDecoder, decode_patches
 from fit3d_ns.features.grid import FEATURE_GRIDS, sample_teacher
 from fit3d_ns.features.metrics import feature_cosine
+from fit3d_ns.features.rendering import Geometry
 from fit3d_ns.lifting.decoder_fit import centre_tap, fit_decoder
 from fit3d_ns.lifting.evaluation import EvaluationView
 from fit3d_ns.lifting.lift import LiftScene, lift_features, passes, project, teacher_basis
 from fit3d_ns.lifting.memory import ResidentMaps
-from fit3d_ns.lifting.operator import FeatureOperator, Geometry, PatchCamera
+from fit3d_ns.lifting.operator import FeatureOperator, PatchCamera
 from fit3d_ns.lifting.settings import LiftSettings
 from fit3d_ns.lifting.solver import LiftSolver, LiftView
 from fit3d_ns.lifting.unseen import fill_unseen
@@ -111,7 +112,7 @@ def test_operator_is_what_a_decoder_with_a_centre_tap_sees(grid):
     low, rendered, side = operator.low_maps([camera], values)[0], operator.render([camera], values)[0], operator.samples
     assert len(operator.offsets) == side**2
     for number, offset in enumerate(operator.offsets):
-        decoded = decoder.decode_patches(low, FEATURE_GRIDS[grid], GRID, offset).detach()
+        decoded = decode_patches(low, decoder.weight, FEATURE_GRIDS[grid], GRID, offset).detach()
         points = rendered[:, number // side :: side, number % side :: side]
         torch.testing.assert_close(points, decoded, rtol=1e-4, atol=1e-5)
         teacher = sample_teacher(decoded, offset)
@@ -224,9 +225,7 @@ def test_robust_passes_disregard_a_view_that_disagrees():
         lift = lift_features(
             operator, LiftScene(views, [], []), 8, 8, LiftSettings(robust=robust, refinements=2, evaluate=False)
         )
-        rendered = lift.decoder.decode_patches(
-            operator.low_maps([held_out], lift.values)[0], operator.feature_grid, GRID
-        )
+        rendered = operator.decode(held_out, lift.values, lift.decoder)
         errors[robust] = float((rendered.detach() - operator.render([held_out], truth)[0]).norm())
     assert errors[3] < 0.7 * errors[0]
 
@@ -302,7 +301,7 @@ def test_decoder_fit_finds_the_kernel(grid, remaining):
     views = []
     for camera in make_cameras(10):
         low = operator.low_maps([camera], values)[0]
-        teacher = true.decode_patches(low, FEATURE_GRIDS[grid], GRID).detach()
+        teacher = decode_patches(low, true.weight, FEATURE_GRIDS[grid], GRID).detach()
         views.append(LiftView(camera, lambda teacher=teacher: teacher))
     start = centre_tap(teacher_basis(views, 6, 3, torch.device("cpu")))
     fitted = FeatureDecoder(3, 6)
@@ -311,10 +310,7 @@ def test_decoder_fit_finds_the_kernel(grid, remaining):
     for name, weight in (("start", start), ("fitted", fitted.weight.data)):
         decoder = FeatureDecoder(3, 6)
         decoder.weight.data = weight
-        residuals = [
-            decoder.decode_patches(operator.low_maps([view.camera], values)[0], FEATURE_GRIDS[grid], GRID) - view.load()
-            for view in views
-        ]
+        residuals = [operator.decode(view.camera, values, decoder) - view.load() for view in views]
         error[name] = float(torch.stack(residuals).detach().norm())
     assert error["fitted"] < remaining * error["start"]
 

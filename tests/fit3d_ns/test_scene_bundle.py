@@ -14,7 +14,7 @@ from PIL import Image
 
 from fit3d_ns.data.cameras import Lens
 from fit3d_ns.data.photos import Photo, hash_file, locate, read_photo
-from fit3d_ns.features.decoder import FeatureDecoder
+from fit3d_ns.features.decoder import FeatureDecoder, decode_patches
 from fit3d_ns.rasterization import rasterize
 from fit3d_ns.runs import bundling as bundle_runs
 from fit3d_ns.runs.bundle import SceneBundle, find_bundles, write_bundle
@@ -51,10 +51,10 @@ def decode_from_bundle(bundle: SceneBundle, index: int) -> torch.Tensor:
     intrinsics[0] *= width / photo.width
     intrinsics[1] *= height / photo.height
     low, _, _ = rasterize(
-        scene.means,
-        scene.quats,
-        scene.scales,
-        scene.opacities,
+        scene.geometry.means,
+        scene.geometry.quats,
+        scene.geometry.scales,
+        scene.geometry.opacities,
         scene.features.float(),
         cameras.viewmats[index][None],
         intrinsics[None],
@@ -65,7 +65,7 @@ def decode_from_bundle(bundle: SceneBundle, index: int) -> torch.Tensor:
     )
     decoder = FeatureDecoder(scene.decoder.shape[1], scene.decoder.shape[0])
     decoder.weight.data = scene.decoder
-    return decoder.decode_patches(low[0].permute(2, 0, 1), info.feature_grid, grid)
+    return decode_patches(low[0].permute(2, 0, 1), decoder.weight, info.feature_grid, grid)
 
 
 @pytest.mark.parametrize("grid", ["fast", "paper"])
@@ -109,8 +109,8 @@ def test_fresh_bundles_are_reused_and_stale_ones_made_anew(scene, train):
     (first.folder / "scene.json").unlink()
     assert not bundle_run(run)[1]
     elsewhere, _ = bundle_run(run, first.folder.parent / "other")
-    for name, tensor in vars(elsewhere.read_scene()).items():
-        assert torch.equal(tensor, getattr(first.read_scene(), name))
+    for name, tensor in elsewhere.read_scene().tensors().items():
+        assert torch.equal(tensor, first.read_scene().tensors()[name])
 
 
 def test_the_newest_finished_run_of_a_scene_is_taken(scene, train):
@@ -255,8 +255,8 @@ def test_features_that_were_never_lifted_are_refused(scene, train, tmp_path):
     for change, sentence in (
         ({"features": torch.zeros_like(stored.features)}, "all zero: it was never lifted; run fit3d-lift"),
         ({"features": stored.features * float("inf")}, r"not finite, or too large for half precision \(features\)"),
-        ({"means": stored.means * float("nan")}, r"not finite.*\(means\)"),
-        ({name: tensor[:0] for name, tensor in vars(stored).items() if name != "decoder"}, "has no Gaussians"),
+        ({"geometry": replace(stored.geometry, means=stored.geometry.means * torch.nan)}, r"not finite.*\(means\)"),
+        ({"geometry": stored.geometry[:0], "features": stored.features[:0]}, "has no Gaussians"),
     ):
         with pytest.raises(UserError, match=sentence):
             write_bundle(tmp_path / "bad", bundle.info, replace(stored, **change), *parts)

@@ -54,7 +54,7 @@ def test_every_output_click_and_segment_in_two_browsers(scene, make_config, make
         page.wait_for_text("Click on the scene.")
         page.click_scene(0.5, 0.6)
         page.wait_for_text("are similar to the clicked point")
-        assert pipeline.model.feature_view.query is not None
+        assert pipeline.feature_view.query is not None
         for name in PICTURES:
             page.choose(name)
             pictures[name] = keep(name, page.settled())

@@ -51,13 +51,13 @@ def test_nerfstudio_finds_the_controls_and_checkpoints_do_not_carry_them(viewed_
         found = [path for path, _ in viewer.viewer_elements if path.startswith("Custom Elements/features/")]
         elements = [value for value in vars(viewed_run.pipeline.features).values() if isinstance(value, ViewerElement)]
         assert len(found) == len(elements) == 9
-        assert viewed_run.pipeline.model.feature_view.viewer is viewer
+        assert viewed_run.pipeline.feature_view.viewer is viewer
     assert not [name for name in viewed_run.pipeline.state_dict() if name.startswith("features")]
 
 
 def test_click_threshold_segment_export(viewed_run):
     pipeline = viewed_run.pipeline
-    controls, view = pipeline.features, pipeline.model.feature_view
+    controls, view = pipeline.features, pipeline.feature_view
     with running_viewer(pipeline, viewed_run.base_dir) as viewer:
         browser = FakeBrowser(viewer, first_pose(pipeline))
         for element in (controls.g_export, controls.e_segment):
@@ -97,7 +97,7 @@ def test_click_threshold_segment_export(viewed_run):
 def test_a_click_is_taken_in_the_browser_it_came_from(viewed_run):
     pipeline = viewed_run.pipeline
     poses = pipeline.datamanager.train_dataset.cameras.camera_to_worlds
-    controls, view = pipeline.features, pipeline.model.feature_view
+    controls, view = pipeline.features, pipeline.feature_view
     with running_viewer(pipeline, viewed_run.base_dir) as viewer:
         browsers = [FakeBrowser(viewer, poses[0]), FakeBrowser(viewer, poses[6])]
         queries: list[torch.Tensor] = []
@@ -123,14 +123,14 @@ def test_buttons_say_what_went_wrong(untrained, tmp_path, monkeypatch):
         assert clicked(controls, viewer, browser) == "There is nothing where you clicked: click on a surface."
         model.gauss_params["opacities"].data.fill_(6.0)
         assert "has no feature yet" in clicked(controls, viewer, browser)
-        monkeypatch.setattr(model.feature_view, "compute_disagreement", lambda: 1 / 0)
+        monkeypatch.setattr(untrained.feature_view, "compute_disagreement", lambda: 1 / 0)
         press(controls.i_variance)
         assert controls.a_status.text.startswith("That failed (ZeroDivisionError")
         browser.close()
 
 
 def test_clusters_and_colours_are_fixed_until_refreshed(viewed_run):
-    controls, view = viewed_run.pipeline.features, viewed_run.pipeline.model.feature_view
+    controls, view = viewed_run.pipeline.features, viewed_run.pipeline.feature_view
     centres, basis = view.centres(), view.colors().basis
     assert centres.shape == (8, 64)
     controls.h_clusters.value = 3
@@ -148,7 +148,7 @@ def test_variance_waits_for_its_button_in_a_browser(viewed_run):
     with running_viewer(pipeline, viewed_run.base_dir) as viewer:
         browser = FakeBrowser(viewer, first_pose(pipeline))
         sentence = browser.look("view_variance")
-        assert pipeline.model.feature_view._disagreement is None
+        assert pipeline.feature_view._disagreement is None
         press(pipeline.features.i_variance)
         assert pipeline.features.a_status.text == "Choose the output `view_variance`."
         assert np.abs(browser.look("view_variance").astype(int) - sentence).mean() > 10
@@ -160,7 +160,7 @@ def test_a_lifted_run_shows_what_its_record_holds(scene, make_config, make_train
     trainer.train()
     trainer.config.save_config()
     pipeline = open_run(trainer.base_dir)
-    view = pipeline.model.feature_view
+    view = pipeline.feature_view
     with running_viewer(pipeline, trainer.base_dir):
         stored = view._disagreement
         assert stored is not None and bool((stored.values > 0).any())
@@ -169,7 +169,7 @@ def test_a_lifted_run_shows_what_its_record_holds(scene, make_config, make_train
     (trainer.base_dir / "lift.safetensors").write_bytes(b"torn")
     pipeline = open_run(trainer.base_dir)
     with running_viewer(pipeline, trainer.base_dir):  # opens all the same
-        assert pipeline.model.feature_view._disagreement is None
+        assert pipeline.feature_view._disagreement is None
 
 
 def test_a_port_in_use_is_said(viewed_run, capsys):
@@ -210,7 +210,7 @@ def test_a_run_whose_data_moved_opens_and_says_so(viewed_run, missing, capsys):
         pipeline.get_average_eval_image_metrics,
         lambda: pipeline.datamanager.next_train(0),
         lambda: pipeline.datamanager.train_dataset.cameras,
-        lambda: pipeline.model.feature_view.teacher.view(0),
+        lambda: pipeline.feature_view.teacher.view(0),
     ):
         with pytest.raises(UserError, match=name):
             use()
@@ -282,10 +282,11 @@ def test_clusters_find_directions():
 def test_colours_are_those_of_exports(viewed_run):
     model = viewed_run.pipeline.model
     opacities = model.opacities.detach().sigmoid().squeeze(-1)
-    exported = SceneColors.fit(model.feature_view.features, opacities, model.fit3d_decoder.weight)
-    assert torch.equal(model.feature_view.colors().kernel, exported.kernel)
-    assert torch.equal(model.feature_view.colors().bias, exported.bias)
-    decoded = model.feature_view.features @ model.fit3d_decoder.weight.detach().sum((2, 3)).T
-    assert torch.allclose(exported.of_gaussians(model.feature_view.features), exported.basis.to_rgb(decoded), atol=1e-3)
+    view = viewed_run.pipeline.feature_view
+    exported = SceneColors.fit(view.features, opacities, model.fit3d_decoder.weight)
+    assert torch.equal(view.colors().kernel, exported.kernel)
+    assert torch.equal(view.colors().bias, exported.bias)
+    decoded = view.features @ model.fit3d_decoder.weight.detach().sum((2, 3)).T
+    assert torch.allclose(exported.of_gaussians(view.features), exported.basis.to_rgb(decoded), atol=1e-3)
     space = FeatureSpace.of(model.fit3d_decoder)
-    assert torch.allclose(space.decode(space.coordinates(model.feature_view.features)), decoded, atol=1e-5)
+    assert torch.allclose(space.decode(space.coordinates(view.features)), decoded, atol=1e-5)

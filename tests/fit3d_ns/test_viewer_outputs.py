@@ -14,9 +14,9 @@ from fit3d_ns.lifting.lift import project, teacher_basis
 from fit3d_ns.lifting.operator import FeatureOperator
 from fit3d_ns.lifting.solver import LiftSolver
 from fit3d_ns.scenes import teacher_views
-from fit3d_ns.scenes.views import model_geometry, resident_scene
+from fit3d_ns.scenes.views import resident_scene
 from fit3d_ns.support.errors import UserError
-from fit3d_ns.viewer import feature_view, outputs
+from fit3d_ns.viewer import outputs
 from fit3d_ns.viewer.outputs import PICTURES
 from fit3d_ns.viewer.pictures import lettering
 from fit3d_ns.viewer.query import look_at_pixel
@@ -28,17 +28,10 @@ def training_camera(pipeline, index=0):
     return deepcopy(pipeline.datamanager.train_dataset.cameras[index : index + 1]).to(pipeline.device)
 
 
-def frame_of(model, camera):
-    """What a picture is drawn from."""
-    result = model.get_outputs_for_camera(camera)
-    shared = (result["rgb"], result["background"], result["accumulation"], None)
-    return outputs.Frame(model.feature_view, model, camera, *shared)
-
-
 def click(pipeline, index=0):
     """Queries the middle of a training view."""
-    point = look_at_pixel(pipeline.model, training_camera(pipeline, index), (0.5, 0.5))
-    pipeline.model.feature_view.query = point.feature
+    point = look_at_pixel(pipeline.feature_view, training_camera(pipeline, index), (0.5, 0.5))
+    pipeline.feature_view.query = point.feature
     return point
 
 
@@ -60,7 +53,7 @@ def test_every_output_is_a_picture_and_none_is_drawn_unasked(viewed_run, monkeyp
     click(pipeline)
     drawn = []
     monkeypatch.setattr(
-        feature_view,
+        outputs,
         "PICTURES",
         {name: lambda frame, name=name: drawn.append(name) or PICTURES[name](frame) for name in NAMES},
     )
@@ -80,7 +73,7 @@ def test_evaluation_draws_no_picture(viewed_run, monkeypatch):
     def refuse(frame):
         raise AssertionError("drawn")
 
-    monkeypatch.setattr(feature_view, "PICTURES", {name: refuse for name in NAMES})
+    monkeypatch.setattr(outputs, "PICTURES", {name: refuse for name in NAMES})
     metrics = viewed_run.pipeline.get_average_eval_image_metrics()
     assert "feature_cosine" in metrics
 
@@ -88,10 +81,10 @@ def test_evaluation_draws_no_picture(viewed_run, monkeypatch):
 def test_feature_pca_is_the_decoded_map_in_the_scenes_basis(viewed_run):
     pipeline, model = viewed_run.pipeline, viewed_run.pipeline.model
     camera = training_camera(pipeline)
-    view = model.feature_view
+    view = pipeline.feature_view
     result = model.get_outputs_for_camera(camera)
     picture = result["feature_pca"]
-    low, alpha = model.render_low(camera, render_size=frame_of(model, camera).feature_size())
+    low, alpha = model.render_low(camera, render_size=result.feature_size())
     decoded = model.fit3d_decoder(low / alpha.clamp_min(1e-3))  # [C, h, w], as distillation would see it
     basis = view.colors().basis
     projected = basis.basis.project(decoded.permute(1, 2, 0)).permute(2, 0, 1)
@@ -109,22 +102,22 @@ def test_feature_pca_is_the_decoded_map_in_the_scenes_basis(viewed_run):
 def test_the_basis_is_fixed_until_refreshed(viewed_run):
     pipeline, model = viewed_run.pipeline, viewed_run.pipeline.model
     first = model.get_outputs_for_camera(training_camera(pipeline, 0))["feature_pca"]
-    basis = model.feature_view.colors().basis
+    basis = pipeline.feature_view.colors().basis
     model.get_outputs_for_camera(training_camera(pipeline, 5))["teacher_pca"]
-    assert model.feature_view.colors().basis is basis
+    assert pipeline.feature_view.colors().basis is basis
     assert torch.equal(model.get_outputs_for_camera(training_camera(pipeline, 0))["feature_pca"], first)
     features = model.gauss_params["fit3d_features"]
     features.data = features.data.flip(1)
     assert not torch.equal(model.get_outputs_for_camera(training_camera(pipeline, 0))["feature_pca"], first)
-    assert model.feature_view.colors().basis is basis
-    model.feature_view.refresh()
-    assert not torch.equal(model.feature_view.colors().basis.basis.components, basis.basis.components)
+    assert pipeline.feature_view.colors().basis is basis
+    pipeline.feature_view.refresh()
+    assert not torch.equal(pipeline.feature_view.colors().basis.basis.components, basis.basis.components)
 
 
 def test_similarity_is_the_cosine_of_decoded_features(viewed_run):
     pipeline, model = viewed_run.pipeline, viewed_run.pipeline.model
     point = click(pipeline)
-    view = model.feature_view
+    view = pipeline.feature_view
     camera = training_camera(pipeline)
     result = model.get_outputs_for_camera(camera)
     low, _ = model.render_low(camera, render_size=(72, 96))
@@ -149,13 +142,13 @@ def test_a_click_finds_the_surface(viewed_run):
     pose = camera.camera_to_worlds[0]
     assert torch.allclose(point.position, pose[:, 3] - depth * pose[:, 2], atol=1e-4)
     assert point.feature.shape == (64,)
-    corner = look_at_pixel(pipeline.model, camera, (0.1, 0.8)).position
+    corner = look_at_pixel(pipeline.feature_view, camera, (0.1, 0.8)).position
     viewmat, intrinsics = pipeline.model.view_matrices(camera)
     pixel = intrinsics @ (viewmat[:3, :3] @ corner + viewmat[:3, 3])
     assert torch.allclose(pixel[:2] / pixel[2], torch.tensor([9.6, 57.6]), atol=1e-3)
     away = OrientedBox.from_params((50.0, 50.0, 50.0), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
     with pytest.raises(UserError, match="nothing where you clicked"):
-        look_at_pixel(pipeline.model, camera, (0.5, 0.5), away)
+        look_at_pixel(pipeline.feature_view, camera, (0.5, 0.5), away)
 
 
 def test_teacher_pca_shows_the_photos_own_map(viewed_run):
@@ -163,7 +156,7 @@ def test_teacher_pca_shows_the_photos_own_map(viewed_run):
     camera = training_camera(pipeline, 3)
     picture = model.get_outputs_for_camera(camera)["teacher_pca"]
     teacher = pipeline.datamanager.teacher_map("train", 3).float()
-    colors = model.feature_view.colors().basis.to_rgb(teacher.permute(1, 2, 0)).permute(2, 0, 1)
+    colors = pipeline.feature_view.colors().basis.to_rgb(teacher.permute(1, 2, 0)).permute(2, 0, 1)
     expected = torch.nn.functional.interpolate(colors[None], size=(72, 96), mode="bilinear", align_corners=False)[0]
     assert torch.allclose(picture, expected.permute(1, 2, 0), atol=1e-3)
 
@@ -182,8 +175,7 @@ def test_teacher_pca_follows_a_turned_camera_and_says_where_it_is_to_be_had(view
     elsewhere = training_camera(pipeline, 3)
     elsewhere.camera_to_worlds[0, :, 3] += 0.2
     result = model.get_outputs_for_camera(elsewhere)
-    frame = frame_of(model, elsewhere)
-    assert_sentence(result["teacher_pca"], "teacher_pca", "training views only", frame)
+    assert_sentence(result["teacher_pca"], "teacher_pca", "training views only", result)
 
 
 def test_view_variance_is_that_of_the_lifting_solver(viewed_run):
@@ -193,15 +185,15 @@ def test_view_variance_is_that_of_the_lifting_solver(viewed_run):
     basis = teacher_basis(views, 64, 8, torch.device("cpu"))
     with torch.no_grad():
         aggregate = LiftSolver(
-            FeatureOperator(model_geometry(model), model.feature_grid), project(views, basis), 8
+            FeatureOperator(model.geometry, model.feature_grid), project(views, basis), 8
         ).aggregate()
-    values = model.feature_view.disagreement().values
+    values = pipeline.feature_view.disagreement().values
     assert torch.allclose(values.square(), aggregate.variance * aggregate.seen, rtol=1e-4, atol=1e-4)
-    model.feature_view.take_disagreement(aggregate.variance, aggregate.coverage)
+    pipeline.feature_view.take_disagreement(aggregate.variance, aggregate.coverage)
     again = model.get_outputs_for_camera(training_camera(pipeline))["view_variance"]
     assert torch.allclose(again, picture, atol=1e-2)
-    model.feature_view.take_disagreement(aggregate.variance[:-1], aggregate.coverage[:-1])  # of other Gaussians
-    assert len(model.feature_view.disagreement().values) == model.num_points
+    pipeline.feature_view.take_disagreement(aggregate.variance[:-1], aggregate.coverage[:-1])  # of other Gaussians
+    assert len(pipeline.feature_view.disagreement().values) == model.num_points
 
 
 def test_no_teacher_is_run_for_looking(viewed_run, monkeypatch):
@@ -219,9 +211,8 @@ def test_no_teacher_is_run_for_looking(viewed_run, monkeypatch):
     shutil.rmtree(pipeline.datamanager.get_datapath() / ".fit3d_cache")
     _, pipeline, _, _ = eval_setup(viewed_run.base_dir / "config.yml")
     result = pipeline.model.get_outputs_for_camera(camera)
-    frame = frame_of(pipeline.model, camera)
-    assert_sentence(result["teacher_pca"], "teacher_pca", "not in .*fit3d_cache", frame)
-    assert_sentence(result["view_variance"], "view_variance", "not in .*fit3d_cache", frame)
+    assert_sentence(result["teacher_pca"], "teacher_pca", "not in .*fit3d_cache", result)
+    assert_sentence(result["view_variance"], "view_variance", "not in .*fit3d_cache", result)
 
 
 def test_nothing_ends_a_render_thread(untrained, tmp_path):
@@ -239,14 +230,14 @@ def test_nothing_ends_a_render_thread(untrained, tmp_path):
                 if step == "trained":
                     model.gauss_params["fit3d_features"].data.normal_()
                 elif step == "segment":
-                    model.feature_view.query = torch.ones(64)
-                    model.feature_view.segment, model.feature_view.threshold = True, 1.1
+                    untrained.feature_view.query = torch.ones(64)
+                    untrained.feature_view.segment, untrained.feature_view.threshold = True, 1.1
                 elif step == "empty crop":
                     panel._crop_viewport.value, panel._crop_center.value = True, (50.0, 50.0, 50.0)
                 elif step == "broken":
-                    panel._crop_viewport.value, model.feature_view.segment = False, False
+                    panel._crop_viewport.value, untrained.feature_view.segment = False, False
                     model.gauss_params["fit3d_features"].data.fill_(float("nan"))
-                    model.feature_view.refresh()
+                    untrained.feature_view.refresh()
                 elif step == "failing":
                     model.fit3d_decoder.weight.data = torch.zeros(3, 3)  # no decoder at all
                 panel._split.value = step == "trained"
@@ -263,7 +254,7 @@ def test_nothing_ends_a_render_thread(untrained, tmp_path):
 def test_a_browser_computes_what_it_shows(viewed_run, monkeypatch):
     drawn = []
     monkeypatch.setattr(
-        feature_view,
+        outputs,
         "PICTURES",
         {name: lambda frame, name=name: drawn.append(name) or PICTURES[name](frame) for name in NAMES},
     )
@@ -288,7 +279,7 @@ def test_a_browser_computes_what_it_shows(viewed_run, monkeypatch):
 def test_a_segment_is_shown_alone_in_browsers_only(viewed_run):
     pipeline, model = viewed_run.pipeline, viewed_run.pipeline.model
     click(pipeline)
-    view = model.feature_view
+    view = pipeline.feature_view
     chosen = view.similar()
     space = view.space()
     cosines = torch.nn.functional.cosine_similarity(
@@ -323,7 +314,7 @@ def test_a_plain_splatfacto_run_is_viewed_as_ever(scene, make_config, make_train
 
 
 def test_standing_at_a_view_has_a_tolerance(viewed_run):
-    views = viewed_run.pipeline.model.feature_view.teacher
+    views = viewed_run.pipeline.feature_view.teacher
     camera = training_camera(viewed_run.pipeline, 1)
     camera.camera_to_worlds[0, 0, 3] += teacher_views.NEAR * 0.9
     assert views.standing_at(camera) == 1

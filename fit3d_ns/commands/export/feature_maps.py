@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from fit3d_ns.commands.export.camera_path import CameraPath
+from fit3d_ns.features.decoder import decode_patches
 from fit3d_ns.model import Fit3DSplatModel, image_size
 from fit3d_ns.support.errors import UserError
 from fit3d_ns.support.files import atomic_folder
@@ -42,7 +43,7 @@ def _view(model: Fit3DSplatModel, path: CameraPath, index: int) -> dict[str, Any
     size = image_size(camera)
     grid = model.patch_grid(*size)
     low, alpha = model.render_low(camera)
-    features = model.fit3d_decoder.decode_patches(low, model.feature_grid, grid).half()
+    features = decode_patches(low, model.fit3d_decoder.weight, model.feature_grid, grid).half()
     if not bool(torch.isfinite(features).all()):
         raise UserError(f"The features of the view {path.names[index]} exceed half precision: export without them.")
     viewmat, intrinsics = model.view_matrices(camera)
