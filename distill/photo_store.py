@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from jaxtyping import UInt8
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.console import Console
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -19,10 +19,16 @@ from distill.scenes import Scene
 from fit3d_ns.data.photos import Photo, read_photo
 from fit3d_ns.support.errors import UserError
 from fit3d_ns.support.files import atomic_write_bytes, is_complete_safetensors, user_cache_directory
+from fit3d_ns.support.progress import progress
 
+_FILL = "Decoding photos"
 _TENSOR = "photo"
-_SCHEMA = 1
+_SCHEMA = 2
 """Raise it when the same photo comes to be stored in another way."""
+_DECODING_BYTES = 2**31
+"""What photos may take together while they are decoded and resized."""
+_BYTES_PER_PIXEL = 24
+"""Of a photo meanwhile: 8-bit copies, and 3 channels of floats."""
 
 View = tuple[int, int]
 """Positions of a scene, and of a view in it."""
@@ -56,7 +62,8 @@ class PhotoStore:
         self._device = device
         self._folder = (directory or user_cache_directory() / "photos").expanduser()
         self._data_root = data_root
-        self._threads = ThreadPoolExecutor(workers or min(os.cpu_count() or 1, 16), thread_name_prefix="photo")
+        self._workers = workers or min(os.cpu_count() or 1, 16)
+        self._threads = ThreadPoolExecutor(self._workers, thread_name_prefix="photo")
         self._resident: dict[View, UInt8[Tensor, "3 H W"]] = {}
         self._pending: dict[View, Future] = {}
         self._keeps = self.num_bytes <= resident_bytes
@@ -88,14 +95,14 @@ class PhotoStore:
         if not share:
             return 0
         self._check_space(share)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, disable=not show) as progress:
-            task = progress.add_task("Decoding photos", total=len(share))
-            futures = [self._threads.submit(self._decode, view) for view in share]
+        largest = max(photo.height * photo.width for photo in map(self._photo, share)) * _BYTES_PER_PIXEL
+        workers = max(1, min(self._workers, _DECODING_BYTES // largest))
+        with ThreadPoolExecutor(workers) as threads, progress(Console(quiet=not show), _FILL, len(share)) as advance:
+            futures = [threads.submit(self._decode, view) for view in share]
             try:
                 for future in futures:
                     future.result()
-                    progress.advance(task)
+                    advance(1)
             finally:
                 for future in futures:
                     future.cancel()

@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float16, UInt8
+from jaxtyping import Float, Float16, UInt8
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -27,6 +26,8 @@ from torch import Tensor
 from fit3d_ns.backbones import Backbone, BackboneSpec, backbone_identity, patch_grid, resize_to_patches
 from fit3d_ns.support.errors import UserError
 from fit3d_ns.support.files import atomic_write_bytes, atomic_write_json, is_complete_safetensors, user_cache_directory
+from fit3d_ns.support.progress import progress
+from fit3d_ns.support.samples import batches_of_like
 
 __all__ = ["FeatureCache", "image_key", "user_cache_directory"]
 
@@ -140,21 +141,24 @@ class FeatureCache:
         views: dict[str, _View] = {}
         missing: list[_View] = []
         room = _KEPT_IMAGES
-        for source in images:
-            image = source()
-            keys.append(key := image_key(image))
-            if key in views:
-                continue
-            absent = not self.has(key)
-            kept = absent and image.nbytes <= room
-            room -= image.nbytes * kept
-            views[key] = _View(key, (image.shape[0], image.shape[1]), (lambda image=image: image) if kept else source)
-            if absent:
-                missing.append(views[key])
+        with progress(self._console, "Reading photos", len(images)) as advance:
+            for source in images:
+                image = source()
+                advance(1)
+                keys.append(key := image_key(image))
+                if key in views:
+                    continue
+                absent = not self.has(key)
+                kept = absent and image.nbytes <= room
+                room -= image.nbytes * kept
+                size = (image.shape[0], image.shape[1])
+                views[key] = _View(key, size, (lambda image=image: image) if kept else source)
+                if absent:
+                    missing.append(views[key])
         if missing:
             folder = self._writable_folder()
             self._announce(folder, missing, len(views))
-            batches = _batches_of_equal_size(missing, batch_size)
+            batches = batches_of_like(missing, kind=lambda view: view.size, size=lambda view: batch_size)
             self._compute(folder, batches, load_teacher, torch.device(device))
         paths = {key: path for key in views if (path := self._find(key)) is not None}
         places = sorted({str(path.parent) for path in paths.values()})
@@ -242,28 +246,24 @@ class FeatureCache:
         device: torch.device,
     ) -> None:
         teacher = load_teacher()
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-        with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self._console) as progress:
-            task = progress.add_task("Teacher features", total=sum(len(batch) for batch in batches))
+        with progress(self._console, "Teacher features", sum(len(batch) for batch in batches)) as advance:
             for batch in batches:
                 # Another process may have made some meanwhile.
                 views = [view for view in batch if not self.has(view.key)]
                 if views:
-                    images = torch.stack([view.source() for view in views])
-                    for view, patch_tokens in zip(views, self._run(teacher, images, device)):
+                    for view, patch_tokens in zip(views, self._run(teacher, views, device)):
                         self._write(folder, view.key, patch_tokens)
-                progress.advance(task, len(batch))
+                advance(len(batch))
         del teacher
         if device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _run(
-        self, teacher: Backbone, images: UInt8[Tensor, "B H W 3"], device: torch.device
-    ) -> Float16[Tensor, "B C h w"]:
+    def _run(self, teacher: Backbone, views: Sequence[_View], device: torch.device) -> Float16[Tensor, "B C h w"]:
         autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
         with torch.inference_mode(), autocast:
-            batch = images.to(device).permute(0, 3, 1, 2).float() / 255.0
-            batch = resize_to_patches(batch, teacher.info.patch_size, self._max_size)
+            # Resized one by one: photos as floats are large, what the teacher sees is not.
+            resized = [self._resized(view.source(), teacher.info.patch_size, device) for view in views]
+            batch = torch.cat(resized).contiguous(memory_format=torch.channels_last)
             patch_tokens = teacher(batch).patch_tokens.to(torch.float16)
         if not bool(torch.isfinite(patch_tokens).all()):
             raise UserError(
@@ -271,6 +271,12 @@ class FeatureCache:
                 "are damaged, or its layer needs the final norm (--pipeline.datamanager.backbone-norm True)."
             )
         return patch_tokens.cpu()
+
+    def _resized(
+        self, image: UInt8[Tensor, "H W 3"], patch_size: int, device: torch.device
+    ) -> Float[Tensor, "1 3 h w"]:
+        values = image.to(device).permute(2, 0, 1)[None].float() / 255.0  # [1, 3, H, W]
+        return resize_to_patches(values, patch_size, self._max_size)
 
     def _write(self, folder: Path, key: str, patch_tokens: Float16[Tensor, "C h w"]) -> None:
         try:
@@ -285,13 +291,6 @@ class FeatureCache:
             f"The teacher features cannot be written to {folder} ({cause}): free some space there, or choose another "
             f"folder with {CACHE_FLAG}."
         )
-
-
-def _batches_of_equal_size(views: Sequence[_View], batch_size: int) -> list[list[_View]]:
-    groups: dict[tuple[int, int], list[_View]] = {}
-    for view in views:
-        groups.setdefault(view.size, []).append(view)
-    return [group[i : i + batch_size] for group in groups.values() for i in range(0, len(group), batch_size)]
 
 
 def _remove_stale_temporaries(folder: Path) -> None:

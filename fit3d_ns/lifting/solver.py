@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from fit3d_ns.lifting.operator import FeatureOperator, PatchCamera
+from fit3d_ns.support.samples import batches_of_like
 
 SEEN = 1e-4
 """Least total contribution, in patches, of a Gaussian to all training views that counts as seen."""
@@ -83,8 +84,10 @@ class LiftSolver:
     ) -> None:
         self.operator = operator
         self.channels = channels
-        self._batches = batches_of_equal_size(
-            views, lambda view: operator.batch_size(view.camera, channels + 2, views_per_batch)
+        self._batches = batches_of_like(
+            views,
+            kind=lambda view: (view.camera.image_size, view.camera.grid),
+            size=lambda view: operator.batch_size(view.camera, channels + 2, views_per_batch),
         )
         self._advance = advance
         self._zeros = operator.geometry.means.new_zeros(1, 1)
@@ -155,23 +158,6 @@ class LiftSolver:
             weights = self.operator.spread_weights(stack_weights(batch, maps))
             yield [view.camera for view in batch], self.operator.spread(maps), weights
             self._advance(len(batch))
-
-
-def batches_of_equal_size(views: Sequence[LiftView], size: Callable[[LiftView], int]) -> list[list[LiftView]]:
-    """Groups views that can be rendered in one call, in order.
-
-    Args:
-        views: Views of any sizes.
-        size: Most views of a group like the given one.
-    """
-    groups: dict[tuple, list[LiftView]] = {}
-    for view in views:
-        groups.setdefault((view.camera.image_size, view.camera.grid), []).append(view)
-    return [
-        group[start : start + count]
-        for group, count in ((group, size(group[0])) for group in groups.values())
-        for start in range(0, len(group), count)
-    ]
 
 
 def stack_weights(batch: Sequence[LiftView], maps: Float[Tensor, "B X h w"]) -> Float[Tensor, "B 1 h w"]:

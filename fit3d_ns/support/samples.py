@@ -1,6 +1,6 @@
-"""A few of many, chosen without chance."""
+"""Items chosen and grouped without chance."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -32,3 +32,20 @@ def hold_out(items: Sequence[Item], share: float) -> tuple[Sequence[Item], Seque
     """
     kept = max(0, len(items) - max(1, round(len(items) * share)))
     return items[:kept], items[kept:]
+
+
+def batches_of_like(
+    items: Sequence[Item], kind: Callable[[Item], Hashable], size: Callable[[Item], int]
+) -> list[list[Item]]:
+    """Groups items that can be worked on together, in order of their kinds' first appearance.
+
+    Args:
+        items: Any number of them.
+        kind: What items of one batch have in common, such as a height and width.
+        size: Most items of a batch like the given one, at least 1.
+    """
+    groups: dict[Hashable, list[Item]] = {}
+    for item in items:
+        groups.setdefault(kind(item), []).append(item)
+    counts = [(group, size(group[0])) for group in groups.values()]
+    return [group[start : start + count] for group, count in counts for start in range(0, len(group), count)]
