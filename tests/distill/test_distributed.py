@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from distill.cli import distil
@@ -20,7 +21,18 @@ from fit3d_ns.support.processes import World, join_world
 ROOT = Path(__file__).parents[2]
 
 
-def start(config: DistillConfig, rank: int, port: int, *extra: str) -> subprocess.Popen:
+PLAIN_DESCENT = """
+import torch
+from distill import cli, trainer
+trainer.make_optimizer = lambda parameters, recipe, device: torch.optim.SGD(parameters, lr=recipe.lr)
+cli.main()
+"""
+"""The command with an optimizer that moves the weights by just the gradient: Adam would hide a wrong scale of it."""
+
+
+def start(
+    config: DistillConfig, rank: int, port: int, *extra: str, command: tuple[str, ...] = ("-m", "distill")
+) -> subprocess.Popen:
     """Starts one of two processes as torchrun would."""
     environment = {
         **os.environ,
@@ -48,7 +60,7 @@ def start(config: DistillConfig, rank: int, port: int, *extra: str) -> subproces
         *extra,
     ]
     return subprocess.Popen(
-        [sys.executable, "-m", "distill", *arguments],
+        [sys.executable, *command, *arguments],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -75,6 +87,27 @@ def test_two_processes_equal_one(make_scene, make_config, tmp_path):
     assert "on 2 CPU processes" in outputs[0] and "Report" not in outputs[1]
     one, two = (load_file(folder / "backbone.safetensors") for folder in (alone.output_dir, config.output_dir))
     assert max(float((one[name] - two[name]).abs().max()) for name in one) < 2e-5
+
+
+def test_two_processes_have_the_gradient_of_one(make_scene, make_config, tmp_path, monkeypatch, teacher_weights):
+    folders = [make_scene("a", views=7, masked=(1,)), make_scene("b", views=6, seed=1, size=(64, 48))]
+    options = {"lr": 0.5, "clip": 0.0}
+    alone = make_config(*folders, batch_size=4, steps=4, output_dir=tmp_path / "alone", **options)
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            "distill.trainer.make_optimizer", lambda parameters, recipe, device: torch.optim.SGD(parameters, recipe.lr)
+        )
+        distil(alone)
+    config = make_config(*folders, output_dir=tmp_path / "pair", **options)
+    port = free_port()
+    processes = [start(config, rank, port, "--steps", "4", command=("-c", PLAIN_DESCENT)) for rank in range(2)]
+    outputs = [process.communicate(timeout=100)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    before = load_file(teacher_weights)
+    one, two = (load_file(folder / "backbone.safetensors") for folder in (alone.output_dir, config.output_dir))
+    moved = max(float((one[name] - before[name]).abs().max()) for name in one)
+    assert moved > 0.01
+    assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-3 * moved
 
 
 def test_processes_with_unequal_memory_cut_the_same_blocks(make_scene, make_config, tmp_path):
