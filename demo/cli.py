@@ -1,18 +1,19 @@
 """The command line of the demo."""
 
+import logging
 from dataclasses import replace
 
 import torch
 import tyro
-from rich.console import Console
 
 from demo.config import DemoConfig, complete, settings
 from demo.runner import hold, keep_settings, run_stages, stored_settings
 from demo.stages import places, stages
 from fit3d_ns.backbones import BackboneSpec, weights_available
 from fit3d_ns.support.command_line import run_command
+from fit3d_ns.support.console import CONSOLE
 
-CONSOLE = Console()
+_LOGGER = logging.getLogger(__name__)
 
 
 def main() -> None:
@@ -37,7 +38,7 @@ def run_demo(config: DemoConfig) -> None:
             config = replace(config, backbone=begun.get("backbone") or _choose_backbone())
         config = complete(config, cuda)
         keep_settings(config.output_dir, {**settings(config), "device": "cuda" if cuda else "cpu"})
-        records = run_stages(config.output_dir, stages(config, cuda), CONSOLE)
+        records = run_stages(config.output_dir, stages(config, cuda))
         CONSOLE.print("\n[bold]Write the report[/bold]")
         from demo.report import write_report
 
@@ -51,8 +52,8 @@ def run_demo(config: DemoConfig) -> None:
 def _choose_backbone() -> str:
     if weights_available(BackboneSpec("dinov2_small"), reach_network=True):
         return "dinov2_small"
-    CONSOLE.print(
-        "[yellow]DINOv2-S weights are neither cached nor reachable: the demo uses dinov2_small_focus, a DINOv2-S whose "
-        "author tuned it for saliency, cut to its first 9 blocks.[/yellow]"
+    _LOGGER.warning(
+        "DINOv2-S weights are neither cached nor reachable: the demo uses dinov2_small_focus, a DINOv2-S whose "
+        "author tuned it for saliency, cut to its first 9 blocks."
     )
     return "dinov2_small_focus"

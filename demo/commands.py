@@ -3,23 +3,20 @@
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import entry_points
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
 from fit3d_ns.runs.checkpoints import find_checkpoint
 from fit3d_ns.support.errors import UserError
+from fit3d_ns.support.progress import progress
 
 
-def run_command_line(words: Sequence[str], console: Console) -> None:
+def run_command_line(words: Sequence[str]) -> None:
     """Does what typing the words in a shell would do.
 
     Args:
         words: The command's name and its arguments.
-        console: For progress.
 
     Raises:
         UserError: If there is no such command, or it ended with an error, which it has said itself.
@@ -27,7 +24,7 @@ def run_command_line(words: Sequence[str], console: Console) -> None:
     """
     with _typed(words):
         if words[0] == "ns-train":
-            _train(words[1:], console)
+            _train(words[1:])
             return
         found = tuple(entry_points(group="console_scripts", name=words[0]))
         if not found:
@@ -53,7 +50,7 @@ def _typed(words: Sequence[str]) -> Iterator[None]:
         sys.argv = before
 
 
-def _train(words: Sequence[str], console: Console) -> None:
+def _train(words: Sequence[str]) -> None:
     """``ns-train`` without its page of settings, going on from the run's own checkpoint, and ending when it is told to.
 
     nerfstudio's command swallows Ctrl-C, and goes on from a checkpoint only where it is named.
@@ -79,17 +76,15 @@ def _train(words: Sequence[str], console: Console) -> None:
     trainer.setup()
     trainer.pipeline.fit3d_model.strategy.verbose = False
     trainer.pipeline.datamanager.teacher_map("train", 0)  # fills the cache, under its own progress bar
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
-        task = progress.add_task("Training", total=steps, completed=done)
+    with ExitStack() as bar:
+        advance = bar.enter_context(progress("Training", steps, done))
 
-        def advance(step: int) -> None:
-            # Lifting follows the last step, under a bar of its own.
-            progress.update(task, completed=step + 1)
+        def show(step: int) -> None:
+            advance()
             if step + 1 == steps:
-                progress.stop()
+                bar.close()  # lifting follows the last step, under a bar of its own
 
-        trainer.callbacks.insert(0, TrainingCallback([TrainingCallbackLocation.AFTER_TRAIN_ITERATION], advance))
+        trainer.callbacks.insert(0, TrainingCallback([TrainingCallbackLocation.AFTER_TRAIN_ITERATION], show))
         try:
             trainer.train()
         finally:

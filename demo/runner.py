@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from rich.console import Console
 
 from demo.commands import run_command_line
 from demo.stages import Stage
+from fit3d_ns.support.console import CONSOLE
 from fit3d_ns.support.errors import UserError
 from fit3d_ns.support.files import atomic_write_json, atomic_write_text
 
@@ -77,13 +77,12 @@ def keep_settings(root: Path, settings: dict[str, Any]) -> None:
             )
 
 
-def run_stages(root: Path, stages: Sequence[Stage], console: Console) -> list[Record]:
+def run_stages(root: Path, stages: Sequence[Stage]) -> list[Record]:
     """Runs what is not done yet.
 
     Args:
         root: The output folder.
         stages: All stages, in order.
-        console: For progress.
 
     Returns:
         A record of each stage.
@@ -98,22 +97,22 @@ def run_stages(root: Path, stages: Sequence[Stage], console: Console) -> list[Re
         if record is None:
             left = _seconds_left(session, stages[number - 1 :])
             heading = f"\n[bold]{number} of {len(stages)}: {stage.title}[/bold] (about {_clock(left)} left)"
-            console.print(heading, highlight=False, soft_wrap=True)
-            console.print(f"$ {shlex.join(stage.command)}", style="dim", highlight=False, markup=False, soft_wrap=True)
-            record = _run(root, stage, console)
+            CONSOLE.print(heading, highlight=False, soft_wrap=True)
+            CONSOLE.print(f"$ {shlex.join(stage.command)}", style="dim", highlight=False, markup=False, soft_wrap=True)
+            record = _run(root, stage)
             session.append(record)
         else:
-            console.print(f"{number} of {len(stages)}: {stage.title}: done before", highlight=False)
+            CONSOLE.print(f"{number} of {len(stages)}: {stage.title}: done before", highlight=False)
         records.append(record)
     return records
 
 
-def _run(root: Path, stage: Stage, console: Console) -> Record:
+def _run(root: Path, stage: Stage) -> Record:
     begun = root / _RECORDS / f"{stage.name}.begun"
     resumed = begun.exists()
     atomic_write_text(begun, "")
     wall, cpu = time.perf_counter(), _cpu_seconds()
-    run_command_line(stage.command, console)
+    run_command_line(stage.command)
     record = Record(stage, time.perf_counter() - wall, _cpu_seconds() - cpu, resumed)
     content = {
         "command": list(stage.command),

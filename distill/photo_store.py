@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from jaxtyping import UInt8
-from rich.console import Console
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -97,7 +96,7 @@ class PhotoStore:
         self._check_space(share)
         largest = max(photo.height * photo.width for photo in map(self._photo, share)) * _BYTES_PER_PIXEL
         workers = max(1, min(self._workers, _DECODING_BYTES // largest))
-        with ThreadPoolExecutor(workers) as threads, progress(Console(quiet=not show), _FILL, len(share)) as advance:
+        with ThreadPoolExecutor(workers) as threads, progress(_FILL, len(share), show=show) as advance:
             futures = [threads.submit(self._decode, view) for view in share]
             try:
                 for future in futures:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -32,6 +31,7 @@ from fit3d_ns.backbones import Backbone
 from fit3d_ns.support.curve_log import CurveLog
 from fit3d_ns.support.errors import UserError
 from fit3d_ns.support.processes import World
+from fit3d_ns.support.progress import progress
 
 _RECIPE_SETTINGS = "accumulation ema_decay lr weight_decay clip batch_size schedule warmup_steps flip".split()
 _RESULT_SETTINGS = "targets min_accumulation lora_rank seed".split()
@@ -136,25 +136,18 @@ class Trainer:
         """
         previous = signal.signal(signal.SIGTERM, self._ask_to_stop)
         start, begin, first_step = time.perf_counter(), None, self._step
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[loss]}"),
-        )
-        silent = not self._world.is_main
         try:
             self._validate()
-            with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), disable=silent) as progress:
-                task = progress.add_task("Distilling", total=self.num_steps, completed=self._step, loss="")
+            with progress("Distilling", self.num_steps, self._step) as advance:
                 for batch, inputs in self._feed.steps(self._step, self.num_steps):
                     set_learning_rate(self._optimizer, learning_rate(self._recipe, batch.step, self.num_steps))
                     self._recent.append((batch, self._runner.run(inputs)))
                     if self._average is not None:
                         self._average.update_parameters(self._student.model)
                     self._step = batch.step + 1
+                    advance()
                     if self._is_log_step():
-                        progress.update(task, completed=self._step, loss=f"L1 {self._flush():.4f}")
+                        advance(0, f"L1 {self._flush():.4f}")
                         if begin is None:
                             begin, first_step = time.perf_counter(), self._step
                     self._validate()

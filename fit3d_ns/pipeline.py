@@ -22,6 +22,7 @@ from fit3d_ns.rasterization import check_backend
 from fit3d_ns.runs.checkpoints import find_checkpoint, run_folder
 from fit3d_ns.scenes.evaluation import EvaluationPass
 from fit3d_ns.scenes.teacher_views import TeacherViews
+from fit3d_ns.support.console import show_log
 from fit3d_ns.support.errors import UserError
 from fit3d_ns.viewer.controls import FeatureControls
 from fit3d_ns.viewer.feature_view import FeatureView
@@ -46,6 +47,7 @@ class Fit3DPipeline(VanillaPipeline):
     datamanager: Fit3DDataManager
 
     def __init__(self, config: Fit3DPipelineConfig, device: str, world_size: int = 1, **kwargs: Any):
+        show_log()
         check_timm()
         check_gsplat()
         check_backend(torch.device(device))

@@ -1,5 +1,6 @@
 """nerfstudio's trainer, made to survive being killed and to go on where it stopped."""
 
+import logging
 import os
 import shutil
 import tempfile
@@ -16,6 +17,8 @@ from fit3d_ns.runs.checkpoints import find_checkpoint, read_checkpoint, run_fold
 from fit3d_ns.runs.config_reader import read_config
 from fit3d_ns.support.errors import UserError
 from fit3d_ns.support.files import atomic_write_text, explain_unwritable
+
+_LOGGER = logging.getLogger(__name__)
 
 
 def check_same_configuration(config: Any) -> None:
@@ -38,7 +41,7 @@ def check_same_configuration(config: Any) -> None:
     try:
         trained = read_config(path)
     except UserError as error:  # such as the dataparser of another package
-        CONSOLE.print(f"[yellow]{error} Whether the flags agree cannot be checked.[/yellow]")
+        _LOGGER.warning("%s Whether the flags agree cannot be checked.", error)
         return
     if not isinstance(trained.pipeline.model, type(config.pipeline.model)):
         return  # the model says what can be done with a run of plain splatfacto

@@ -1,17 +1,19 @@
 """The command ``fit3d-rooms``: makes labelled indoor scenes on any machine."""
 
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
 import tyro
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fit3d_ns.support.command_line import run_command
 from fit3d_ns.support.errors import UserError
+from fit3d_ns.support.progress import Advance, progress
+
+_LOGGER = logging.getLogger(__name__)
 
 MINIMUM_SIZE = 48
 MAXIMUM_SIZE = 4096
@@ -87,31 +89,32 @@ def make_rooms(config: RoomsConfig) -> list[Path]:
 
     settings = RoomSettings(config.seed, config.views, config.width, config.height)
     indices = range(config.start_scene, config.start_scene + config.scenes)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
     try:
         open_output(config.out, settings)
         missing = [index for index in indices if not is_finished(config.out, index, settings)]
-        with Progress(*columns, console=Console(stderr=True)) as bar:
-            task = bar.add_task("rooms", total=float(len(missing)))
-            for done, index in enumerate(missing):
-
-                def show(stage: str, share: float) -> None:
-                    bar.update(task, completed=done + share, description=f"{room_name(index)}: {stage}")  # noqa: B023
-
+        with progress("Rooms", len(missing)) as advance:
+            for index in missing:
+                show = _parts(advance, room_name(index))
                 room = render_room(config.seed, index, config.views, config.width, config.height, config.workers, show)
                 write_room(config.out, index, settings, room)
-                bar.update(task, completed=float(done + 1))
+                show("written", 1.0)
     except OSError as error:
         raise UserError(
             f"The rooms cannot be written to {error.filename or config.out}: {error.strerror or error}."
         ) from error
     return [config.out / room_name(index) for index in indices]
+
+
+def _parts(advance: Advance, name: str) -> Callable[[str, float], None]:
+    """Returns what takes the stage that a room is in and the share of it that is done."""
+    reached = 0.0
+
+    def show(stage: str, share: float) -> None:
+        nonlocal reached
+        advance(share - reached, f"{name}: {stage}")
+        reached = share
+
+    return show
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -121,8 +124,8 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def _make_and_report(config: RoomsConfig) -> None:
     folders = make_rooms(config)
-    print(f"{len(folders)} rooms of {config.views} views in {config.out}")
-    print(f"Train on one: ns-train fit3d-splat --data {folders[0]}")
+    _LOGGER.info("%d rooms of %d views in %s", len(folders), config.views, config.out)
+    _LOGGER.info("Train on one: ns-train fit3d-splat --data %s", folders[0])
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """A trained probe from the command line to the report."""
 
 import hashlib
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -9,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 
 from fit3d_ns.support.errors import UserError
 from fit3d_ns.support.processes import gather_objects, join_world, rank, wait_for_all, world_size
@@ -35,7 +35,7 @@ Panels = dict[int, dict[str, np.ndarray]]
 
 @torch.no_grad()
 def evaluate(
-    task: Task, source: Source, split: str, heads: Sequence[Head], console: Console, panels: Sequence[int] = ()
+    task: Task, source: Source, split: str, heads: Sequence[Head], panels: Sequence[int] = ()
 ) -> tuple[dict[str, dict[str, Any]], Panels]:
     """Scores heads on all samples of a split, each counted once whatever the number of processes.
 
@@ -44,7 +44,6 @@ def evaluate(
         source: Of features.
         split: ``validation`` or ``test``.
         heads: Put into evaluation mode, and back.
-        console: For progress.
         panels: Places of samples to make pictures of.
 
     Returns:
@@ -56,7 +55,7 @@ def evaluate(
         head.module.eval()
     samples = getattr(task.data, split)
     total = len(range(rank(), len(samples), world_size()))
-    with progress(console, f"evaluation ({split})", total) as advance:
+    with progress(f"evaluation ({split})", total) as advance:
         for place, features, target in source.evaluation(split):
             size = (target.shape[0], target.shape[1])
             for head in heads:
@@ -75,6 +74,7 @@ def evaluate(
     return {key: metric.scores() for key, metric in metrics.items()}, merged
 
 
+_LOGGER = logging.getLogger(__name__)
 _TASKS: dict[str, type[Task]] = {"segmentation": SegmentationTask, "depth": DepthTask, "normals": NormalsTask}
 _LOG_EVERY = 50
 _PANELS = 4
@@ -93,7 +93,6 @@ class _Setup:
     device: torch.device
     results: ResultFolder
     log: LossLog
-    console: Console
 
 
 def run_trained_probe(config: TrainedProbeConfig, kind: Kind) -> None:
@@ -112,7 +111,6 @@ def run_trained_probe(config: TrainedProbeConfig, kind: Kind) -> None:
 
 
 def _run(config: TrainedProbeConfig, kind: Kind, device: torch.device) -> None:
-    console = Console(stderr=True)
     rows = choose_rows(config.assemblies, config.tuned is not None, config.control is not None)
     recipe, fast = choose_recipe(kind, config.dataset), choose_fast_recipe(kind) if config.fast else None
     base = fast.optimization if fast else recipe.optimization
@@ -147,10 +145,10 @@ def _run(config: TrainedProbeConfig, kind: Kind, device: torch.device) -> None:
     if rank() == 0:
         results.start()
     wait_for_all()
-    source, facts = _make_source(config, task, fast, backbones, device, results, console)
+    source, facts = _make_source(config, task, fast, backbones, device, results)
     widths = (backbones.info.width, _cls_width(backbones, device))
     log = LossLog(results.folder, config.vis, question)
-    setup = _Setup(config, task, rows, optimization, source, widths, device, results, log, console)
+    setup = _Setup(config, task, rows, optimization, source, widths, device, results, log)
     for position, seed in enumerate(config.seeds):
         if results.read_seed(seed) is None:
             _run_seed(setup, seed, with_panels=position == 0)
@@ -169,7 +167,7 @@ def _run(config: TrainedProbeConfig, kind: Kind, device: torch.device) -> None:
             **provenance(device),
         }
         write_report(results, task, rows, widths[0], config.seeds, summary)
-        console.print(f"Report: {results.folder / 'report.html'}", highlight=False)
+        _LOGGER.info("Report: %s", results.folder / "report.html")
 
 
 def _make_source(
@@ -179,7 +177,6 @@ def _make_source(
     backbones: FrozenBackbones,
     device: torch.device,
     results: ResultFolder,
-    console: Console,
 ) -> tuple[Source, dict[str, Any]]:
     """Makes the source of features; for the fast protocol, computes them first."""
     if fast is None:
@@ -190,7 +187,7 @@ def _make_source(
     start = time.monotonic()
     folder = config.cache_dir or results.folder / "features"
     description = {"backbones": backbones.identities, "precision": config.precision}
-    stored = source.fill(backbones, description, folder, console)
+    stored = source.fill(backbones, description, folder)
     seconds = time.monotonic() - start
     return source, {"photo_size": list(size), "features_bytes": stored, "features_seconds": seconds}
 
@@ -204,11 +201,11 @@ def _run_seed(setup: _Setup, seed: int, with_panels: bool) -> None:
     seconds, trained = _train(setup, bank, seed, first, fingerprint)
     validation: dict[str, dict[str, Any]] = {}
     if task.data.validation is not None:
-        validation, _ = evaluate(task, setup.source, "validation", bank.heads, setup.console)
+        validation, _ = evaluate(task, setup.source, "validation", bank.heads)
     chosen = _choose(task, setup.rows, bank, validation)
     places = _panel_places(task.data) if with_panels else []
     start = time.monotonic()
-    scores, panels = evaluate(task, setup.source, "test", list(chosen.values()), setup.console, places)
+    scores, panels = evaluate(task, setup.source, "test", list(chosen.values()), places)
     evaluation_seconds = time.monotonic() - start
     if rank() == 0:
         for place, pictures in panels.items():
@@ -240,7 +237,7 @@ def _train(setup: _Setup, bank: HeadBank, seed: int, first: int, fingerprint: st
     optimization, total = setup.optimization, setup.optimization.iterations
     batches = setup.source.training(seed, first, total, optimization.batch_size)
     start = time.monotonic()
-    with progress(setup.console, f"training (seed {seed})", total, first) as advance:
+    with progress(f"training (seed {seed})", total, first) as advance:
         for step, (features, loss) in enumerate(batches, start=first):
             losses = bank.step(step, features, loss)
             last = step + 1 == total

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -71,7 +70,6 @@ class FeatureStore:
         backbones: FrozenBackbones,
         device: torch.device,
         workers: int,
-        console: Console,
         title: str,
     ) -> None:
         """Computes the shards that are missing, shared by all processes.
@@ -82,7 +80,6 @@ class FeatureStore:
             backbones: Run on each photo.
             device: Where.
             workers: Processes that read ahead.
-            console: For progress.
             title: What is computed.
 
         Raises:
@@ -93,7 +90,7 @@ class FeatureStore:
         shards = shards[rank() :: world_size()]
         indices = [index for shard in shards for index in self._range(shard)]
         pending: list[dict[str, Any]] = []
-        with progress(console, title, len(indices)) as advance:
+        with progress(title, len(indices)) as advance:
             for index, sample in ordered_samples(read, indices, workers):
                 pending.append(sample)
                 shard = index // SHARD
@@ -260,14 +257,13 @@ class CachedSource(Source):
         self._device, self._workers = device, workers
         self._stores: dict[str, FeatureStore] = {}
 
-    def fill(self, backbones: FrozenBackbones, description: dict[str, Any], folder: Path, console: Console) -> int:
+    def fill(self, backbones: FrozenBackbones, description: dict[str, Any], folder: Path) -> int:
         """Computes what is missing on disk.
 
         Args:
             backbones: Run on each photo once.
             description: What decides the features beside photos and size.
             folder: Where features are kept.
-            console: For progress.
 
         Returns:
             Bytes on disk.
@@ -284,7 +280,7 @@ class CachedSource(Source):
             question = {**description, **truth} if training else description
             store = FeatureStore(folder, question, samples, mirrored=training and self._recipe.flip)
             read = partial(_whole_sample, self._task, samples, self._size, training)
-            store.fill(read, backbones, self._device, self._workers, console, f"features ({split})")
+            store.fill(read, backbones, self._device, self._workers, f"features ({split})")
             self._stores[split] = store
         return sum(store.size_bytes() for store in self._stores.values())
 

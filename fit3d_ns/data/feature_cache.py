@@ -8,6 +8,7 @@ that fill the same folder merely do some work twice.
 import errno
 import hashlib
 import json
+import logging
 import os
 import shutil
 import time
@@ -18,7 +19,6 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Float16, UInt8
-from rich.console import Console
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -34,6 +34,7 @@ __all__ = ["FeatureCache", "image_key", "user_cache_directory"]
 CACHE_SCHEMA = 1
 """Raise it when the same image and teacher come to be stored in another way."""
 CACHE_FLAG = "--pipeline.datamanager.feature-cache-dir"
+_LOGGER = logging.getLogger(__name__)
 _TENSOR = "patch_tokens"
 _STALE_AFTER_SECONDS = 24 * 3600
 _KEPT_IMAGES = 2**30
@@ -102,7 +103,6 @@ class FeatureCache:
         self.teacher_id = f"{self.identity['name']}-{hashlib.blake2b(content, digest_size=8).hexdigest()}"
         directories = [directory] if fallback_directory is None else [directory, fallback_directory]
         self._folders = [Path(place).expanduser().resolve() / self.teacher_id for place in directories]
-        self._console = Console()
 
     @property
     def folder(self) -> Path:
@@ -163,7 +163,7 @@ class FeatureCache:
         paths = {key: path for key in views if (path := self._find(key)) is not None}
         places = sorted({str(path.parent) for path in paths.values()})
         megabytes = sum(path.stat().st_size for path in paths.values()) / 1e6
-        self._say(f"Teacher features of {len(keys)} views: {megabytes:.1f} MB in {', '.join(places)}")
+        _LOGGER.info(f"Teacher features of {len(keys)} views: {megabytes:.1f} MB in {', '.join(places)}")
         return keys
 
     def has(self, key: str) -> bool:
@@ -191,10 +191,6 @@ class FeatureCache:
         raise UserError(
             f"The teacher features {key} are missing from {self._folders[0]} or damaged: start again to make them anew."
         )
-
-    def _say(self, sentence: str) -> None:
-        # A path is neither markup nor to be broken across lines.
-        self._console.print(sentence, markup=False, highlight=False, soft_wrap=True)
 
     def _find(self, key: str) -> Path | None:
         paths = (self._path(folder, key) for folder in self._folders)
@@ -227,7 +223,7 @@ class FeatureCache:
         different = sorted(set(grids))
         shown = ", ".join(f"{rows}x{columns}" for rows, columns in different[:3])
         shown += f" and {len(different) - 3} more" if len(different) > 3 else ""
-        self._say(
+        _LOGGER.info(
             f"Making teacher features ({self.identity['name']}) of {len(missing)} of {num_images} views: patch grid "
             f"{shown}, {width} channels, {needed / 1e6:.1f} MB in {folder}"
         )
@@ -246,7 +242,7 @@ class FeatureCache:
         device: torch.device,
     ) -> None:
         teacher = load_teacher()
-        with progress(self._console, "Teacher features", sum(len(batch) for batch in batches)) as advance:
+        with progress("Teacher features", sum(len(batch) for batch in batches)) as advance:
             for batch in batches:
                 # Another process may have made some meanwhile.
                 views = [view for view in batch if not self.has(view.key)]

@@ -1,17 +1,18 @@
 """Gaussians that come from elsewhere and stay as they are: other runs and files."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 from torch.nn import Parameter, ParameterDict
 
 from fit3d_ns.runs.checkpoints import find_checkpoint, read_checkpoint
 from fit3d_ns.support.errors import UserError
 
+_LOGGER = logging.getLogger(__name__)
 SPLAT = ("means", "scales", "quats", "features_dc", "features_rest", "opacities")
 """Splatfacto's own parameters: centres, log scales, quaternions, colours, logit opacities."""
 
@@ -84,7 +85,6 @@ def take_over_run(gauss_params: ParameterDict, camera_optimizer: Any, run: Path)
     if own is not None and own.shape == learned.shape:
         own.data.copy_(learned)
     else:
-        CONSOLE.print(
-            f"[yellow]{checkpoint} was trained with camera optimization; features are lifted at the original "
-            "poses.[/yellow]"
+        _LOGGER.warning(
+            "%s was trained with camera optimization; features are lifted at the original poses.", checkpoint
         )

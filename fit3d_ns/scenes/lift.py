@@ -8,8 +8,6 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fit3d_ns.features.pca import ColorBasis
 from fit3d_ns.lifting.evaluation import EvaluationView
@@ -18,6 +16,7 @@ from fit3d_ns.lifting.operator import FeatureOperator
 from fit3d_ns.lifting.settings import LiftSettings
 from fit3d_ns.model import FEATURES, Fit3DSplatModel
 from fit3d_ns.support.html_report import ImageLike, Report
+from fit3d_ns.support.progress import progress
 from fit3d_ns.support.samples import evenly_spaced
 
 
@@ -32,20 +31,16 @@ def lift_scene(model: Fit3DSplatModel, scene: LiftScene, settings: LiftSettings)
     Raises:
         UserError: As ``lift_features``.
     """
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as progress:
-        total = passes(settings) * len(scene.training)
-        task = progress.add_task(f"Lifting {len(scene.training)} views", total=total)
-        with torch.no_grad():
-            lift = lift_features(
-                FeatureOperator(model.geometry, model.feature_grid),
-                scene,
-                model.fit3d_decoder.width,
-                model.config.feature_dim,
-                settings,
-                lambda count: progress.advance(task, count),
-            )
-        progress.update(task, completed=total)
+    num_views = len(scene.training)
+    with progress(f"Lifting {num_views} views", passes(settings) * num_views) as advance, torch.no_grad():
+        lift = lift_features(
+            FeatureOperator(model.geometry, model.feature_grid),
+            scene,
+            model.fit3d_decoder.width,
+            model.config.feature_dim,
+            settings,
+            advance,
+        )
     model.gauss_params[FEATURES].data.copy_(lift.values)
     model.fit3d_decoder.weight.data.copy_(lift.decoder.weight.data)
     return lift

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from fit3d_ns.support.console import show_log
 from fit3d_ns.support.errors import UserError
 
 
@@ -13,6 +14,7 @@ def run_command(command: Callable[[], None]) -> None:
     Args:
         command: The command, arguments bound.
     """
+    show_log()
     try:
         command()
     except UserError as error:

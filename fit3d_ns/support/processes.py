@@ -1,5 +1,6 @@
 """One process among any number, as ``torchrun`` starts them."""
 
+import logging
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -9,11 +10,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
 from torch import Tensor, nn
 
 from fit3d_ns.support.errors import UserError
 
+_LOGGER = logging.getLogger(__name__)
 _LONGEST_WAIT = timedelta(hours=6)
 """Processes wait for the first one while it makes bundles, decodes photos or computes features."""
 
@@ -39,9 +40,9 @@ class World:
         return self.rank == 0
 
     def say(self, sentence: str) -> None:
-        """Prints a line, once for all processes."""
+        """Logs a sentence, once for all processes."""
         if self.is_main:
-            Console().print(sentence, markup=False, highlight=False, soft_wrap=True)
+            _LOGGER.info("%s", sentence)
 
     def wait(self) -> None:
         """Returns when all processes have come here."""

@@ -1,28 +1,48 @@
-"""Progress with the time that is left: a bar on a terminal, a line now and then elsewhere."""
+"""Progress with the time that is left: a bar on a terminal, a line in the log now and then elsewhere."""
 
+import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from fit3d_ns.support.console import CONSOLE
 from fit3d_ns.support.processes import rank
 
+_LOGGER = logging.getLogger(__name__)
 _SECONDS_BETWEEN_LINES = 30.0
 
 
-@contextmanager
-def progress(console: Console, title: str, total: int, done: int = 0) -> Iterator[Callable[..., None]]:
-    """Shows progress; lends a function that takes the number of items done since, and maybe a remark.
+class Advance(Protocol):
+    """Takes the number of items done since the last call, maybe a part of one, and a remark to show from now on."""
 
-    Only the first process shows anything, and nothing is shown where there is nothing to do.
+    def __call__(self, count: float = 1, remark: str | None = None) -> None:
+        """Moves the progress on."""
+        ...
+
+
+@contextmanager
+def progress(title: str, total: int, done: int = 0, show: bool = True) -> Iterator[Advance]:
+    """Shows how far a piece of work has come, and how long the rest will take.
+
+    Nothing is shown where there is nothing to do, nor by any process but the first.
+
+    Args:
+        title: Of the work.
+        total: Items to do in all.
+        done: Items done before.
+        show: Whether to show anything.
+
+    Yields:
+        The function to call with each item.
     """
-    if rank() or total <= done:
-        yield lambda count, remark="": None
+    if not show or rank() or total <= done:
+        yield lambda count=1, remark=None: None
         return
-    if not console.is_terminal:
-        yield _line_printer(console, title, total, done)
+    if not CONSOLE.is_terminal:
+        yield _LineLogger(title, total, done)
         return
     columns = (
         TextColumn("{task.description}"),
@@ -32,29 +52,35 @@ def progress(console: Console, title: str, total: int, done: int = 0) -> Iterato
         TimeRemainingColumn(),
         TextColumn("{task.fields[remark]}"),
     )
-    with Progress(*columns, console=console) as bar:
+    with Progress(*columns, console=CONSOLE) as bar:
         task = bar.add_task(title, total=total, completed=done, remark="")
 
-        def advance(count: int, remark: str = "") -> None:
+        def advance(count: float = 1, remark: str | None = None) -> None:
             bar.advance(task, count)
-            if remark:
+            if remark is not None:
                 bar.update(task, remark=remark)
 
         yield advance
+        bar.update(task, completed=total)  # some end before the last item they had reckoned with
 
 
-def _line_printer(console: Console, title: str, total: int, done: int) -> Callable[..., None]:
-    start = last = time.monotonic()
-    finished, first = done, done
+class _LineLogger:
+    """Logs where the work stands, now and then and at its end."""
 
-    def advance(count: int, remark: str = "") -> None:
-        nonlocal finished, last
-        finished += count
+    def __init__(self, title: str, total: int, done: int) -> None:
+        self._title, self._total, self._done, self._first = title, total, float(done), done
+        self._start = self._last = time.monotonic()
+        self._remark = ""
+
+    def __call__(self, count: float = 1, remark: str | None = None) -> None:
+        self._done += count
+        if remark is not None:
+            self._remark = remark
         now = time.monotonic()
-        if now - last < _SECONDS_BETWEEN_LINES and finished < total:
+        if now - self._last < _SECONDS_BETWEEN_LINES and self._done < self._total:
             return
-        last = now
-        left = (now - start) / max(1, finished - first) * (total - finished)
-        console.print(f"{title}: {finished}/{total}, {now - start:.0f} s, {left:.0f} s left {remark}", highlight=False)
-
-    return advance
+        self._last = now
+        taken, gained = now - self._start, self._done - self._first
+        left = taken / gained * (self._total - self._done) if gained > 0 else float("nan")
+        where = f"{self._title}: {self._done:.0f}/{self._total}, {taken:.0f} s, {left:.0f} s left"
+        _LOGGER.info("%s", f"{where}, {self._remark}" if self._remark else where)

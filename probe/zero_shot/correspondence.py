@@ -1,5 +1,6 @@
 """Multi-view correspondence of frozen features on a posed RGB-D scene: Probe3D's protocol on any scene."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -8,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
-from rich.console import Console
 from torch import Tensor
 
 from fit3d_ns.data.pictures import open_depth
@@ -33,6 +33,7 @@ from probe.zero_shot.matching import (
     same_place_errors,
 )
 
+_LOGGER = logging.getLogger(__name__)
 SAME_PLACE = "same place"
 """Row of matches that stay where they are in the picture: what pairs that move little give away."""
 RECALL_PIXELS = (5, 10, 20)
@@ -65,7 +66,6 @@ def run_correspondence(config: CorrespondenceConfig) -> None:
     with join_world(config.device) as world:
         require_one_process("correspondence")
         device = world.device
-        console = Console(stderr=True)
         rows = choose_untrained_rows(
             config.assemblies, config.tuned is not None, config.control is not None, "correspondence"
         )
@@ -85,7 +85,7 @@ def run_correspondence(config: CorrespondenceConfig) -> None:
         }
         results = ResultFolder(config.output_dir, question)
         results.start()
-        errors, shown = _score(photos, pairs, rows, backbones, config, device, console)
+        errors, shown = _score(photos, pairs, rows, backbones, config, device)
         summary = {
             "probe": "correspondence",
             "protocol": "correspondence-v1",
@@ -99,7 +99,7 @@ def run_correspondence(config: CorrespondenceConfig) -> None:
             **provenance(device),
         }
         _write(results.folder, errors, pairs, photos, shown, summary, config)
-        console.print(f"Report: {results.folder / 'report.html'}", highlight=False)
+        _LOGGER.info("Report: %s", results.folder / "report.html")
 
 
 def load_photos(scene: PosedScene, long_side: int) -> list[PosedPhoto]:
@@ -146,14 +146,13 @@ def _score(
     backbones: FrozenBackbones,
     config: CorrespondenceConfig,
     device: torch.device,
-    console: Console,
 ) -> tuple[dict[str, list[Tensor]], dict[str, Matches]]:
     """Returns the errors of every pair by row, and the matches of the pair that is shown."""
     errors: dict[str, list[Tensor]] = {name: [] for name in (*(row.name for row in rows), SAME_PLACE)}
     shown: dict[str, Matches] = {}
     features: dict[int, Any] = {}
     last_use = {index: number for number, (a, b, _) in enumerate(pairs) for index in (a, b)}
-    with progress(console, "matching", len(pairs)) as advance:
+    with progress("matching", len(pairs)) as advance:
         for number, (a, b, _) in enumerate(pairs):
             for index in (a, b):
                 if index not in features:

@@ -1,5 +1,6 @@
 """Segmentation by retrieval: each test patch takes the labels of its nearest training patches; nothing is trained."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
@@ -9,7 +10,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from rich.console import Console
 from torch import Tensor
 
 from fit3d_ns.backbones import input_size
@@ -27,6 +27,7 @@ from probe.protocols import Optimization, SegmentationRecipe
 from probe.report import ResultFolder, provenance, write_report
 from probe.tasks.segmentation import SegmentationTask
 
+_LOGGER = logging.getLogger(__name__)
 _PANELS = 4
 
 
@@ -50,11 +51,11 @@ def run_retrieval(config: RetrievalConfig) -> None:
     if config.temperature <= 0:
         raise UserError(f"--temperature {config.temperature:g} must be above 0.")
     with join_world(config.device) as world:
-        _run(config, world.device, Console(stderr=True))
+        _run(config, world.device)
 
 
 @torch.no_grad()
-def _run(config: RetrievalConfig, device: torch.device, console: Console) -> None:
+def _run(config: RetrievalConfig, device: torch.device) -> None:
     require_one_process("retrieval")
     rows = choose_untrained_rows(config.assemblies, config.tuned is not None, config.control is not None, "retrieval")
     data = load_data(config.choice("segmentation"))
@@ -73,11 +74,11 @@ def _run(config: RetrievalConfig, device: torch.device, console: Console) -> Non
     results = ResultFolder(config.output_dir, question)
     results.start()
     task = SegmentationTask(data, SegmentationRecipe("retrieval-v1", Optimization(1, 1, (1.0,), 0.0, "poly", 0.0, 1.0)))
-    memory = build_memory(config, data, rows, backbones, device, console)
+    memory = build_memory(config, data, rows, backbones, device)
     metrics = {row.name: task.new_metric().to(device) for row in rows}
     places = [data.test.index(sample) for sample in evenly_spaced(data.test, _PANELS)]
     read = partial(_read, data, data.test, backbones.info.patch_size, config.long_side)
-    with progress(console, "retrieval (test)", len(data.test)) as advance:
+    with progress("retrieval (test)", len(data.test)) as advance:
         for place, sample in ordered_samples(read, list(range(len(data.test))), config.workers):
             features = backbones(sample["image"][None].to(device).float() / 255)
             target = sample["target"].to(device)
@@ -107,7 +108,7 @@ def _run(config: RetrievalConfig, device: torch.device, console: Console) -> Non
         **provenance(device),
     }
     write_report(results, task, rows, backbones.info.width, (config.seed,), summary)
-    console.print(f"Report: {results.folder / 'report.html'}", highlight=False)
+    _LOGGER.info("Report: %s", results.folder / "report.html")
 
 
 def build_memory(
@@ -116,7 +117,6 @@ def build_memory(
     rows: Sequence[Row],
     backbones: FrozenBackbones,
     device: torch.device,
-    console: Console,
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Collects patches of the training photos that have a label, as many from each photo.
 
@@ -127,7 +127,7 @@ def build_memory(
     parts: dict[str, list[Tensor]] = {row.name: [] for row in rows}
     labels: list[Tensor] = []
     read = partial(_read, data, data.train, backbones.info.patch_size, config.long_side)
-    with progress(console, "retrieval (memory)", len(data.train)) as advance:
+    with progress("retrieval (memory)", len(data.train)) as advance:
         for place, sample in ordered_samples(read, list(range(len(data.train))), config.workers):
             features = backbones(sample["image"][None].to(device).float() / 255)
             grid = next(iter(features.values())).patch_tokens.shape[-2:]

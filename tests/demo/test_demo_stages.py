@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from demo.cli import run_demo
 from demo.config import DemoConfig, complete
@@ -63,16 +62,16 @@ def test_only_the_same_command_counts_as_done(tmp_path, capsys):
     path.parent.mkdir()
     path.write_text(json.dumps(record))
     with pytest.raises(UserError, match="ended with the error above: fit3d-rooms .*--views 1"):
-        run_stages(tmp_path, [stage], Console())
+        run_stages(tmp_path, [stage])
     assert "--views 1 is too few" in capsys.readouterr().err
     path.write_text(json.dumps({**record, "command": list(stage.command)}))
-    (done,) = run_stages(tmp_path, [stage], Console())
+    (done,) = run_stages(tmp_path, [stage])
     assert (done.seconds, done.cpu_seconds) == (2.0, 3.0)
 
 
 def test_a_command_that_is_not_installed_is_named(tmp_path):
     with pytest.raises(UserError, match="fit3d-nothing is not installed"):
-        run_stages(tmp_path, [Stage("none", "None", ("fit3d-nothing",), 1.0)], Console())
+        run_stages(tmp_path, [Stage("none", "None", ("fit3d-nothing",), 1.0)])
 
 
 def test_two_demos_do_not_share_a_folder(tmp_path):

@@ -1,6 +1,7 @@
 """From a trained run to a fine-tuned backbone, as a user would go."""
 
 import json
+import logging
 import random
 import re
 import shutil
@@ -47,14 +48,15 @@ def run(tmp_path, teacher_weights) -> Path:
     return config.output_dir
 
 
-def test_runs_become_bundles_and_bundles_a_backbone(run, make_config, tmp_path, capsys):
+def test_runs_become_bundles_and_bundles_a_backbone(run, make_config, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "fit3d_ns")
     bundles = tmp_path / "bundles"
     distil(make_config(runs=(run,), bundle_dir=bundles, bundles_only=True))
-    assert "Scene 1/1 room: bundle made in" in capsys.readouterr().out
+    assert "Scene 1/1 room: bundle made in" in caplog.text
     assert [path.name for path in bundles.iterdir()] == ["room-run"]
     assert not (tmp_path / "out").exists()
     distil(make_config(runs=(run,), bundle_dir=bundles, steps=3, output_dir=tmp_path / "from-runs"))
-    assert "bundle found in" in capsys.readouterr().out
+    assert "bundle found in" in caplog.text
     for path in [*run.rglob("config.yml"), *run.rglob("step-*.ckpt")]:
         path.unlink()
     distil(make_config(bundles, steps=3, output_dir=tmp_path / "from-bundles"))
@@ -79,7 +81,8 @@ def test_a_scene_that_is_gone_or_broken_is_named_with_this_commands_flags(run, t
         distil(make_config(runs=(run,), data_root=room, bundles_only=True))
 
 
-def test_bundles_of_runs_of_one_name_do_not_replace_each_other(run, tmp_path, make_config, capsys):
+def test_bundles_of_runs_of_one_name_do_not_replace_each_other(run, tmp_path, make_config, caplog):
+    caplog.set_level(logging.INFO, "fit3d_ns")
     other = Path(shutil.copytree(run, tmp_path / "other" / "outputs"))
     config = next(other.rglob("config.yml"))
     config.write_text(re.sub("( *)- room\n", r"\1- twin\n\1- room\n", config.read_text()))  # another scene called room
@@ -88,7 +91,7 @@ def test_bundles_of_runs_of_one_name_do_not_replace_each_other(run, tmp_path, ma
     distil(make_config(runs=(run, other), bundle_dir=bundles, bundles_only=True))
     distil(make_config(runs=(other, run), bundle_dir=bundles, bundles_only=True))
     assert sorted(path.name for path in bundles.iterdir()) == ["room-run", "room-run-2"]
-    assert capsys.readouterr().out.count("bundle found in") == 2
+    assert caplog.text.count("bundle found in") == 2
     moved = Path(shutil.copytree(run, tmp_path / "moved"))
     next(run.rglob("config.yml")).unlink()
     distil(make_config(runs=(moved,), bundle_dir=bundles, bundles_only=True))

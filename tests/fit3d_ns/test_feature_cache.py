@@ -1,6 +1,7 @@
 """The feature cache: what its keys depend on, and what a kill, a race or a full disk leaves behind."""
 
 import errno
+import logging
 import os
 import shutil
 import signal
@@ -98,13 +99,15 @@ def test_images_are_kept_between_hashing_and_the_teacher_within_a_bound(
     assert len(files(tmp_path)) == 4 and len(set(keys)) == 4
 
 
-def test_second_start_loads_no_teacher_and_changes_nothing(spec, teacher, images, tmp_path, capsys):
+def test_second_start_loads_no_teacher_and_changes_nothing(spec, teacher, images, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "fit3d_ns")
     keys, loads = fill(FeatureCache(tmp_path, spec, MAX_SIZE), images, teacher)
-    printed = capsys.readouterr().out
+    printed = caplog.text
+    caplog.clear()
     assert loads == 1 and "4 of 4 views" in printed and "2x4, 4x2" in printed and "192 channels" in printed
     stamps = [path.stat().st_mtime_ns for path in files(tmp_path)]
     again, loads = fill(FeatureCache(tmp_path, spec, MAX_SIZE), images, teacher)
-    printed = capsys.readouterr().out
+    printed = caplog.text
     assert again == keys and loads == 0
     assert "Making" not in printed and "MB in" in printed and tmp_path.name in printed
     assert [path.stat().st_mtime_ns for path in files(tmp_path)] == stamps
@@ -296,13 +299,14 @@ def refuse_writing_below(folder: Path, code: int, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES])
-def test_read_only_folder_falls_back(code, spec, teacher, images, tmp_path, monkeypatch, capsys):
+def test_read_only_folder_falls_back(code, spec, teacher, images, tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "fit3d_ns")
     scene, fallback = (tmp_path / "scene").resolve(), tmp_path / "fallback"
     cache = FeatureCache(scene, spec, MAX_SIZE, fallback)
     refuse_writing_below(scene, code, monkeypatch)
     keys, _ = fill(cache, images, teacher)
     assert len(files(fallback)) == 4 and not scene.exists()
-    assert "fallback" in capsys.readouterr().out
+    assert "fallback" in caplog.text
     assert fill(FeatureCache(scene, spec, MAX_SIZE, fallback), images, teacher) == (keys, 0)
     assert cache.load(keys[0]).shape == (192, 2, 4)
 

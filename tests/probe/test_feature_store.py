@@ -6,7 +6,6 @@ import time
 import pytest
 import torch
 from probe_files import TINY
-from rich.console import Console
 
 import probe.sources as module
 from fit3d_ns.backbones import BackboneSpec, load_backbone
@@ -41,7 +40,7 @@ def test_a_slow_process_misses_no_shard(tmp_path, weights, colored_blocks, monke
         store = FeatureStore(tmp_path, {}, samples, mirrored=False)
         read = lambda index: {"views": torch.zeros(1, 3, 16, 16, dtype=torch.uint8)}  # noqa: E731
         try:
-            store.fill(read, backbones, torch.device("cpu"), 0, Console(quiet=True), "features")
+            store.fill(read, backbones, torch.device("cpu"), 0, "features")
             store.load(range(len(samples)), None, torch.device("cpu"))
         except Exception as error:  # noqa: BLE001
             errors.append(error)

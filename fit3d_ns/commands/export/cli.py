@@ -1,7 +1,8 @@
 """``fit3d-export``: a run in formats that other tools read."""
 
 import json
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -9,14 +10,13 @@ from typing import Any
 
 import torch
 import tyro
-from rich.console import Console
-from rich.progress import track
 
 from fit3d_ns.support.command_line import run_command
 from fit3d_ns.support.errors import UserError
 from fit3d_ns.support.files import atomic_write_json
+from fit3d_ns.support.progress import progress
 
-CONSOLE = Console(stderr=True)
+_LOGGER = logging.getLogger(__name__)
 INDEX = "export.json"
 
 
@@ -191,14 +191,14 @@ def _render(command: ExportCommand, trained: Any, path: Any, folder: Path) -> No
     if command.feature_maps:
         from fit3d_ns.commands.export.feature_maps import write_feature_maps
 
-        write_feature_maps(folder / "feature_maps", model, path, _progress(len(path), "Feature maps"))
+        write_feature_maps(folder / "feature_maps", model, path, _counted(len(path), "Feature maps"))
         _say(folder / "feature_maps")
     if command.video:
         from fit3d_ns.commands.export.turntable import write_turntable
 
         rate = len(path) / path.seconds if path.seconds else command.fps
         file, colors = folder / "feature_pca.mp4", trained.colors.to(device)
-        write_turntable(file, model, colors, path, rate, command.video_size, _progress(len(path), "Video"))
+        write_turntable(file, model, colors, path, rate, command.video_size, _counted(len(path), "Video"))
         _say(file)
 
 
@@ -224,12 +224,15 @@ def _write_index(trained: Any, folder: Path) -> None:
     _say(folder / INDEX)
 
 
-def _progress(count: int, name: str) -> Iterable[int]:
-    return track(range(count), name, console=CONSOLE)
+def _counted(count: int, title: str) -> Iterator[int]:
+    with progress(title, count) as advance:
+        for number in range(count):
+            yield number
+            advance()
 
 
 def _say(path: Path) -> None:
-    CONSOLE.print(f"Wrote {path}", markup=False, highlight=False, soft_wrap=True)
+    _LOGGER.info("Wrote %s", path)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import logging
 import random
 import re
 import time
@@ -13,13 +14,12 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import tyro
-from rich.console import Console
 
 from fit3d_ns.lifting.settings import LiftSettings
 from fit3d_ns.support.command_line import run_command
 from fit3d_ns.support.errors import UserError
 
-CONSOLE = Console(stderr=True)
+_LOGGER = logging.getLogger(__name__)
 DISAGREEMENT = 0.9
 """From this `photo_check.disagreement` on, a splat is taken not to show its photos."""
 
@@ -101,22 +101,22 @@ def run_lift(command: LiftCommand) -> list[Path]:
 
     paths, notes = runs_below(command.runs)
     for note in notes:
-        _say(note)
+        _LOGGER.info(note)
     done, failures = [], {}
     for number, path in enumerate(paths, start=1):
-        _say(f"[{number}/{len(paths)}] {path.parent}")
+        _LOGGER.info(f"[{number}/{len(paths)}] {path.parent}")
         try:
             done.append(_lift(command, path))
         except Exception as error:  # other scenes go on, whatever one of them holds
             reason = str(error).strip().splitlines()
             prefix = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
             failures[path.parent] = prefix + (reason[0] if reason else "no reason given")
-            _say(f"Failed: {failures[path.parent]}")
+            _LOGGER.info(f"Failed: {failures[path.parent]}")
         # Pipelines refer to themselves: without this, the next scene would find the memory of this one taken.
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-    _say(f"{len(done)} of {len(paths)} runs are lifted.")
+    _LOGGER.info(f"{len(done)} of {len(paths)} runs are lifted.")
     if failures:
         listed = " | ".join(f"{run}: {reason}" for run, reason in failures.items())
         raise UserError(f"{len(failures)} of {len(paths)} runs could not be lifted: {listed}")
@@ -146,7 +146,7 @@ def lift_source(source: Any, command: LiftCommand) -> Path:
     request = _request(source, command)
     existing = finished_request(source.target)
     if existing == request:
-        _say(f"Lifted already: {source.target / 'config.yml'}")
+        _LOGGER.info(f"Lifted already: {source.target / 'config.yml'}")
         return source.target / "config.yml"
     if existing is not None and not command.overwrite:
         changed = ", ".join(sorted(name for name in request if existing.get(name) != request[name]))
@@ -296,7 +296,9 @@ def _summarize(lift: Any, seconds: float, path: Path) -> None:
     from fit3d_ns.runs.record import REPORT
 
     stages = ", ".join(f"{name} {value:.1f}" for name, value in lift.seconds.items())
-    _say(f"Lifted {len(lift.values):,} Gaussians in {seconds:.1f} s ({stages}), {lift.refinements} refinement steps.")
+    _LOGGER.info(
+        f"Lifted {len(lift.values):,} Gaussians in {seconds:.1f} s ({stages}), {lift.refinements} refinement steps."
+    )
     names = {
         "feature_cosine": "held-out cosine",
         "feature_l1": "held-out L1",
@@ -305,12 +307,11 @@ def _summarize(lift: Any, seconds: float, path: Path) -> None:
     }
     numbers = ", ".join(f"{text} {lift.metrics[name]:.3f}" for name, text in names.items() if name in lift.metrics)
     unseen = lift.summary(LiftSettings())["unseen_gaussians"]
-    _say(f"{numbers or 'Not measured'}; views disagree by {lift.disagreement:.0%}, {unseen:,} Gaussians unseen.")
-    _say(f"Run: {path}\nReport: {path.parent / REPORT}")
-
-
-def _say(sentence: str) -> None:
-    CONSOLE.print(sentence, markup=False, highlight=False, soft_wrap=True)
+    _LOGGER.info(
+        f"{numbers or 'Not measured'}; views disagree by {lift.disagreement:.0%}, {unseen:,} Gaussians unseen."
+    )
+    _LOGGER.info(f"Run: {path}")
+    _LOGGER.info(f"Report: {path.parent / REPORT}")
 
 
 if __name__ == "__main__":
