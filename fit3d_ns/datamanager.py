@@ -11,8 +11,6 @@ import torch
 from jaxtyping import Float, UInt8
 from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.data.datamanagers.full_images_datamanager import FullImageDatamanager, FullImageDatamanagerConfig
-from nerfstudio.utils.rich_utils import CONSOLE
-from rich.progress import track
 from torch import Tensor
 
 from fit3d_ns.backbones import BackboneInfo, BackboneSpec, describe_backbone, load_backbone
@@ -23,6 +21,7 @@ from fit3d_ns.data.photo_reader import PhotoDataset, PhotoReader
 from fit3d_ns.data.scene_checks import check_poses, check_split, explain_unreadable_scene
 from fit3d_ns.lifting.memory import ResidentMaps
 from fit3d_ns.support.errors import UserError
+from fit3d_ns.support.progress import tracked
 
 Split = Literal["train", "eval"]
 SPLITS: tuple[Split, Split] = ("train", "eval")
@@ -221,7 +220,7 @@ class Fit3DDataManager(FullImageDatamanager[PhotoDataset]):
         """Reads all photos of a split into memory, for training; its cameras become those of undistorted photos."""
         dataset, batches = self._dataset(split), []
         reader = PhotoReader(dataset, self.config.cache_images_type)
-        for photo in track(reader, f"Reading the photos ({split})", total=len(reader), console=CONSOLE, transient=True):
+        for photo in tracked(reader, f"Reading the photos ({split})", len(reader)):
             for name in ("fx", "fy", "cx", "cy", "width", "height"):
                 getattr(dataset.cameras, name)[photo.index] = getattr(photo.camera, name)[0]
             batch = photo.batch

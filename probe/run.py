@@ -124,7 +124,7 @@ def _run(config: TrainedProbeConfig, kind: Kind, device: torch.device) -> None:
     data = load_data(config.choice(kind), config.validation_share if several else 0.0)
     checked = check_data(data)
     for remark in checked.remarks:
-        console.print(remark, highlight=False, soft_wrap=True)
+        _LOGGER.warning(remark)
     if isinstance(recipe, DepthRecipe) and not fast:
         check_crops(data, partial(training_crop_size, recipe=recipe))
     task = _TASKS[kind](data, recipe)

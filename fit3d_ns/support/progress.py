@@ -2,9 +2,9 @@
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -13,6 +13,7 @@ from fit3d_ns.support.processes import rank
 
 _LOGGER = logging.getLogger(__name__)
 _SECONDS_BETWEEN_LINES = 30.0
+Item = TypeVar("Item")
 
 
 class Advance(Protocol):
@@ -62,6 +63,23 @@ def progress(title: str, total: int, done: int = 0, show: bool = True) -> Iterat
 
         yield advance
         bar.update(task, completed=total)  # some end before the last item they had reckoned with
+
+
+def tracked(items: Iterable[Item], title: str, total: int) -> Iterator[Item]:
+    """Goes through items under a `progress`.
+
+    Args:
+        items: Any.
+        title: Of the work.
+        total: How many there are.
+
+    Yields:
+        The items.
+    """
+    with progress(title, total) as advance:
+        for item in items:
+            yield item
+            advance()
 
 
 class _LineLogger:

@@ -2,7 +2,6 @@
 
 import json
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -14,7 +13,7 @@ import tyro
 from fit3d_ns.support.command_line import run_command
 from fit3d_ns.support.errors import UserError
 from fit3d_ns.support.files import atomic_write_json
-from fit3d_ns.support.progress import progress
+from fit3d_ns.support.progress import tracked
 
 _LOGGER = logging.getLogger(__name__)
 INDEX = "export.json"
@@ -191,14 +190,16 @@ def _render(command: ExportCommand, trained: Any, path: Any, folder: Path) -> No
     if command.feature_maps:
         from fit3d_ns.commands.export.feature_maps import write_feature_maps
 
-        write_feature_maps(folder / "feature_maps", model, path, _counted(len(path), "Feature maps"))
+        write_feature_maps(folder / "feature_maps", model, path, tracked(range(len(path)), "Feature maps", len(path)))
         _say(folder / "feature_maps")
     if command.video:
         from fit3d_ns.commands.export.turntable import write_turntable
 
         rate = len(path) / path.seconds if path.seconds else command.fps
         file, colors = folder / "feature_pca.mp4", trained.colors.to(device)
-        write_turntable(file, model, colors, path, rate, command.video_size, _counted(len(path), "Video"))
+        write_turntable(
+            file, model, colors, path, rate, command.video_size, tracked(range(len(path)), "Video", len(path))
+        )
         _say(file)
 
 
@@ -222,13 +223,6 @@ def _write_index(trained: Any, folder: Path) -> None:
         },
     )
     _say(folder / INDEX)
-
-
-def _counted(count: int, title: str) -> Iterator[int]:
-    with progress(title, count) as advance:
-        for number in range(count):
-            yield number
-            advance()
 
 
 def _say(path: Path) -> None:
