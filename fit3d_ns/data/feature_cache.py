@@ -141,7 +141,7 @@ class FeatureCache:
         views: dict[str, _View] = {}
         missing: list[_View] = []
         room = _KEPT_IMAGES
-        with progress(self._console, "Reading photos", len(images)) as advance:
+        with progress("Reading photos", len(images)) as advance:
             for source in images:
                 image = source()
                 advance(1)
