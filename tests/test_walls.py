@@ -1,0 +1,81 @@
+"""The layout holds: no circle of imports, and none through a wall; imports inside functions count."""
+
+import ast
+from collections.abc import Iterator
+
+import pytest
+from house import FLOORS, OUTSIDE, PICTURE, ROOT, circles, files, imports, picture, room_of
+
+
+def test_every_room_has_its_floor():
+    """Also: no floor is left over from a room that is gone."""
+    rooms = {room_of(path) for path in files()}
+    assert rooms == {room for floor in FLOORS for room in floor}
+
+
+def test_no_circle_between_files():
+    graph: dict[str, set[str]] = {}
+    for one in imports():
+        graph.setdefault(one.importer, set()).add(one.imported)
+    assert not circles(graph)
+
+
+def test_no_circle_between_rooms():
+    graph: dict[str, set[str]] = {}
+    for one in imports():
+        if room_of(one.importer) != room_of(one.imported):
+            graph.setdefault(room_of(one.importer), set()).add(room_of(one.imported))
+    assert not circles(graph)
+
+
+def test_imports_lead_down():
+    """A room may use what stands on lower floors, never its neighbours and never what stands above it."""
+    floor_of = {room: number for number, floor in enumerate(FLOORS) for room in floor}
+    wrong = [
+        f"{one}: {room_of(one.importer)} must not know {room_of(one.imported)}"
+        for one in imports()
+        if room_of(one.importer) != room_of(one.imported)
+        and floor_of[room_of(one.imported)] >= floor_of[room_of(one.importer)]
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("package", OUTSIDE)
+def test_only_these_rooms_know(package):
+    wrong = [
+        f"{path}:{line} imports {name}"
+        for path, line, name in _outside_imports()
+        if name.split(".")[0] == package and not path.startswith(OUTSIDE[package])
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def _outside_imports() -> Iterator[tuple[str, int, str]]:
+    for path in files():
+        for node in ast.walk(ast.parse((ROOT / path).read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.module:
+                names = [node.module]
+            for name in names:
+                yield path, node.lineno, name  # type: ignore[attr-defined]
+
+
+def test_circles_are_found():
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a", "d"}}) == [["a", "b", "c"]]
+    assert not circles({"a": {"b"}, "b": {"c"}})
+
+
+def test_no_room_is_overcrowded():
+    """At most 18 files in a folder, and at most 400 lines in a file."""
+    count: dict[str, int] = {}
+    for path in files():
+        folder = path.rpartition("/")[0]
+        count[folder] = count.get(folder, 0) + (not path.endswith("__init__.py"))
+        lines = (ROOT / path).read_text().count("\n")
+        assert lines <= 400, f"{path}: {lines} lines"
+    crowded = {folder: number for folder, number in count.items() if number > 18}
+    assert not crowded
+
+
+def test_the_picture_shows_these_imports():
+    assert PICTURE.read_text() == picture(), "draw it anew: python docs/house.py"
