@@ -82,7 +82,7 @@ class Fit3DPipeline(VanillaPipeline):
         except UserError as error:
             from fit3d_ns.scenes.absent import without_photos
 
-            without_photos(config.datamanager, str(error))  # type: ignore[arg-type]
+            config.datamanager = without_photos(config.datamanager, str(error))  # type: ignore[arg-type]
             super().__init__(config, **kwargs)
             # Printed only now: what has nothing to do with photos was raised again.
             CONSOLE.print(f"[yellow]{error} Opened without photos and teacher.[/yellow]")
@@ -108,6 +108,8 @@ class Fit3DPipeline(VanillaPipeline):
 
         Tensors and plain values only, so that torch's restricted loader reads it.
         """
+        if self.datamanager.absent is not None and self._resumed_state is not None:
+            return self._resumed_state  # without photos nothing was trained since it was loaded
         numpy_kind, numpy_keys, *numpy_rest = np.random.get_state()
         python_kind, python_values, python_gauss = random.getstate()
         return {
@@ -286,7 +288,9 @@ class Fit3DPipeline(VanillaPipeline):
 
     def _photos(self) -> list[str]:
         """Names of the training photos, without folders: a scene may move."""
-        return [Path(path).name for path in getattr(self.datamanager.train_dataset, "image_filenames", [])]
+        if self.datamanager.absent is not None:
+            return []
+        return [Path(path).name for path in self.datamanager.train_dataset.image_filenames]
 
     def _check_same_coordinates(self, run: Path | None) -> None:
         """Refuses geometry whose world differs from this scene's, since views would not fit it."""

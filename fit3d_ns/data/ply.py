@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor
 
+from fit3d_ns.rasterization import gaussian_axes
 from fit3d_ns.support.errors import UserError
 from fit3d_ns.support.files import atomic_path
 
@@ -339,11 +340,6 @@ def shortest_axes(quats: Float[Tensor, "N 4"], scales: Float[Tensor, "N 3"]) -> 
         quats: wxyz, of any length.
         scales: Sizes along the axes, or their logarithms.
     """
-    w, x, y, z = torch.nn.functional.normalize(quats.detach().float(), dim=1).unbind(1)
-    columns = (
-        torch.stack([1 - 2 * (y * y + z * z), 2 * (x * y + w * z), 2 * (x * z - w * y)], 1),
-        torch.stack([2 * (x * y - w * z), 1 - 2 * (x * x + z * z), 2 * (y * z + w * x)], 1),
-        torch.stack([2 * (x * z + w * y), 2 * (y * z - w * x), 1 - 2 * (x * x + y * y)], 1),
-    )
+    axes = torch.stack([torch.stack(axis, -1) for axis in gaussian_axes(quats.detach().float())], 1)  # [N, axis, 3]
     thinnest = scales.detach().argmin(1)
-    return torch.stack(columns, 1)[torch.arange(len(quats), device=quats.device), thinnest.to(quats.device)]
+    return axes[torch.arange(len(quats), device=quats.device), thinnest.to(quats.device)]

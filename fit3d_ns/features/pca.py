@@ -5,7 +5,6 @@ basis of 64 directions is therefore all that a scene needs to carry, whatever th
 first three directions become red, green and blue, with ranges fixed once, so that several maps can be compared.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -52,38 +51,10 @@ class PCABasis:
         dtype = torch.promote_types(x.dtype, torch.float32)
         return (x.to(dtype) - self.mean.to(dtype)) @ self.components.to(dtype).T
 
-    def reconstruct(self, coordinates: Float[Tensor, "*shape dim"]) -> Float[Tensor, "*shape C"]:
-        """The features nearest to those that were projected, in float32 (float64 for a float64 input)."""
-        dtype = torch.promote_types(coordinates.dtype, torch.float32)
-        return coordinates.to(dtype) @ self.components.to(dtype) + self.mean.to(dtype)
-
     def to(self, device: torch.device | str) -> "PCABasis":
         """The same basis with its tensors on ``device``."""
         return PCABasis(
             self.mean.to(device), self.components.to(device), self.explained_variance.to(device), self.total_variance
-        )
-
-    def to_tensors(self) -> dict[str, Tensor]:
-        """Contiguous CPU tensors by name, ready for safetensors."""
-        return {
-            "mean": self.mean.cpu().contiguous(),
-            "components": self.components.cpu().contiguous(),
-            "explained_variance": self.explained_variance.cpu().contiguous(),
-            "total_variance": torch.tensor(self.total_variance, dtype=torch.float64),
-        }
-
-    @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "PCABasis":
-        """The inverse of :meth:`to_tensors`; other names in ``tensors`` are ignored.
-
-        Raises:
-            KeyError: if a tensor is missing.
-        """
-        return cls(
-            mean=tensors["mean"],
-            components=tensors["components"],
-            explained_variance=tensors["explained_variance"],
-            total_variance=float(tensors["total_variance"]),
         )
 
 
@@ -239,19 +210,6 @@ class ColorBasis:
     def to(self, device: torch.device | str) -> "ColorBasis":
         """The same colours with their tensors on ``device``."""
         return ColorBasis(self.basis.to(device), self.low.to(device), self.high.to(device))
-
-    def to_tensors(self) -> dict[str, Tensor]:
-        """Contiguous CPU tensors by name, ready for safetensors."""
-        return {**self.basis.to_tensors(), "low": self.low.cpu().contiguous(), "high": self.high.cpu().contiguous()}
-
-    @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "ColorBasis":
-        """The inverse of :meth:`to_tensors`.
-
-        Raises:
-            KeyError: if a tensor is missing.
-        """
-        return cls(PCABasis.from_tensors(tensors), tensors["low"], tensors["high"])
 
 
 def _pad_to_three(projected: Float[Tensor, "*shape dim"]) -> Float[Tensor, "*shape 3"]:

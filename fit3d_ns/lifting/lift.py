@@ -82,14 +82,18 @@ class Lift:
         seen = self.coverage > SEEN
         return float(self.variance[seen].mean()) / max(self.feature_energy, 1e-12)
 
+    @property
+    def num_unseen(self) -> int:
+        """Gaussians that no training view sees."""
+        return int((self.coverage <= SEEN).sum())
+
     def summary(self, settings: LiftSettings) -> dict[str, Any]:
         """Returns what is worth writing beside the features, as plain JSON values."""
-        seen = self.coverage > SEEN
         return {
             "settings": asdict(settings),
             "refinements": self.refinements,
             "gaussians": len(self.values),
-            "unseen_gaussians": int((~seen).sum()),
+            "unseen_gaussians": self.num_unseen,
             "basis_share": self.basis_share,
             "disagreement": self.disagreement,
             "metrics": self.metrics,
@@ -101,7 +105,7 @@ class Lift:
 
 def passes(settings: LiftSettings) -> int:
     """Returns how often all training views are gone through at most: basis, aggregation, steps, decoder."""
-    return 2 + settings.robust + settings.steps() + (settings.decoder == "fit")
+    return 2 + settings.robust + settings.most_steps + (settings.decoder == "fit")
 
 
 def lift_features(
@@ -128,7 +132,7 @@ def lift_features(
     """
     clock = _Clock(operator.geometry.means.device)
     settings.check(dim, width, len(scene.training), len(scene.held_out))
-    limit = settings.steps()
+    limit = settings.most_steps
     with clock("basis"):
         basis = teacher_basis(scene.training, width, dim, operator.geometry.means.device, advance)
     decoder = FeatureDecoder(dim, width).to(operator.geometry.means.device)

@@ -40,8 +40,15 @@ class LiftSettings:
     """Numbers of channels whose quality the report compares. Without it 16, 32, 64 ... up to --feature-dim, which cost
     next to nothing; larger ones take another lift, of the largest."""
 
-    def steps(self) -> int:
-        """Returns the most refinement steps taken.
+    @property
+    def most_steps(self) -> int:
+        """The most refinement steps taken."""
+        if self.refinements is not None:
+            return self.refinements
+        return DEFAULT_REFINEMENTS if self.select == "fixed" else LARGEST_REFINEMENTS
+
+    def check_ranges(self) -> None:
+        """Checks what needs no scene to be checked.
 
         Raises:
             UserError: If a number is out of range.
@@ -54,9 +61,6 @@ class LiftSettings:
             raise UserError(f"--report-dims {' '.join(map(str, self.report_dims or ()))} is out of range: at least 1.")
         if not 0 <= self.decoder_ridge < float("inf"):
             raise UserError(f"--decoder-ridge {self.decoder_ridge} is out of range: at least 0.")
-        if self.refinements is not None:
-            return self.refinements
-        return DEFAULT_REFINEMENTS if self.select == "fixed" else LARGEST_REFINEMENTS
 
     def check(self, dim: int, width: int, training: int, held_out: int) -> None:
         """Checks the settings against a teacher and a scene.
@@ -70,7 +74,7 @@ class LiftSettings:
         Raises:
             UserError: If a setting is out of range, or a selection is asked for without held-out views.
         """
-        self.steps()
+        self.check_ranges()
         if not 1 <= dim <= width:
             raise UserError(f"--feature-dim {dim} is out of range: this teacher has {width} channels.")
         if max(self.report_dims or (0,)) > width:

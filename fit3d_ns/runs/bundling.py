@@ -25,6 +25,7 @@ from fit3d_ns.runs.bundle import (
 )
 from fit3d_ns.runs.checkpoints import find_checkpoint, read_checkpoint
 from fit3d_ns.runs.config_reader import find_runs, read_config
+from fit3d_ns.runs.record import RECORD
 from fit3d_ns.support.errors import UserError, first_line
 
 METHOD = "fit3d-splat"
@@ -64,7 +65,7 @@ def choose_runs(paths: list[Path], all_runs: bool = False) -> tuple[list[Run], l
         UserError: If a path does not exist, a configuration is refused, or no finished run is left.
     """
     with nerfstudio_needed("Trained runs (--runs)"):
-        from fit3d_ns.runs.record import RECORD
+        import nerfstudio  # noqa: F401
 
     runs: dict[Path, Run] = {}
     notes: list[str] = []

@@ -1,6 +1,7 @@
 """What stands for a scene that moved, so that a trained run can be opened without its photos."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -43,20 +44,29 @@ class AbsentViews(EvaluationViews):
         raise UserError(self._datamanager.absent)
 
 
+@dataclass
+class AbsentSceneConfig(Fit3DDataManagerConfig):
+    """Configuration of a run whose photos are gone."""
+
+    _target: type = field(default_factory=lambda: AbsentScene)
+    """target class to instantiate"""
+    reason: str = ""
+    """Why there are no photos."""
+
+
 class AbsentScene(Fit3DDataManager):
     """A data manager without photos, enough for the viewer, for exports and for renders along a camera path.
 
-    Its subclass of `without_photos` says in ``absent`` why there are none.
-
     Args:
-        config: Of the run.
+        config: Of `without_photos`.
         device: Of the model.
     """
 
-    absent: str = ""
+    absent: str
 
-    def __init__(self, config: Fit3DDataManagerConfig, device: torch.device | str = "cpu", **kwargs: Any):
+    def __init__(self, config: AbsentSceneConfig, device: torch.device | str = "cpu", **kwargs: Any):
         self.config = config
+        self.absent = config.reason
         self.device = device
         self.test_mode = kwargs.get("test_mode", "test")
         self.includes_time = False
@@ -90,12 +100,12 @@ class AbsentScene(Fit3DDataManager):
     next_eval = next_eval_image = next_train
 
 
-def without_photos(config: Fit3DDataManagerConfig, reason: str) -> None:
-    """Lets a configuration build an `AbsentScene`.
+def without_photos(config: Fit3DDataManagerConfig, reason: str) -> AbsentSceneConfig:
+    """Returns the configuration of an `AbsentScene`.
 
     Args:
-        config: Changed in place.
+        config: Of the run.
         reason: Why there are no photos.
     """
-    # A class and no partial: ns-render looks for the methods of its target.
-    config._target = type("AbsentScene", (AbsentScene,), {"absent": reason})
+    kept = {item.name: getattr(config, item.name) for item in fields(config) if item.name != "_target"}
+    return AbsentSceneConfig(**kept, reason=reason)

@@ -1,7 +1,6 @@
 """Lifting in place: a model's features and decoder are replaced by lifted ones."""
 
 import math
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -63,7 +62,7 @@ _METRICS = {
 def lift_report(
     model: Fit3DSplatModel, scene: LiftScene, lift: Lift, teacher: str, peak_memory_mb: float | None = None
 ) -> Report:
-    """Describes a lift; notes its own time under ``report`` in the lift's seconds.
+    """Describes a lift.
 
     Args:
         model: With the lifted features, in evaluation mode.
@@ -72,7 +71,6 @@ def lift_report(
         teacher: Name of the backbone.
         peak_memory_mb: Largest memory of the GPU, if there is one.
     """
-    start = time.perf_counter()
     operator = FeatureOperator(model.geometry, model.feature_grid)
     summary = f"{len(lift.values):,} Gaussians carry {lift.values.shape[1]} channels"
     report = Report(f"Features of {teacher} lifted onto a trained splat")
@@ -97,7 +95,6 @@ def lift_report(
     report.add_table([*lift.seconds.items(), ("in all", sum(lift.seconds.values()))], header=("stage", "seconds"))
     if peak_memory_mb is not None:
         report.add_text(f"At most {peak_memory_mb:,.0f} MB on the GPU.")
-    lift.seconds["report"] = time.perf_counter() - start
     return report
 
 

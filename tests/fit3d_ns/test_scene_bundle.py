@@ -236,7 +236,7 @@ def test_damaged_files_of_a_run_are_named(scene, train):
 
 
 def test_what_needs_nerfstudio_says_so(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "fit3d_ns.scenes.lift", None)
+    monkeypatch.setitem(sys.modules, "nerfstudio", None)
     with pytest.raises(UserError, match=r"^Trained runs \(--runs\) need nerfstudio, .*pip install nerfstudio"):
         choose_runs([tmp_path])
     path = tmp_path / "photo.png"

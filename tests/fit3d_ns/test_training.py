@@ -363,14 +363,41 @@ def test_init_from_refuses_other_coordinates(scene, make_config, make_trainer):
         make_trainer(config)
 
 
-def test_scene_of_thousands_of_images_still_densifies(scene, make_config, make_trainer):
-    trainer = make_trainer(make_config(scene, refine_every=100, reset_alpha_every=30))
-    strategy = trainer.pipeline.model.strategy
-    assert not compat.clamp_refinement_pause(strategy)  # a small scene is left as splatfacto has it
-    strategy.pause_refine_after_reset = 3100  # 3,000 images
-    assert compat.clamp_refinement_pause(strategy)
-    refinements = [step for step in range(3000, 6000, 100) if step % 3000 >= strategy.pause_refine_after_reset]
-    assert len(refinements) == 10
+@pytest.mark.parametrize("images", [16, 1900, 1901, 2500, 2800, 2801, 2899, 2900, 3100, 5000])
+def test_scene_of_thousands_of_images_still_densifies(scene, make_config, make_trainer, images):
+    """Geometry is splatfacto's to the last bit, unless its pause would stop densification for good."""
+    model = make_trainer(make_config(scene, refine_every=100, reset_alpha_every=30)).pipeline.model
+    pause = images + model.config.refine_every  # what splatfacto sets
+    assert model.strategy.pause_refine_after_reset == pause - images + model.num_train_data
+
+    def refinements(pause):
+        return [step for step in range(3000, 6000, 100) if step % 3000 >= pause]
+
+    model.strategy.pause_refine_after_reset = pause
+    shortened = compat.clamp_refinement_pause(model.strategy)
+    assert shortened == (not refinements(pause)) == (images > 2800)
+    if shortened:
+        assert len(refinements(model.strategy.pause_refine_after_reset)) == 10
+    else:
+        assert model.strategy.pause_refine_after_reset == pause
+
+
+@pytest.mark.parametrize("interval, trained", [(0, None), (-1, None), (1, 4), (3, 2)])
+def test_features_are_trained_at_every_nth_step(scene, make_config, make_trainer, interval, trained):
+    config = make_config(scene, feature_interval=interval)
+    if trained is None:
+        with pytest.raises(UserError, match=f"--pipeline.model.feature-interval {interval} is out of range"):
+            make_trainer(config)
+        return
+    trainer = make_trainer(config)
+    model, pipeline = trainer.pipeline.model, trainer.pipeline
+    model.optimizers = trainer.optimizers.optimizers
+    pipeline.train()
+    count = 0
+    for model.step in range(4):
+        camera, batch = pipeline.datamanager.next_train(model.step)
+        count += "fit3d_decoded" in model(camera)
+    assert count == trained
 
 
 def test_evaluation_reports_features_and_consistency(scene, make_config, make_trainer):

@@ -206,6 +206,10 @@ def test_a_run_whose_data_moved_opens_and_says_so(viewed_run, missing, capsys):
         assert name in pipeline.features.a_status.text
         assert browser.alive
         browser.close()
+    stored = torch.load(next(viewed_run.checkpoint_dir.glob("*.ckpt")), weights_only=True)["pipeline"]
+    kept = pipeline.state_dict()["_extra_state"]
+    for part in ("photos", "sampler", "teacher_identity"):
+        assert kept[part] == stored["_extra_state"][part], part
     for use in (
         pipeline.get_average_eval_image_metrics,
         lambda: pipeline.datamanager.next_train(0),

@@ -89,7 +89,7 @@ def run_lift(command: LiftCommand) -> list[Path]:
     Raises:
         UserError: If nothing can be lifted, or, after all other scenes are done, if any failed.
     """
-    command.lift.steps()  # a setting out of range is said before anything is loaded
+    command.lift.check_ranges()  # a setting out of range is said before anything is loaded
     named = [name for name in ("load_config", "runs", "ply") if getattr(command, name) is not None]
     if len(named) != 1:
         raise UserError("Name what to lift onto with one of --load-config, --runs and --ply.")
@@ -166,9 +166,11 @@ def lift_source(source: Any, command: LiftCommand) -> Path:
     provenance = {"request": request, "training_views": len(scene.training), "held_out_views": len(scene.held_out)}
     if cuda:
         provenance["peak_memory_mb"] = torch.cuda.max_memory_allocated() / 2**20
+    reporting = time.perf_counter()
     report = lift_report(
         pipeline.fit3d_model, scene, lift, pipeline.datamanager.teacher_info.name, provenance.get("peak_memory_mb")
     )
+    lift.seconds["report"] = time.perf_counter() - reporting
     path = write_run(pipeline, config, source.step, lift, command.lift, report, provenance)
     _summarize(lift, time.perf_counter() - start, path)
     return path
@@ -306,9 +308,8 @@ def _summarize(lift: Any, seconds: float, path: Path) -> None:
         "view_match_teacher": "of the teacher",
     }
     numbers = ", ".join(f"{text} {lift.metrics[name]:.3f}" for name, text in names.items() if name in lift.metrics)
-    unseen = lift.summary(LiftSettings())["unseen_gaussians"]
     _LOGGER.info(
-        f"{numbers or 'Not measured'}; views disagree by {lift.disagreement:.0%}, {unseen:,} Gaussians unseen."
+        f"{numbers or 'Not measured'}; views disagree by {lift.disagreement:.0%}, {lift.num_unseen:,} Gaussians unseen."
     )
     _LOGGER.info(f"Run: {path}")
     _LOGGER.info(f"Report: {path.parent / REPORT}")
