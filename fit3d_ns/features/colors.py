@@ -40,9 +40,9 @@ class SceneColors:
         No camera has a part in it, so the same run has the same colours in every view and every command.
 
         Args:
-            features: Of all Gaussians, in the order of the checkpoint.
-            opacities: How much each counts, in [0, 1]. Gaussians without a feature (all zero) do not count.
-            decoder: Kernel of the scene's decoder.
+            features: [N, D] of all Gaussians, in the order of the checkpoint.
+            opacities: [N] how much each counts, in [0, 1]. Gaussians without a feature (all zero) do not count.
+            decoder: [C, D, 3, 3] kernel of the scene's decoder.
         """
         count = len(features)
         rows = torch.linspace(0, max(count - 1, 0), min(count, _SAMPLED_GAUSSIANS), device=features.device).long()
@@ -57,7 +57,7 @@ class SceneColors:
 
         Args:
             colors: For features of the backbone's width.
-            decoder: Kernel of the scene's decoder.
+            decoder: [C, D, 3, 3] kernel of the scene's decoder.
         """
         decoder = decoder.detach().float()
         span = colors.high - colors.low
@@ -73,7 +73,7 @@ class SceneColors:
         """Returns the colours that surfaces covered evenly by one Gaussian's feature are shown in.
 
         Args:
-            features: Of the Gaussians.
+            features: [N, D] of the Gaussians.
 
         Returns:
             float32 in [0, 1], finite always; mid-grey without a feature.
@@ -86,7 +86,7 @@ class SceneColors:
         """Decodes and colours every pixel of a rendered map.
 
         Args:
-            low: Blended features, as ``Fit3DSplatModel.render_low`` returns them.
+            low: [D, H, W] blended features, as `fit3d_ns.features.rendering.render_features` returns them.
 
         Returns:
             float32 in [0, 1], finite always; mid-grey where nothing was rendered.
@@ -97,7 +97,7 @@ class SceneColors:
         return _shade(colors, covered)
 
     def to(self, device: torch.device | str) -> "SceneColors":
-        """The same colours with their tensors on ``device``."""
+        """Returns the same colours with their tensors on ``device``."""
         return SceneColors(self.kernel.to(device), self.bias.to(device), self.basis.to(device))
 
 

@@ -21,8 +21,8 @@ class View:
     Attributes:
         viewmat: [4, 4] world to camera, OpenCV axes (x right, y down, z forward).
         K: [3, 3] intrinsics in pixels of ``width`` x ``height``, pixel centres at +0.5.
-        width: image width in pixels.
-        height: image height in pixels.
+        width: Image width in pixels.
+        height: Image height in pixels.
         depth: [H, W] z-depth in scene units, of any resolution that shows the same field of view; values that are not
             finite or not above 0 mean "no surface".
         accumulation: [H, W] opacity of the render in [0, 1], of the depth's size; all opaque if None.
@@ -76,14 +76,14 @@ def correspondences(
     """Finds the patches of view a whose centre's surface point view b sees too (see `ViewStack.follow`).
 
     Args:
-        view_a: the view whose patch centres are followed.
-        view_b: the view they are looked for in.
+        view_a: The view whose patch centres are followed.
+        view_b: The view they are looked for in.
         grid_a: (h, w) of the first view's patch grid.
         grid_b: (h, w) of the second view's patch grid.
-        relative_depth_tolerance: largest difference of two depths that agree, as a share of the depth; also the largest
+        relative_depth_tolerance: Largest difference of two depths that agree, as a share of the depth; also the largest
             spread of the four depths around a point of a smooth surface.
-        min_accumulation: least opacity at which a depth is believed.
-        max_round_trip: largest distance, in patches of a, between a patch centre and its point brought back from b.
+        min_accumulation: Least opacity in [0, 1] at which a depth is believed.
+        max_round_trip: Largest distance, in patches of a, between a patch centre and its point brought back from b.
 
     Returns:
         The points, in order of their patches, on the device of ``view_a.depth``.
@@ -146,17 +146,17 @@ class ViewStack:
         second view, or floating in front of what it sees, is left out.
 
         Args:
-            first: Positions of the views whose patch centres are followed.
-            second: Positions of the views they are looked for in.
+            first: [P] positions of the views whose patch centres are followed.
+            second: [P] positions of the views they are looked for in.
             grid: (h, w) of the patch grid of the first views, the same for all of them; M = h w.
             grids: (h, w) of every view's patch grid; used for the second views.
-            relative_depth_tolerance: As `correspondences`, and so the others.
-            min_accumulation: Likewise.
-            max_round_trip: Likewise.
+            relative_depth_tolerance: Share of the depth, as for `correspondences`.
+            min_accumulation: In [0, 1], as for `correspondences`.
+            max_round_trip: In patches of the first view, as for `correspondences`.
 
         Returns:
-            Which patches of the first views, row by row, are seen in the second; and where, (x, y) in patches of the
-            second view's grid, meaningless for the others.
+            [P, M] which patches of the first views, row by row, are seen in the second; and [P, M, 2] where, (x, y) in
+            patches of the second view's grid, meaningless for the others.
         """
         device, (height, width) = self._depth.device, grid
         first, second = first.to(device), second.to(device)
@@ -165,14 +165,14 @@ class ViewStack:
             torch.arange(width, device=device, dtype=torch.float64) + 0.5,
             indexing="ij",
         )
-        centres = torch.stack([column, row], -1).reshape(1, -1, 2)
+        centres = torch.stack([column, row], -1).reshape(1, -1, 2)  # [1, M, 2] patches
         patch_a = self._size[first, None] / torch.tensor([width, height], dtype=torch.float64, device=device)
         sizes_b = torch.tensor([(w, h) for h, w in grids], dtype=torch.float64, device=device)
-        patch_b = (self._size / sizes_b)[second, None]
+        patch_b = (self._size / sizes_b)[second, None]  # [P, 1, 2] pixels
 
         depth_a, valid = self._surface_depth(first, centres * patch_a, relative_depth_tolerance, min_accumulation)
-        points = self._unproject(first, centres * patch_a, depth_a)
-        in_b, z_in_b = self._project(second, points)
+        points = self._unproject(first, centres * patch_a, depth_a)  # [P, M, 3] world
+        in_b, z_in_b = self._project(second, points)  # [P, M, 2] pixels, [P, M]
         depth_b, valid_b = self._surface_depth(second, in_b, relative_depth_tolerance, min_accumulation)
         # Never true behind the second view, where z is not above 0 and the depth is.
         agrees = (z_in_b - depth_b).abs() <= relative_depth_tolerance * z_in_b
@@ -202,7 +202,7 @@ class ViewStack:
         corner_rows = torch.stack([row, row, next_row, next_row])
         corner_columns = torch.stack([column, next_column, column, next_column])
         places = self._start[index, None] + corner_rows * columns[:, None] + corner_columns
-        corners = self._depth[places].double()
+        corners = self._depth[places].double()  # [4, P, M]
         known = (torch.isfinite(corners) & (corners > 0)).all(0)
         if self._opacity is not None:
             known = known & (self._opacity[places] >= min_accumulation).all(0)
@@ -221,17 +221,17 @@ class ViewStack:
     def _unproject(
         self, index: Int[Tensor, "P"], pixels: Float[Tensor, "P M 2"], depth: Float[Tensor, "P M"]
     ) -> Float[Tensor, "P M 3"]:
-        homogeneous = torch.cat([pixels, torch.ones_like(pixels[..., :1])], -1)
-        in_camera = (homogeneous @ self._K_inverse[index].mT) * depth[..., None]
-        camera_to_world = self._camera_to_world[index]
+        homogeneous = torch.cat([pixels, torch.ones_like(pixels[..., :1])], -1)  # [P, M, 3]
+        in_camera = (homogeneous @ self._K_inverse[index].mT) * depth[..., None]  # [P, M, 3]
+        camera_to_world = self._camera_to_world[index]  # [P, 4, 4]
         return in_camera @ camera_to_world[:, :3, :3].mT + camera_to_world[:, None, :3, 3]
 
     def _project(
         self, index: Int[Tensor, "P"], points: Float[Tensor, "P M 3"]
     ) -> tuple[Float[Tensor, "P M 2"], Float[Tensor, "P M"]]:
         """Image positions (x, y) and z-depths; positions mean nothing where the depth is not above 0."""
-        viewmat = self._viewmat[index]
-        in_camera = points @ viewmat[:, :3, :3].mT + viewmat[:, None, :3, 3]
-        z = in_camera[..., 2]
-        homogeneous = in_camera @ self._K[index].mT
+        viewmat = self._viewmat[index]  # [P, 4, 4]
+        in_camera = points @ viewmat[:, :3, :3].mT + viewmat[:, None, :3, 3]  # [P, M, 3]
+        z = in_camera[..., 2]  # [P, M]
+        homogeneous = in_camera @ self._K[index].mT  # [P, M, 3]
         return homogeneous[..., :2] / torch.where(z > 0, z, 1.0)[..., None], z

@@ -141,8 +141,8 @@ def _patch_points(
 
     Points stay within the outermost pixel centres, as ``interpolate`` keeps them.
     """
-    y = (torch.arange(rows, device=device, dtype=torch.float32) + 0.5 + offset[0]) / rows * height
-    x = (torch.arange(columns, device=device, dtype=torch.float32) + 0.5 + offset[1]) / columns * width
+    y = (torch.arange(rows, device=device, dtype=torch.float32) + 0.5 + offset[0]) / rows * height  # [h] pixels
+    x = (torch.arange(columns, device=device, dtype=torch.float32) + 0.5 + offset[1]) / columns * width  # [w] pixels
     y = y.clamp(0.5, height - 0.5) / height * 2 - 1
     x = x.clamp(0.5, width - 0.5) / width * 2 - 1
     return torch.stack([x[None, :].expand(rows, columns), y[:, None].expand(rows, columns)], dim=-1)
@@ -163,7 +163,7 @@ def _bilinear_windows(
 ) -> Float[Tensor, "D 9 h w"]:
     """Bilinear samples of ``low`` at the nine one-pixel shifts of every patch centre, zero outside the map."""
     (rows, columns), (height, width) = grid, low.shape[1:]
-    centres = _patch_points(rows, columns, height, width, offset, low.device)
+    centres = _patch_points(rows, columns, height, width, offset, low.device)  # [h, w, 2]
     pixel = torch.tensor([2.0 / width, 2.0 / height], device=low.device)
     shifts = torch.tensor([[x, y] for y in (-1.0, 0.0, 1.0) for x in (-1.0, 0.0, 1.0)], device=low.device) * pixel
     points = (centres[None] + shifts[:, None, None]).reshape(1, 9 * rows, columns, 2).to(low.dtype)

@@ -35,15 +35,15 @@ def feature_l1(
     """Mean absolute difference over channels and valid patches.
 
     Args:
-        pred: decoded map, any float dtype.
-        teacher: the teacher's map of the same view.
+        pred: [C, h, w] decoded map, any float dtype.
+        teacher: [C, h, w] the teacher's map of the same view.
         mask: [h, w] bool, or weights of the patches in [0, 1]; all valid if None.
 
     Returns:
         float32 scalar, at least 0; NaN if no patch is valid (leave such a view out of an average).
 
     Raises:
-        ValueError: if the shapes differ.
+        ValueError: If the shapes differ.
     """
     _check_maps(pred, teacher, mask)
     return _masked_mean((pred.float() - teacher.float()).abs().mean(0), mask)
@@ -55,15 +55,15 @@ def feature_cosine(
     """Mean over valid patches of the cosine between the two features; a zero feature counts as cosine 0.
 
     Args:
-        pred: decoded map, any float dtype.
-        teacher: the teacher's map of the same view.
+        pred: [C, h, w] decoded map, any float dtype.
+        teacher: [C, h, w] the teacher's map of the same view.
         mask: [h, w] bool, or weights of the patches in [0, 1]; all valid if None.
 
     Returns:
         float32 scalar in [-1, 1]; NaN if no patch is valid (leave such a view out of an average).
 
     Raises:
-        ValueError: if the shapes differ.
+        ValueError: If the shapes differ.
     """
     _check_maps(pred, teacher, mask)
     return _masked_mean(torch.nn.functional.cosine_similarity(pred.float(), teacher.float(), dim=0), mask)
@@ -78,24 +78,24 @@ def match_rate(
     """Counts the points whose nearest neighbour by cosine, among all patches of b, lies where b sees them.
 
     Args:
-        map_a: feature map of the first view, any float dtype.
-        map_b: feature map of the second view, of any grid.
-        points: from :func:`correspondences`, made for these two grids.
-        radius: distance in patches up to which the neighbour counts as the right one.
+        map_a: [C, ha, wa] feature map of the first view, any float dtype.
+        map_b: [C, hb, wb] feature map of the second view, of any grid.
+        points: Of `correspondences`, made for these two grids.
+        radius: Distance in patches up to which the neighbour counts as the right one.
 
     Returns:
         (hits, total), with total = len(points).
     """
-    features_a = _unit_features(map_a)
-    features_b = _unit_features(map_b)
-    patch_index = points.patch_index.to(map_a.device)
-    target = points.target.to(map_a.device)
+    features_a = _unit_features(map_a)  # [ha wa, C]
+    features_b = _unit_features(map_b)  # [hb wb, C]
+    patch_index = points.patch_index.to(map_a.device)  # [M]
+    target = points.target.to(map_a.device)  # [M, 2]
     step = max(1, _SIMILARITIES_PER_STEP // features_b.shape[0])
     hits = torch.zeros((), dtype=torch.int64, device=map_a.device)
     for start in range(0, len(points), step):
-        nearest = (features_a[patch_index[start : start + step]] @ features_b.T).argmax(1)
+        nearest = (features_a[patch_index[start : start + step]] @ features_b.T).argmax(1)  # [step]
         width = map_b.shape[-1]
-        centre = torch.stack([nearest % width, nearest // width], -1).float() + 0.5
+        centre = torch.stack([nearest % width, nearest // width], -1).float() + 0.5  # [step, 2]
         hits += ((centre - target[start : start + step]).norm(dim=-1) <= radius).sum()
     return int(hits), len(points)
 
@@ -119,15 +119,15 @@ def choose_pairs(
     Args:
         views: V views.
         grids: (h, w) of each view's patch grid.
-        min_overlap: least share of a view's surface that the other view sees, in (0, 1].
-        min_displacement: in patches.
-        max_pairs: most pairs returned.
+        min_overlap: Least share of a view's surface that the other view sees, in (0, 1].
+        min_displacement: Least median displacement of the shared points, in patches.
+        max_pairs: Most pairs returned.
 
     Returns:
         Pairs (a, b) with a < b, sorted; none if no pair is eligible.
 
     Raises:
-        ValueError: if there are not as many grids as views.
+        ValueError: If there are not as many grids as views.
     """
     if len(views) != len(grids):
         raise ValueError(f"{len(views)} views but {len(grids)} patch grids")

@@ -31,7 +31,7 @@ class PCABasis:
         mean: [C] float32, subtracted before projecting; zeros for an uncentred basis.
         components: [dim, C] float32, orthonormal rows; in each row the entry largest in magnitude is positive.
         explained_variance: [dim] float32, mean squared projection on each row, falling.
-        total_variance: mean squared length of the features (after subtracting ``mean``).
+        total_variance: Mean squared length of the features (after subtracting ``mean``).
     """
 
     mean: Float[Tensor, "C"]
@@ -47,12 +47,12 @@ class PCABasis:
         return min(1.0, float(self.explained_variance.double().sum()) / self.total_variance)
 
     def project(self, x: Float[Tensor, "*shape C"]) -> Float[Tensor, "*shape dim"]:
-        """Coordinates of ``x`` in this basis, in float32 (float64 for a float64 input)."""
+        """Returns the coordinates of ``x`` in this basis, in float32 (float64 for a float64 input)."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         return (x.to(dtype) - self.mean.to(dtype)) @ self.components.to(dtype).T
 
     def to(self, device: torch.device | str) -> "PCABasis":
-        """The same basis with its tensors on ``device``."""
+        """Returns the same basis with its tensors on ``device``."""
         return PCABasis(
             self.mean.to(device), self.components.to(device), self.explained_variance.to(device), self.total_variance
         )
@@ -70,7 +70,7 @@ class FeatureCovariance:
 
         Args:
             num_channels: C, the width of the features.
-            device: where the sums live; features from elsewhere are moved there.
+            device: Where the sums live; features from elsewhere are moved there.
         """
         self._weight = torch.zeros((), dtype=torch.float64, device=device)
         self._sum = torch.zeros(num_channels, dtype=torch.float64, device=device)
@@ -80,12 +80,12 @@ class FeatureCovariance:
         """Adds M features.
 
         Args:
-            features: any float dtype. NaN and infinity are reported by :meth:`basis`, so that adding never waits for
-                the GPU.
-            weights: how much each feature counts, at least 0; all 1 if None.
+            features: [M, C] of any float dtype. NaN and infinity are reported by `basis`, so that adding never waits
+                for the GPU.
+            weights: [M] how much each feature counts, at least 0; all 1 if None.
 
         Raises:
-            ValueError: if the shapes do not fit.
+            ValueError: If the shapes do not fit.
         """
         if features.ndim != 2 or features.shape[1] != self._sum.shape[0]:
             raise ValueError(f"expected features [M, {self._sum.shape[0]}], got {list(features.shape)}")
@@ -105,10 +105,10 @@ class FeatureCovariance:
             self._second_moment.addmm_(weighted.T, rows)
 
     def basis(self, dim: int, centred: bool = True) -> PCABasis:
-        """The ``dim`` orthonormal directions that hold most of the features seen so far.
+        """Returns the ``dim`` orthonormal directions that hold most of the features seen so far.
 
         Args:
-            dim: number of directions, 1 to C. Directions beyond the rank of the features are orthonormal but arbitrary.
+            dim: Number of directions, 1 to C. Directions beyond the rank of the features are orthonormal but arbitrary.
             centred: True subtracts the mean first (principal components, for pictures). False takes the directions of
                 the raw second moment (the right singular vectors of the feature matrix), which is the best basis where
                 a linear map without bias, such as the decoder of a scene, must bring the features back.
@@ -117,7 +117,7 @@ class FeatureCovariance:
             The basis, on the device of the sums.
 
         Raises:
-            UserError: if no features were added, if they hold NaN or infinity, or if ``dim`` is out of range.
+            UserError: If no features were added, if they hold NaN or infinity, or if ``dim`` is out of range.
         """
         num_channels = self._sum.shape[0]
         if not 1 <= dim <= num_channels:
@@ -130,9 +130,9 @@ class FeatureCovariance:
             raise UserError("There are no features to take a basis from: every view is empty or masked out.")
         mean = total / weight if centred else torch.zeros_like(total)
         moment = moment / weight - torch.outer(mean, mean)
-        values, vectors = torch.linalg.eigh((moment + moment.T) / 2)
+        values, vectors = torch.linalg.eigh((moment + moment.T) / 2)  # [C], [C, C]: rising
         values = values.flip(0)[:dim].clamp_min(0)
-        components = vectors.T.flip(0)[:dim]
+        components = vectors.T.flip(0)[:dim]  # [dim, C]
         largest = components.abs().argmax(1, keepdim=True)
         components = components * components.gather(1, largest).sign()
         device = self._sum.device
@@ -149,7 +149,7 @@ class ColorBasis:
     """Colours for features, fixed once, so that the same feature has the same colour in every picture.
 
     Attributes:
-        basis: centred basis of min(3, C) directions: red, green, blue.
+        basis: Centred basis of min(3, C) directions: red, green, blue.
         low: [3] float32, projection shown as 0.
         high: [3] float32, projection shown as 1; where it equals ``low``, the channel is constant mid-grey.
     """
@@ -166,8 +166,8 @@ class ColorBasis:
         is mid-grey then.
 
         Args:
-            features: any float dtype, for example all patches of the teacher's maps of a scene.
-            weights: how much each feature counts (for Gaussians their opacities), at least 0; all 1 if None.
+            features: [M, C] of any float dtype, for example all patches of the teacher's maps of a scene.
+            weights: [M] how much each feature counts (for Gaussians their opacities), at least 0; all 1 if None.
 
         Returns:
             The colour basis, on the device of ``features``.
@@ -192,7 +192,7 @@ class ColorBasis:
         return cls(basis, low, torch.where(high - low > _CONSTANT * size, high, low))
 
     def to_rgb(self, features: Float[Tensor, "*shape C"]) -> Float[Tensor, "*shape 3"]:
-        """Colours of features, channels last: maps [h, w, C] and lists [N, C] alike.
+        """Returns the colours of features, channels last: maps [h, w, C] and lists [N, C] alike.
 
         A feature that is exactly zero (nothing was rendered there, or nothing is trained yet) and one that holds NaN
         or infinity are mid-grey.
@@ -208,7 +208,7 @@ class ColorBasis:
         return torch.where(known, colors, 0.5).nan_to_num(0.5).clamp(0, 1)
 
     def to(self, device: torch.device | str) -> "ColorBasis":
-        """The same colours with their tensors on ``device``."""
+        """Returns the same colours with their tensors on ``device``."""
         return ColorBasis(self.basis.to(device), self.low.to(device), self.high.to(device))
 
 

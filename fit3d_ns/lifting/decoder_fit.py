@@ -49,17 +49,17 @@ def fit_decoder(
     moment = torch.zeros(9 * dim, width, dtype=torch.float64, device=values.device)
     for view in views:
         with torch.no_grad():
-            low = operator.low_maps([view.camera], values)[0]
+            low = operator.low_maps([view.camera], values)[0]  # [D, H, W]
         teacher = view.load().to(values)
-        weights = stack_weights([view], teacher[None])[0].flatten(1)
+        weights = stack_weights([view], teacher[None])[0].flatten(1)  # [1, hw]
         for offset in operator.offsets:
-            windows = operator.feature_grid.windows(low, view.camera.grid, offset).flatten(0, 1).flatten(1)
-            weighted = windows * weights
+            windows = operator.feature_grid.windows(low, view.camera.grid, offset).flatten(0, 1).flatten(1)  # [9D, hw]
+            weighted = windows * weights  # [9D, hw]
             gram += (weighted @ windows.T).double()
             moment += (weighted @ sample_teacher(teacher, offset).flatten(1).T).double()
         advance(1)
-    kernel = start.flatten(1).T.to(moment)
+    kernel = start.flatten(1).T.to(moment)  # [9D, C]
     pull = max(ridge, 1e-8) * gram.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
     regularized = gram + pull * torch.eye(9 * dim, dtype=gram.dtype, device=gram.device)
-    change = torch.linalg.solve(regularized, moment - gram @ kernel)
+    change = torch.linalg.solve(regularized, moment - gram @ kernel)  # [9D, C]
     return (kernel + change).T.reshape(width, dim, 3, 3).to(start)

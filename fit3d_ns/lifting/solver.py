@@ -95,16 +95,16 @@ class LiftSolver:
     def aggregate(self) -> Aggregate:
         """Takes the weighted mean over all views (one pass)."""
         # One column more gathers the weights themselves, one the squared length of what is averaged.
-        sums = self._no_values(self.channels + 2)
+        sums = self._no_values(self.channels + 2)  # [N, X + 2]
         for cameras, maps, weights in self._stream():
-            squared = maps.square().sum(1, keepdim=True)
-            gathered = torch.cat([maps, torch.ones_like(squared), squared], dim=1) * weights
+            squared = maps.square().sum(1, keepdim=True)  # [B, 1, Sh, Sw]
+            gathered = torch.cat([maps, torch.ones_like(squared), squared], dim=1) * weights  # [B, X + 2, Sh, Sw]
             start = self._zeros.expand(len(self.operator.geometry), self.channels + 2)
             sums += self.operator.linearize(cameras, start).adjoint(gathered)
-        coverage = sums[:, -2].clone()
+        coverage = sums[:, -2].clone()  # [N]
         means = _divide(sums, coverage)
         values = means[:, :-2].contiguous()
-        variance = (means[:, -1] - values.square().sum(1)).clamp_min(0)
+        variance = (means[:, -1] - values.square().sum(1)).clamp_min(0)  # [N]
         return Aggregate(values, coverage, variance)
 
     def refine(self, values: Float[Tensor, "N X"], coverage: Float[Tensor, "N"]) -> Float[Tensor, "N X"]:
@@ -114,7 +114,7 @@ class LiftSolver:
             values: [N, X] the solution so far.
             coverage: [N] of ``aggregate``.
         """
-        sums = self._no_values(self.channels)
+        sums = self._no_values(self.channels)  # [N, X]
         for cameras, maps, weights in self._stream():
             rendered = self.operator.linearize(cameras, values)
             sums += rendered.adjoint((maps - rendered.maps) * weights)
@@ -136,12 +136,12 @@ class LiftSolver:
         Returns:
             The new values, and the coverage under the new weights.
         """
-        sums = self._no_values(self.channels + 1)
+        sums = self._no_values(self.channels + 1)  # [N, X + 1]
         for cameras, maps, weights in self._stream():
             padded = torch.cat([values, values.new_zeros(len(values), 1)], dim=1)
             rendered = self.operator.linearize(cameras, padded)
-            residual = maps - rendered.maps[:, :-1]
-            size = residual.norm(dim=1, keepdim=True) / max(scale, 1e-12)
+            residual = maps - rendered.maps[:, :-1]  # [B, X, Sh, Sw]
+            size = residual.norm(dim=1, keepdim=True) / max(scale, 1e-12)  # [B, 1, Sh, Sw]
             robust = weights / size.clamp_min(ROBUST_FLOOR)
             gathered = torch.cat([maps if from_zero else residual, torch.ones_like(size)], dim=1) * robust
             sums += rendered.adjoint(gathered)
@@ -154,8 +154,8 @@ class LiftSolver:
 
     def _stream(self) -> Iterator[tuple[list[PatchCamera], Float[Tensor, "B X Sh Sw"], Float[Tensor, "B 1 Sh Sw"]]]:
         for batch in self._batches:
-            maps = torch.stack([view.load() for view in batch]).to(self._zeros)
-            weights = self.operator.spread_weights(stack_weights(batch, maps))
+            maps = torch.stack([view.load() for view in batch]).to(self._zeros)  # [B, X, h, w]
+            weights = self.operator.spread_weights(stack_weights(batch, maps))  # [B, 1, Sh, Sw]
             yield [view.camera for view in batch], self.operator.spread(maps), weights
             self._advance(len(batch))
 

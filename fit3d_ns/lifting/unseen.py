@@ -29,8 +29,8 @@ def fill_unseen(
     positions, known = means.detach().cpu().numpy(), seen.cpu().numpy()
     distance, index = KDTree(positions[known]).query(positions[~known], k=min(NEIGHBOURS, int(known.sum())), workers=-1)
     distance, index = (np.asarray(array).reshape(len(positions[~known]), -1) for array in (distance, index))
-    weights = torch.from_numpy(1.0 / np.maximum(distance, 1e-12)).to(values)
-    neighbours = values[seen][torch.from_numpy(index).to(values.device)]
+    weights = torch.from_numpy(1.0 / np.maximum(distance, 1e-12)).to(values)  # [unseen, NEIGHBOURS]
+    neighbours = values[seen][torch.from_numpy(index).to(values.device)]  # [unseen, NEIGHBOURS, D]
     filled = values.clone()
     filled[~seen] = (neighbours * (weights / weights.sum(1, keepdim=True))[..., None]).sum(1)
     return filled

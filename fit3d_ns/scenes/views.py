@@ -160,7 +160,7 @@ def resident_scene(datamanager: Fit3DDataManager, model: Fit3DSplatModel) -> Lif
 
 
 def held_out_flags(datamanager: Fit3DDataManager) -> list[bool]:
-    """Says of each evaluation view whether it is no training view too (nerfstudio's ``--eval-mode all``)."""
+    """Returns of each evaluation view whether it is no training view too (nerfstudio's ``--eval-mode all``)."""
     trained = {Path(name) for name in datamanager.train_dataset.image_filenames}
     return [Path(name) not in trained for name in datamanager.eval_dataset.image_filenames]
 
