@@ -146,7 +146,8 @@ def _measure(
     bank = SceneBank(scenes, world, benchmark.scene_placement, benchmark.scene_memory)
     _wait(device)
     upload_seconds = time.perf_counter() - start
-    world.say(bank.describe())
+    if world.is_main:
+        print(bank.describe())
     student = load_student(config, scenes, device)
     photos = PhotoStore(scenes, student.info.patch_size, device, folder / "photo-cache", resident_bytes=8 * 10**9)
     photos.fill(world.rank, world.size, show=False)
@@ -189,7 +190,8 @@ def _measure(
     }
     if profiling is not None:
         row["kernel_ms_per_view"] = json.dumps(_kernel_times(profiling, device, (config.steps or 0) * share))
-    world.say(json.dumps({name: round(v, 3) if isinstance(v, float) else v for name, v in row.items()}))
+    if world.is_main:
+        print(json.dumps({name: round(v, 3) if isinstance(v, float) else v for name, v in row.items()}))
     return row
 
 

@@ -1,5 +1,6 @@
 """The command ``fit3d-distill``: scenes in, a fine-tuned backbone out."""
 
+import logging
 import sys
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from distill.session import Session
 from fit3d_ns.backbones.averaging import average_result
 from fit3d_ns.support.command_line import run_command
 from fit3d_ns.support.processes import World, join_world
+
+_LOGGER = logging.getLogger("distill.cli")  # not __main__, which `python -m` makes of __name__
 
 
 def main() -> None:
@@ -35,7 +38,7 @@ def distil(config: DistillConfig) -> None:
     if config.average_only is not None:
         amount = INTERPOLATE if config.interpolate is None else config.interpolate
         files = average_result(config.average_only, amount, config.original_weights)
-        print(f"Weights: {files[0]}, {amount:g} x student + {1 - amount:g} x original")
+        _LOGGER.info(f"Weights: {files[0]}, {amount:g} x student + {1 - amount:g} x original")
         return
     with join_world(config.device, "start again with --resume") as world:
         _check(config, world)
@@ -57,7 +60,7 @@ def _scenes(config: DistillConfig, world: World) -> tuple[list[Scene], list[Scen
     """Makes bundles in the first process, opens them in all; those to train on, and those to validate on."""
     folders: tuple[list[Path], list[Path]] = ([], [])
     if world.is_main:
-        folders = make_all_bundles(config, world.say)
+        folders = make_all_bundles(config)
     if world.size > 1:
         shared = [folders]
         torch.distributed.broadcast_object_list(shared, src=0)

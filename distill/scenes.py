@@ -1,8 +1,9 @@
 """The scenes of a run: bundles made or found, and checked against each other before any long work."""
 
+import logging
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from fit3d_ns.runs.bundle import BundleCameras, BundleInfo, SceneBundle, SceneTe
 from fit3d_ns.support.errors import UserError
 from fit3d_ns.support.processes import World
 from fit3d_ns.support.samples import evenly_spaced
+
+_LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -58,12 +61,11 @@ class Scene:
         return evenly_spaced(views, count), bool(held_out)
 
 
-def make_all_bundles(config: DistillConfig, say: Callable[[str], None]) -> tuple[list[Path], list[Path]]:
+def make_all_bundles(config: DistillConfig) -> tuple[list[Path], list[Path]]:
     """Makes the bundles of all scenes named that are missing or stale.
 
     Args:
         config: The user's choices.
-        say: Prints one line.
 
     Returns:
         Folders of the bundles to train on, and of those to validate on; the first lack what is among the second.
@@ -73,19 +75,17 @@ def make_all_bundles(config: DistillConfig, say: Callable[[str], None]) -> tuple
     """
     if not config.runs and not config.bundles:
         raise UserError("There is nothing to distil: name trained runs with --runs, or scene bundles with --bundles.")
-    validation = _make_bundles(config.validation_runs, config.validation_bundles, config, say)
-    named = _make_bundles(config.runs, config.bundles, config, say)
+    validation = _make_bundles(config.validation_runs, config.validation_bundles, config)
+    named = _make_bundles(config.runs, config.bundles, config)
     training = [folder for folder in named if folder not in validation]
     if len(training) < len(named):
-        say(f"{len(named) - len(training)} of {len(named)} scenes are only validated on.")
+        _LOGGER.info(f"{len(named) - len(training)} of {len(named)} scenes are only validated on.")
     if not training:
         raise UserError("All scenes are named by --validation-runs or --validation-bundles: leave some to train on.")
     return training, validation
 
 
-def _make_bundles(
-    runs_named: Sequence[Path], bundles: Sequence[Path], config: DistillConfig, say: Callable[[str], None]
-) -> list[Path]:
+def _make_bundles(runs_named: Sequence[Path], bundles: Sequence[Path], config: DistillConfig) -> list[Path]:
     folders = find_bundles(list(bundles)) if bundles else []
     if runs_named:
         # Imported here: with --bundles alone nothing of nerfstudio is needed.
@@ -93,11 +93,13 @@ def _make_bundles(
 
         runs, notes = choose_runs(list(runs_named), config.all_runs)
         for note in notes:
-            say(note)
+            _LOGGER.warning(note)
         for number, run in enumerate(runs, start=1):
             folder = None if config.bundle_dir is None else _bundle_folder(config.bundle_dir, run)
             bundle, reused = bundle_run(run, folder, config.data_root)
-            say(f"Scene {number}/{len(runs)} {run.name}: bundle {'found' if reused else 'made'} in {bundle.folder}")
+            _LOGGER.info(
+                f"Scene {number}/{len(runs)} {run.name}: bundle {'found' if reused else 'made'} in {bundle.folder}"
+            )
             folders.append(bundle.folder)
     return list(dict.fromkeys(folder.absolute() for folder in folders))
 

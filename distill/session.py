@@ -1,6 +1,7 @@
 """One training from opened scenes to the files that it leaves."""
 
 import copy
+import logging
 
 import torch
 
@@ -22,6 +23,8 @@ from fit3d_ns.backbones.result_folder import check_dinov2, write_weights
 from fit3d_ns.support.curve_log import CurveLog
 from fit3d_ns.support.errors import UserError
 from fit3d_ns.support.processes import World
+
+_LOGGER = logging.getLogger(__name__)
 
 
 class Session:
@@ -64,7 +67,7 @@ class Session:
             resident_bytes=memory,
         )
         self.bank = SceneBank(every, world, config.scene_placement, config.scene_memory)
-        world.say(self.bank.describe())
+        _LOGGER.info(self.bank.describe())
         block_bytes = self.bank.block_bytes
         if self.resumed is not None:  # the order of the views depends on it
             block_bytes = self.resumed["block_bytes"]
@@ -100,11 +103,11 @@ class Session:
                 decoded += self.photos.fill(world.local_rank, world.local_size, show=False)
                 world.wait()
             if decoded:
-                world.say(f"Decoded {decoded} photos; the next start finds them.")
+                _LOGGER.info(f"Decoded {decoded} photos; the next start finds them.")
             num_views, num_scenes = self.sampler.num_views, len(self.scenes)
             kind = world.device.type.upper()
-            world.say(explain(self.recipe, config, num_views, num_scenes, trainer.num_steps))
-            world.say(
+            _LOGGER.info(explain(self.recipe, config, num_views, num_scenes, trainer.num_steps))
+            _LOGGER.info(
                 f"{self.start.info.name}, layer {self.start.info.layer}: {trainer.num_parameters:,} weights to train "
                 f"on {world.size} {kind} process{'es' if world.size > 1 else ''}."
             )
@@ -126,7 +129,7 @@ class Session:
         if original is None or self.config.student is not None:
             return
         what = "that teacher" if self.config.start_from == "teacher" else f"{original['name']} itself"
-        self.world.say(
+        _LOGGER.info(
             f"The scenes' teacher is itself a student of {original['name']}: the next one starts from {what} "
             "(--start-from) and is averaged with the original."
         )
@@ -155,13 +158,13 @@ class Session:
         return Validation(held_out, copy.deepcopy(self.original), weights, self.recipe.interpolate)
 
     def _finish(self, result: TrainingResult) -> None:
-        config, world, amount = self.config, self.world, self.recipe.interpolate
+        config, amount = self.config, self.recipe.interpolate
         student, original = plain_state_dict(result.model), plain_state_dict(self.original.model)
         start = self.start.identity["weights_sha256"]
         card = make_card(config, self.recipe, self.scenes, self.validation, self.original.identity, start, result)
         averaged = interpolate(student, original, amount)
         files = write_weights(config.output_dir, student, averaged, card, config.half, config.dinov2_layout)
-        world.say(f"Weights: {files[0]}")
+        _LOGGER.info(f"Weights: {files[0]}")
         averages = Averages(copy.deepcopy(self.original), student, original)
         results = [self._measure(index, averages) for index in range(len(self.scenes) + len(self.validation))]
         first = len(self.scenes)
@@ -169,9 +172,9 @@ class Session:
         write_metrics(config.output_dir, card, findings)
         write_report(config.output_dir, card, findings)
         files += [config.output_dir / "metrics.json", config.output_dir / "report.html"]
-        world.say(f"Report:  {files[-1]}")
+        _LOGGER.info(f"Report:  {files[-1]}")
         if config.push_to_hub is not None:
-            world.say(f"Uploaded to {push_to_hub(config.push_to_hub, files)}")
+            _LOGGER.info(f"Uploaded to {push_to_hub(config.push_to_hub, files)}")
 
     def _measure(self, index: int, averages: Averages) -> SceneResult:
         pictures = 2 if index < self.config.report_scenes else 0

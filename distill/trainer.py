@@ -1,5 +1,6 @@
 """The training loop: from any step to any other, with the same result."""
 
+import logging
 import math
 import signal
 import sys
@@ -32,6 +33,9 @@ from fit3d_ns.support.curve_log import CurveLog
 from fit3d_ns.support.errors import UserError
 from fit3d_ns.support.processes import World
 from fit3d_ns.support.progress import progress
+
+_LOGGER = logging.getLogger(__name__)
+
 
 _RECIPE_SETTINGS = "accumulation ema_decay lr weight_decay clip batch_size schedule warmup_steps flip".split()
 _RESULT_SETTINGS = "targets min_accumulation lora_rank seed".split()
@@ -145,11 +149,10 @@ class Trainer:
                     if self._average is not None:
                         self._average.update_parameters(self._student.model)
                     self._step = batch.step + 1
-                    advance()
-                    if self._is_log_step():
-                        advance(0, f"L1 {self._flush():.4f}")
-                        if begin is None:
-                            begin, first_step = time.perf_counter(), self._step
+                    loss = f"L1 {self._flush():.4f}" if self._is_log_step() else None
+                    advance(remark=loss)
+                    if loss is not None and begin is None:
+                        begin, first_step = time.perf_counter(), self._step
                     self._validate()
                     if self._step % self._config.save_every == 0:
                         self._save()
@@ -233,7 +236,7 @@ class Trainer:
             if stop:
                 self._save()
                 self._world.wait()  # torchrun ends all processes soon after the first has gone, also one that writes
-                self._world.say(f"Stopped after step {self._step} of {self.num_steps}: go on with --resume.")
+                _LOGGER.info(f"Stopped after step {self._step} of {self.num_steps}: go on with --resume.")
                 sys.exit(128 + signal.SIGTERM)
         return sum(losses) / len(losses) if losses else float("nan")
 
@@ -304,7 +307,7 @@ class Trainer:
         self._measured = [(int(step), dict(measured)) for step, measured in state["validation"]]
         self._curve_sum, self._curve_count = state["curve"]
         self._step = self._saved = state["step"]
-        self._world.say(f"Resumed after step {self._step}.")
+        _LOGGER.info(f"Resumed after step {self._step}.")
 
 
 def read_resumed(

@@ -5,6 +5,7 @@ Nothing here is imported at a cost: nerfstudio's model modules are touched insid
 
 import functools
 import inspect
+import logging
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -20,6 +21,8 @@ import yaml
 from torch.overrides import TorchFunctionMode
 
 from fit3d_ns.support.errors import UserError
+
+_LOGGER = logging.getLogger(__name__)
 
 
 def check_gsplat() -> None:
@@ -129,13 +132,10 @@ class LazyLpips:
                 with torch.random.fork_rng(devices=[]):  # networks are initialised on the CPU
                     self._metric = LearnedPerceptualImagePatchSimilarity(**self._arguments).to(image.device)
             except (OSError, RuntimeError) as error:  # URLError is an OSError; torch.hub raises RuntimeError
-                from nerfstudio.utils.rich_utils import CONSOLE
-
                 self._metric = False
                 folder = Path(torch.hub.get_dir()) / "checkpoints"
-                CONSOLE.print(
-                    f"[yellow]LPIPS is left out: its AlexNet weights are not in {folder} and could not be downloaded "
-                    f"({error}).[/yellow]"
+                _LOGGER.warning(
+                    f"LPIPS is left out: its AlexNet weights are not in {folder} and could not be downloaded ({error})."
                 )
         if self._metric is False:
             return torch.tensor(float("nan"))

@@ -1,5 +1,6 @@
 """Splatfacto with a feature on every Gaussian and a decoder to the teacher's width."""
 
+import logging
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -11,7 +12,6 @@ from jaxtyping import Bool, Float
 from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.data.scene_box import OrientedBox
 from nerfstudio.models.splatfacto import SplatfactoModel, SplatfactoModelConfig
-from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -27,6 +27,8 @@ from fit3d_ns.lifting.settings import LiftSettings
 from fit3d_ns.runs.checkpoints import check_features
 from fit3d_ns.runs.frozen_geometry import freeze_configuration, take_over_run
 from fit3d_ns.support.errors import UserError
+
+_LOGGER = logging.getLogger(__name__)
 
 FEATURES = "fit3d_features"
 """Key of the per-Gaussian features in ``gauss_params``, in checkpoints and among the optimizers."""
@@ -121,9 +123,9 @@ class Fit3DSplatModel(SplatfactoModel):
         with compat.lazy_lpips(), compat.splatfacto_on(device):
             super().populate_modules()
         if compat.clamp_refinement_pause(self.strategy):
-            CONSOLE.print(
-                f"[yellow]{self.num_train_data} training views would stop densification for good; the pause after each "
-                f"opacity reset is shortened to {self.strategy.pause_refine_after_reset} steps.[/yellow]"
+            _LOGGER.warning(
+                f"{self.num_train_data} training views would stop densification for good; the pause after each "
+                f"opacity reset is shortened to {self.strategy.pause_refine_after_reset} steps."
             )
         if self.config.init_from is not None:
             take_over_run(self.gauss_params, self.camera_optimizer, self.config.init_from)

@@ -1,6 +1,7 @@
 """nerfstudio's pipeline with a checkpoint that resumes exactly, and consistency between views as a metric."""
 
 import json
+import logging
 import random
 from dataclasses import dataclass, field
 from functools import partial
@@ -11,7 +12,6 @@ import numpy as np
 import torch
 from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttributes, TrainingCallbackLocation
 from nerfstudio.pipelines.base_pipeline import VanillaPipeline, VanillaPipelineConfig
-from nerfstudio.utils.rich_utils import CONSOLE
 from nerfstudio.viewer.viewer_elements import ViewerButton
 
 from fit3d_ns.backbones import check_timm
@@ -27,6 +27,8 @@ from fit3d_ns.support.errors import UserError
 from fit3d_ns.viewer.controls import FeatureControls
 from fit3d_ns.viewer.feature_view import FeatureView
 from fit3d_ns.viewer.outputs import look
+
+_LOGGER = logging.getLogger(__name__)
 
 
 @dataclass
@@ -85,7 +87,7 @@ class Fit3DPipeline(VanillaPipeline):
             config.datamanager = without_photos(config.datamanager, str(error))  # type: ignore[arg-type]
             super().__init__(config, **kwargs)
             # Printed only now: what has nothing to do with photos was raised again.
-            CONSOLE.print(f"[yellow]{error} Opened without photos and teacher.[/yellow]")
+            _LOGGER.warning(f"{error} Opened without photos and teacher.")
 
     @property
     def fit3d_model(self) -> Fit3DSplatModel:
@@ -181,9 +183,9 @@ class Fit3DPipeline(VanillaPipeline):
         """
         model = self.fit3d_model
         if not model.frozen and (model.seed_points is None or model.config.random_init):
-            CONSOLE.print(
-                f"[yellow]No seed points: {model.num_points} Gaussians start at random positions. A point cloud "
-                "(COLMAP, or ply_file_path in transforms.json) trains better.[/yellow]"
+            _LOGGER.warning(
+                f"No seed points: {model.num_points} Gaussians start at random positions. A point cloud "
+                "(COLMAP, or ply_file_path in transforms.json) trains better."
             )
         restore = TrainingCallback([TrainingCallbackLocation.BEFORE_TRAIN_ITERATION], lambda step: self._restore())
         callbacks = [restore, *super().get_training_callbacks(training_callback_attributes)]
@@ -297,7 +299,7 @@ class Fit3DPipeline(VanillaPipeline):
         assert run is not None
         path = run_folder(find_checkpoint(run)) / "dataparser_transforms.json"
         if not path.is_file():
-            CONSOLE.print(f"[yellow]{path} is missing: whether the run's poses agree cannot be checked.[/yellow]")
+            _LOGGER.warning(f"{path} is missing: whether the run's poses agree cannot be checked.")
             return
         stored = json.loads(path.read_text())
         outputs = self.datamanager.train_dataparser_outputs

@@ -13,7 +13,7 @@ from fit3d_ns.support.command_line import run_command
 from fit3d_ns.support.errors import UserError
 from fit3d_ns.support.progress import Advance, progress
 
-_LOGGER = logging.getLogger(__name__)
+_LOGGER = logging.getLogger("fit3d_rooms.cli")  # not __main__, which `python -m` makes of __name__
 
 MINIMUM_SIZE = 48
 MAXIMUM_SIZE = 4096

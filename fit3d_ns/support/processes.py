@@ -1,6 +1,5 @@
 """One process among any number, as ``torchrun`` starts them."""
 
-import logging
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -14,7 +13,6 @@ from torch import Tensor, nn
 
 from fit3d_ns.support.errors import UserError
 
-_LOGGER = logging.getLogger(__name__)
 _LONGEST_WAIT = timedelta(hours=6)
 """Processes wait for the first one while it makes bundles, decodes photos or computes features."""
 
@@ -38,11 +36,6 @@ class World:
     def is_main(self) -> bool:
         """Whether this process prints and writes."""
         return self.rank == 0
-
-    def say(self, sentence: str) -> None:
-        """Logs a sentence, once for all processes."""
-        if self.is_main:
-            _LOGGER.info("%s", sentence)
 
     def wait(self) -> None:
         """Returns when all processes have come here."""

@@ -1,5 +1,6 @@
 """The viewer's controls for features: buttons, sliders and clicks."""
 
+import logging
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -7,7 +8,6 @@ from typing import Any
 
 import torch
 from nerfstudio.cameras.cameras import Cameras
-from nerfstudio.utils.rich_utils import CONSOLE
 from nerfstudio.viewer.utils import get_camera
 from nerfstudio.viewer.viewer_elements import (
     ViewerButton,
@@ -24,6 +24,8 @@ from fit3d_ns.runs.record import read_disagreement
 from fit3d_ns.support.errors import UserError
 from fit3d_ns.viewer.feature_view import FeatureView
 from fit3d_ns.viewer.query import export_segment, look_at_pixel
+
+_LOGGER = logging.getLogger(__name__)
 
 MARKER = "/fit3d/clicked"
 """Name of the ball at the clicked point among the viewer's objects."""
@@ -108,7 +110,7 @@ class FeatureControls(nn.Module):
             except UserError as error:
                 self.a_status.say(str(error))
             except Exception as error:  # a button must say that it failed: nerfstudio drops the exception
-                CONSOLE.print_exception()
+                _LOGGER.exception("A button of the viewer failed.")
                 self.a_status.say(f"That failed ({type(error).__name__}: {error}).")
 
         return run
@@ -118,13 +120,13 @@ class FeatureControls(nn.Module):
         self._run = Path(viewer.log_filename).parent
         port, asked = viewer.viser_server.get_port(), viewer.config.websocket_port
         if asked is not None and port != asked:
-            CONSOLE.print(f"[yellow]The port {asked} is in use: the viewer is at http://localhost:{port}.[/yellow]")
+            _LOGGER.warning(f"The port {asked} is in use: the viewer is at http://localhost:{port}.")
         try:
             stored = read_disagreement(self._run)
             if stored is not None:
                 self._view.take_disagreement(*stored)
         except UserError as error:
-            CONSOLE.print(f"[yellow]{error}[/yellow]")
+            _LOGGER.warning(str(error))
 
     def _refresh(self) -> str:
         self._view.refresh()

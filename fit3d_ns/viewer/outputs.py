@@ -1,5 +1,6 @@
 """What a model's outputs hold beside rgb, depth and accumulation: pictures of its features, drawn when looked at."""
 
+import logging
 from collections import UserDict
 from collections.abc import Callable, Collection
 from typing import Any
@@ -8,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from nerfstudio.cameras.cameras import Cameras
-from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 
 from fit3d_ns.scenes.teacher_views import seen_from
@@ -17,6 +17,8 @@ from fit3d_ns.viewer.clusters import UNASSIGNED, assign_clusters
 from fit3d_ns.viewer.feature_view import FeatureView
 from fit3d_ns.viewer.pictures import heat_over, label_colors, lettering, luminance, over, resize
 from fit3d_ns.viewer.selection import similarity
+
+_LOGGER = logging.getLogger(__name__)
 
 _SMALLEST_SIDE = 224
 """Pictures smaller than this, as while the camera moves, show features at this size all the same."""
@@ -68,7 +70,7 @@ class LazyOutputs(UserDict):
                 sentence = f"{name} cannot be drawn ({type(error).__name__}: {error})."
                 if sentence not in _REPORTED:
                     _REPORTED.add(sentence)
-                    CONSOLE.print_exception()
+                    _LOGGER.exception(sentence)
                 self.data[name] = lettering(sentence, self["rgb"])
 
     @property

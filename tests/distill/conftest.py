@@ -1,5 +1,6 @@
 """Small scenes as bundles, made without training, and a tiny teacher."""
 
+import logging
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -23,8 +24,9 @@ WIDTH = 64
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    """No test reads or writes the user's cache."""
+def own_cache(tmp_path, monkeypatch, caplog):
+    """No test reads or writes the user's cache; what commands say is caught."""
+    caplog.set_level(logging.INFO)
     monkeypatch.setenv("FIT3D_CACHE", str(tmp_path / "cache"))
 
 

@@ -70,10 +70,10 @@ def test_a_student_of_another_backbone_is_averaged_with_its_own_original(make_sc
     assert card_of(config)["student"]["weights_sha256"] == hash_state_dict(other)
 
 
-def test_the_automatic_recipe_is_the_default_and_says_what_it_does(make_scene, make_config, capsys):
+def test_the_automatic_recipe_is_the_default_and_says_what_it_does(make_scene, make_config, caplog):
     config = make_config(make_scene(), recipe="auto", lr=None, clip=None, steps=None)
     distil(config)
-    said = capsys.readouterr().out
+    said = caplog.text
     assert "Recipe auto: 4 views of 1 scene, so 220 steps of 2" in said and "0.6 x student + 0.4 x original" in said
     card = card_of(config)
     assert card["recipe"] == "auto" and card["steps"] == 220
@@ -91,13 +91,13 @@ def test_the_automatic_recipe_is_the_default_and_says_what_it_does(make_scene, m
     assert "How much of the student" in report and "--average-only" in report and "assembly=&quot;tuned" in report
 
 
-def test_a_finished_folder_is_averaged_anew_by_the_command(make_scene, make_config, teacher_weights, capsys):
+def test_a_finished_folder_is_averaged_anew_by_the_command(make_scene, make_config, teacher_weights, caplog):
     config = make_config(make_scene(), interpolate=0.6, steps=3, half=True)
     distil(config)
     student, original = weights_of(config, "student.safetensors"), load_file(teacher_weights)
     again = make_config(average_only=config.output_dir, interpolate=0.2, original_weights=teacher_weights)
     distil(again)  # names no scenes
-    assert "0.2 x student + 0.8 x original" in capsys.readouterr().out
+    assert "0.2 x student + 0.8 x original" in caplog.text
     wanted = interpolate(student, original, 0.2)
     assert hash_state_dict(weights_of(config)) == hash_state_dict(wanted)
     half = weights_of(config, "backbone_fp16.safetensors")
@@ -137,12 +137,12 @@ def second_round(make_scene, make_config, tmp_path):
 
 
 def test_the_next_round_starts_from_the_original_and_is_averaged_with_it(
-    second_round, make_config, teacher_weights, capsys
+    second_round, make_config, teacher_weights, caplog
 ):
     first, folder = second_round
     config = make_config(folder, original_weights=teacher_weights, interpolate=0.5, steps=3)
     distil(config)
-    assert "teacher is itself a student of test_vit" in capsys.readouterr().out
+    assert "teacher is itself a student of test_vit" in caplog.text
     card, original = card_of(config), load_file(teacher_weights)
     assert card["teacher"]["weights_sha256"] == card_of(first)["weights_sha256"]
     assert card["start_sha256"] == card["student"]["weights_sha256"] == hash_state_dict(original)

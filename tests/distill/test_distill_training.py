@@ -220,7 +220,7 @@ def test_parts_of_a_batch_add_up(make_scene, make_config, tmp_path):
     assert results[0][1] == pytest.approx(results[1][1], rel=1e-5)
 
 
-def test_placements_train_alike(make_scene, make_config, tmp_path, capsys):
+def test_placements_train_alike(make_scene, make_config, tmp_path, caplog):
     """With blocks of scenes the order differs, yet each epoch shows every view; on one scene all is equal."""
     folder = make_scene()
     places = {"device": "all resident", "host": "in host memory", "disk": "memory-mapped from disk"}
@@ -230,7 +230,8 @@ def test_placements_train_alike(make_scene, make_config, tmp_path, capsys):
             folder, scene_placement=placement, photo_memory=memory, steps=5, output_dir=tmp_path / placement
         )
         distil(config)
-        assert places[placement] in capsys.readouterr().out
+        assert places[placement] in caplog.text
+        caplog.clear()
         results.append(weights_of(config))
     assert difference(results[0], results[1]) == difference(results[0], results[2]) == 0
 

@@ -1,7 +1,6 @@
 """From a trained run to a fine-tuned backbone, as a user would go."""
 
 import json
-import logging
 import random
 import re
 import shutil
@@ -49,7 +48,6 @@ def run(tmp_path, teacher_weights) -> Path:
 
 
 def test_runs_become_bundles_and_bundles_a_backbone(run, make_config, tmp_path, caplog):
-    caplog.set_level(logging.INFO, "fit3d_ns")
     bundles = tmp_path / "bundles"
     distil(make_config(runs=(run,), bundle_dir=bundles, bundles_only=True))
     assert "Scene 1/1 room: bundle made in" in caplog.text
@@ -82,7 +80,6 @@ def test_a_scene_that_is_gone_or_broken_is_named_with_this_commands_flags(run, t
 
 
 def test_bundles_of_runs_of_one_name_do_not_replace_each_other(run, tmp_path, make_config, caplog):
-    caplog.set_level(logging.INFO, "fit3d_ns")
     other = Path(shutil.copytree(run, tmp_path / "other" / "outputs"))
     config = next(other.rglob("config.yml"))
     config.write_text(re.sub("( *)- room\n", r"\1- twin\n\1- room\n", config.read_text()))  # another scene called room

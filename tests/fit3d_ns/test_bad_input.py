@@ -146,7 +146,7 @@ def test_question_of_the_dataparser_without_a_terminal(colmap_scene, make_config
 def test_scene_without_seed_points_says_that_it_starts_at_random(scene, make_config, make_trainer, capsys):
     edit(scene, lambda transforms: transforms.pop("ply_file_path"))
     make_trainer(make_config(scene, num_random=200))
-    assert "random positions" in " ".join(capsys.readouterr().out.split())
+    assert "random positions" in " ".join(capsys.readouterr().err.split())
 
 
 def test_unknown_backbone(scene, make_config, make_trainer):

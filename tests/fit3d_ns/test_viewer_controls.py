@@ -179,7 +179,7 @@ def test_a_port_in_use_is_said(viewed_run, capsys):
         port = taken.getsockname()[1]
         with running_viewer(viewed_run.pipeline, viewed_run.base_dir, websocket_port=port) as viewer:
             free = viewer.viser_server.get_port()
-    said = " ".join(capsys.readouterr().out.split())
+    said = " ".join(capsys.readouterr().err.split())
     assert free != port and f"The port {port} is in use: the viewer is at http://localhost:{free}." in said
 
 
@@ -197,7 +197,7 @@ def test_a_run_whose_data_moved_opens_and_says_so(viewed_run, missing, capsys):
         photo.unlink()
     pipeline = open_run(viewed_run.base_dir)
     name = str(data if missing == "scene" else photo)
-    assert name in "".join(capsys.readouterr().out.split())
+    assert name in "".join(capsys.readouterr().err.split())
     assert torch.allclose(pipeline.model.get_outputs_for_camera(camera)["feature_pca"], expected, atol=1e-5)
     with running_viewer(pipeline, viewed_run.base_dir) as viewer:
         browser = FakeBrowser(viewer, camera.camera_to_worlds[0])

@@ -15,7 +15,7 @@ from fit3d_ns.support.errors import UserError
 from fit3d_ns.support.files import atomic_write_json
 from fit3d_ns.support.progress import tracked
 
-_LOGGER = logging.getLogger(__name__)
+_LOGGER = logging.getLogger("fit3d_ns.commands.export.cli")  # not __main__, which `python -m` makes of __name__
 INDEX = "export.json"
 
 

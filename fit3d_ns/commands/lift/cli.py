@@ -19,7 +19,7 @@ from fit3d_ns.lifting.settings import LiftSettings
 from fit3d_ns.support.command_line import run_command
 from fit3d_ns.support.errors import UserError
 
-_LOGGER = logging.getLogger(__name__)
+_LOGGER = logging.getLogger("fit3d_ns.commands.lift.cli")  # not __main__, which `python -m` makes of __name__
 DISAGREEMENT = 0.9
 """From this `photo_check.disagreement` on, a splat is taken not to show its photos."""
 
