@@ -1,0 +1,192 @@
+"""Measures the host memory of what reads photos without training: lifts, bundles, distillation, evaluation.
+
+    python benchmarks/photo_memory.py --folder memory --photos 100 300
+
+Makes a scene of large photos around coloured Gaussians (renders, enlarged, with grain, as JPEG), lifts features into
+those Gaussians, bundles the run, distils two steps and evaluates it. Each command runs in a process of its own, whose
+largest resident set and time are taken as ``/usr/bin/time -v`` takes them, and written to a JSON file.
+"""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+from PIL import Image
+from rich.console import Console
+
+from fit3d_ns.data.ply import rgb_to_sh, write_splat_ply
+from fit3d_ns.rasterization import rasterize
+from fit3d_ns.support.files import atomic_write_json
+from fit3d_ns.support.progress import progress
+
+GAUSSIANS = 400
+SMALLER = 20
+"""Photos are rendered smaller by this factor, and enlarged."""
+_MADE = {"lift": ["lifted", "scene/.fit3d_cache"], "bundle": ["bundles"], "distill": ["student", "photos"]}
+_MADE["evaluate"] = []
+"""What a command makes, for it to be made anew."""
+LAUNCH = "import sys; from {module} import {function} as main; sys.argv[0] = '{name}'; sys.exit(main())"
+
+
+@dataclass
+class Benchmark:
+    """Settings of the measurement."""
+
+    folder: Path
+    """Where scenes and runs are made; those of an earlier call are used again."""
+    photos: tuple[int, ...] = (100, 300)
+    """Numbers of photos."""
+    size: tuple[int, int] = (4000, 3000)
+    """Width and height of a photo, pixels."""
+    commands: tuple[str, ...] = ("lift", "bundle", "distill", "evaluate")
+    """What is measured; each needs what those before it made."""
+    output: Path = Path("benchmarks/results/photo_memory.json")
+    """The JSON file; other rows in it are kept."""
+
+
+def make_scene(folder: Path, count: int, size: tuple[int, int]) -> None:
+    """Writes photos, poses and the Gaussians that they show.
+
+    Args:
+        folder: The scene; nothing is done if it is whole.
+        count: Number of photos.
+        size: Width and height of a photo, pixels.
+    """
+    if (folder / "transforms.json").is_file():
+        return
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    random = torch.Generator().manual_seed(0)
+    means = torch.nn.functional.normalize(torch.randn(GAUSSIANS, 3, generator=random), dim=-1)
+    colors = torch.rand(GAUSSIANS, 3, generator=random)
+    gaussians = {
+        "means": means,
+        "quats": torch.nn.functional.normalize(torch.randn(GAUSSIANS, 4, generator=random), dim=-1),
+        "scales": torch.full((GAUSSIANS, 3), math.log(0.12)),
+        "opacities": torch.full((GAUSSIANS, 1), 3.0),
+        "features_dc": rgb_to_sh(colors),
+        "features_rest": torch.zeros(GAUSSIANS, 15, 3),
+    }
+    write_splat_ply(folder / "splat.ply", gaussians)
+    width, height = size
+    small = (width // SMALLER, height // SMALLER)
+    grain = np.random.default_rng(0).integers(-12, 13, (height, width, 1), dtype=np.int16)
+    frames = []
+    with progress(f"Making {count} photos", count) as advance:
+        for index in range(count):
+            pose = _pose(2 * math.pi * index / count, 0.4 * math.sin(7 * index))
+            viewmat = torch.linalg.inv(pose @ torch.diag(torch.tensor([1.0, -1.0, -1.0, 1.0])))
+            K = torch.tensor([[small[0], 0.0, small[0] / 2], [0.0, small[0], small[1] / 2], [0.0, 0.0, 1.0]])
+            render = rasterize(
+                means,
+                gaussians["quats"],
+                gaussians["scales"].exp(),
+                gaussians["opacities"].sigmoid()[:, 0],
+                colors,
+                viewmat[None],
+                K[None],
+                *small,
+            )[0][0]
+            picture = Image.fromarray((render.clamp(0, 1) * 255).byte().numpy()).resize(size, Image.Resampling.BICUBIC)
+            photo = np.clip(np.asarray(picture).astype(np.int16) + np.roll(grain, 31 * index, axis=1), 0, 255)
+            name = f"images/{index:05d}.jpg"
+            Image.fromarray(photo.astype(np.uint8)).save(folder / name, quality=90)
+            frames.append({"file_path": name, "transform_matrix": pose.tolist()})
+            advance(1)
+    camera = {"fl_x": width, "fl_y": width, "cx": width / 2, "cy": height / 2, "w": width, "h": height}
+    atomic_write_json(folder / "transforms.json", {"camera_model": "PINHOLE", **camera, "frames": frames})
+
+
+def _pose(angle: float, rise: float) -> torch.Tensor:
+    """[4, 4] camera to world, OpenGL axes, on a ring around the origin, looking at it."""
+    position = torch.tensor([3 * math.cos(angle), 3 * math.sin(angle), rise])
+    back = torch.nn.functional.normalize(position, dim=0)
+    right = torch.nn.functional.normalize(torch.linalg.cross(torch.tensor([0.0, 0.0, 1.0]), back), dim=0)
+    pose = torch.eye(4)
+    pose[:3] = torch.stack([right, torch.linalg.cross(back, right), back, position], dim=1)
+    return pose
+
+
+def measure(name: str, module: str, function: str, arguments: Sequence[str], log: Path) -> dict[str, Any]:
+    """Runs a command in a process of its own.
+
+    Args:
+        name: As it is called on a command line.
+        module: Where its function is.
+        function: The function.
+        arguments: Its arguments.
+        log: File for what it prints.
+
+    Returns:
+        ``peak_gigabytes``, the largest resident set, and ``seconds``.
+    """
+    command = [sys.executable, "-c", LAUNCH.format(name=name, module=module, function=function), *arguments]
+    start = time.perf_counter()
+    with open(log, "w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+        _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"{name} failed, see {log}")
+    return {"peak_gigabytes": usage.ru_maxrss / 2**20, "seconds": time.perf_counter() - start}
+
+
+def commands_of(folder: Path) -> dict[str, tuple[str, str, str, list[str]]]:
+    """Returns name, module, function and arguments of what is measured on a scene.
+
+    Args:
+        folder: Where the scene is, and runs go.
+    """
+    teacher = folder / "teacher.safetensors"
+    if not teacher.is_file():
+        import timm
+        from safetensors.torch import save_file
+
+        torch.manual_seed(0)
+        save_file(timm.create_model("test_vit", num_classes=0).state_dict(), teacher)
+    scene, lifted = folder / "scene", folder / "lifted"
+    lift = ["--ply", str(scene / "splat.ply"), "--data", str(scene), "--output-dir", str(lifted)]
+    lift += ["--backbone", "test_vit", "--backbone-weights", str(teacher), "--feature-dim", "8"]
+    bundle = ["--runs", str(lifted), "--bundle-dir", str(folder / "bundles"), "--bundles-only"]
+    distill = ["--bundles", str(folder / "bundles"), "--steps", "2", "--cache-dir", str(folder / "photos")]
+    distill += ["--output-dir", str(folder / "student")]
+    config = next(iter(sorted(lifted.rglob("config.yml"))), lifted / "config.yml")
+    evaluate = ["--load-config", str(config), "--output-path", str(folder / "eval.json")]
+    return {
+        "lift": ("fit3d-lift", "fit3d_ns.commands.lift.cli", "main", lift),
+        "bundle": ("fit3d-distill", "distill.cli", "main", bundle),
+        "distill": ("fit3d-distill", "distill.cli", "main", distill),
+        "evaluate": ("ns-eval", "nerfstudio.scripts.eval", "entrypoint", evaluate),
+    }
+
+
+def main() -> None:
+    """Measures, and writes the figures."""
+    settings = tyro.cli(Benchmark, description=__doc__)
+    console, device = Console(stderr=True), torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    stored = json.loads(settings.output.read_text()) if settings.output.is_file() else {}
+    for count in settings.photos:
+        folder = settings.folder / f"{count}_photos"
+        folder.mkdir(parents=True, exist_ok=True)
+        make_scene(folder / "scene", count, settings.size)
+        for name in settings.commands:
+            for made in _MADE[name]:
+                shutil.rmtree(folder / made, ignore_errors=True)
+            row = measure(*commands_of(folder)[name], folder / f"{name}.log")
+            row |= {"command": name, "photos": count, "size": list(settings.size), "device": device}
+            stored[f"{name} {count} {device}"] = row
+            atomic_write_json(settings.output, stored)
+            console.print(f"{name}, {count} photos: {row['peak_gigabytes']:.2f} GB, {row['seconds']:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
