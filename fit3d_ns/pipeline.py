@@ -234,11 +234,11 @@ class Fit3DPipeline(VanillaPipeline):
     def _lift(self, folder: Path | None = None) -> None:
         from fit3d_ns.runs.record import write_record
         from fit3d_ns.scenes.lift import lift_report, lift_scene
-        from fit3d_ns.scenes.views import resident_scene
+        from fit3d_ns.scenes.views import scene_to_lift
 
         settings, was_training = self.fit3d_model.config.lift, self.training
         self.eval()
-        scene = resident_scene(self.datamanager, self.fit3d_model)
+        scene = scene_to_lift(self.datamanager, self.fit3d_model)
         lift = lift_scene(self.fit3d_model, scene, settings)
         self.feature_view.refresh()
         self.feature_view.take_disagreement(lift.variance, lift.coverage)

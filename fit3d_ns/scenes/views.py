@@ -127,6 +127,20 @@ def streamed_scene(datamanager: Fit3DDataManager, model: Fit3DSplatModel) -> Lif
     return _scene(datamanager, views)
 
 
+def scene_to_lift(datamanager: Fit3DDataManager, model: Fit3DSplatModel) -> LiftScene:
+    """Returns the views of a scene from what training holds in memory; where nothing trains, photo by photo.
+
+    Args:
+        datamanager: Of the scene.
+        model: The geometry.
+
+    Raises:
+        UserError: If a photo or the teacher cannot be used.
+    """
+    read = resident_scene if datamanager.has_teacher_maps() else streamed_scene
+    return read(datamanager, model)
+
+
 def resident_scene(datamanager: Fit3DDataManager, model: Fit3DSplatModel) -> LiftScene:
     """Returns the views of a scene whose photos the data manager holds already, as while training.
 

@@ -221,6 +221,7 @@ def test_lift_on_demand(feature_run, make_trainer):
     pipeline.model.gauss_params["fit3d_features"].data.zero_()
     pipeline.lift_button.cb_hook(pipeline.lift_button)
     assert pipeline.model.gauss_params["fit3d_features"].any() and not pipeline.training
+    assert not {"cached_train", "cached_eval"} & set(vars(pipeline.datamanager))  # nothing trains: no photo is kept
 
 
 def test_frozen_geometry_and_lift_leave_nothing_to_train(feature_run, make_config, make_trainer, scene):

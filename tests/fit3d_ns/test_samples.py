@@ -1,6 +1,6 @@
 import pytest
 
-from fit3d_ns.support.samples import evenly_spaced, hold_out
+from fit3d_ns.support.samples import batches_of_like, evenly_spaced, hold_out
 
 
 @pytest.mark.parametrize("length", [0, 1, 5, 40, 301])
@@ -18,3 +18,10 @@ def test_picks_are_in_order_distinct_and_evenly_spaced(length, count):
 def test_what_is_held_out_is_the_end(length, share, held):
     kept, held_out = hold_out(range(length), share)
     assert [*kept, *held_out] == list(range(length)) and len(held_out) == held
+
+
+def test_batches_hold_like_items_in_order():
+    words = ["a", "bb", "c", "dd", "e", "ff", "ggg", "h"]
+    batches = batches_of_like(words, kind=len, size=lambda word: 3 if len(word) == 1 else 2)
+    assert batches == [["a", "c", "e"], ["h"], ["bb", "dd"], ["ff"], ["ggg"]]
+    assert batches_of_like([], kind=len, size=len) == []
