@@ -72,6 +72,27 @@ def install_error_hook() -> None:
     sys.excepthook = hook
 
 
+def refuse_to_render_nothing(reason: str) -> None:
+    """Lets ``ns-render dataset`` say why a split has no views, where it would ask for the folder of no photos.
+
+    Does nothing in other commands. nerfstudio 1.1.5, `DatasetRender.main`; no issue there yet.
+
+    Args:
+        reason: The sentence.
+    """
+    render: Any = sys.modules.get("nerfstudio.scripts.render")
+    if render is None:
+        return
+
+    class Loader(render.FixedIndicesEvalDataloader):
+        def __init__(self, input_dataset: Any, **kwargs: Any):
+            if len(input_dataset) == 0:
+                raise UserError(reason)
+            super().__init__(input_dataset, **kwargs)
+
+    render.FixedIndicesEvalDataloader = Loader
+
+
 def register_safe_globals() -> None:
     """Lets torch >= 2.6 load nerfstudio's checkpoints, which hold learning rates as numpy scalars.
 

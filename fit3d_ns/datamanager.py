@@ -11,14 +11,18 @@ import torch
 from jaxtyping import Float, UInt8
 from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.data.datamanagers.full_images_datamanager import FullImageDatamanager, FullImageDatamanagerConfig
+from nerfstudio.data.dataparsers.base_dataparser import DataParser
 from torch import Tensor
 
 from fit3d_ns.backbones import BackboneInfo, BackboneSpec, describe_backbone, load_backbone
+from fit3d_ns.compat import refuse_to_render_nothing
+from fit3d_ns.data.dataparsers import read_checked
 from fit3d_ns.data.feature_cache import FeatureCache, user_cache_directory
 from fit3d_ns.data.masks import composite_on_black, patch_weights
 from fit3d_ns.data.photo_files import check_photos_exist, check_views_read_their_own_files, find_masks
 from fit3d_ns.data.photo_reader import PhotoDataset, PhotoReader
-from fit3d_ns.data.scene_checks import check_poses, check_split, explain_unreadable_scene
+from fit3d_ns.data.scene_checks import check_cameras_together, check_split, explain_unreadable_scene
+from fit3d_ns.data.splits import nothing_held_out
 from fit3d_ns.lifting.memory import ResidentMaps
 from fit3d_ns.support.errors import UserError
 from fit3d_ns.support.progress import tracked
@@ -78,6 +82,8 @@ class EvaluationViews:
         return len(self._datamanager.eval_dataset)
 
     def __iter__(self) -> Iterator[tuple[Cameras, dict[str, Any]]]:
+        if len(self) == 0:
+            raise UserError(nothing_held_out(self._datamanager.get_datapath()))
         for index in range(len(self)):
             yield self._datamanager.evaluation_view(index)
 
@@ -107,7 +113,9 @@ class Fit3DDataManager(FullImageDatamanager[PhotoDataset]):
             super().__init__(config, device=device, **kwargs)
         self._check_files()
         check_split(self.train_dataset, self.eval_dataset)
-        check_poses(self.train_dataset, self.eval_dataset)
+        check_cameras_together(self.train_dataset, self.eval_dataset)
+        if len(self.eval_dataset) == 0:
+            refuse_to_render_nothing(nothing_held_out(self.get_datapath()))
         if torch.device(device).type != "cuda":
             # "cpu" pins memory, which needs CUDA; "gpu" only means "on the training device".
             self.config.cache_images = "gpu"
@@ -117,6 +125,15 @@ class Fit3DDataManager(FullImageDatamanager[PhotoDataset]):
         self._keys: dict[str, list[str]] = {}
         self._readers: dict[str, PhotoReader] = {}
         self._maps: ResidentMaps | None = None
+
+    @property
+    def dataparser(self) -> DataParser:  # type: ignore[override]
+        """Nerfstudio's reader of the scene, by this package's rules."""
+        return self._dataparser
+
+    @dataparser.setter
+    def dataparser(self, parser: DataParser) -> None:
+        self._dataparser = read_checked(parser, seeds=self.test_mode == "val")
 
     def next_train(self, step: int) -> tuple[Cameras, dict[str, Any]]:
         """Returns the next training view; the first call fills the feature cache."""

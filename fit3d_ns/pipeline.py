@@ -1,6 +1,5 @@
 """nerfstudio's pipeline with a checkpoint that resumes exactly, and consistency between views as a metric."""
 
-import json
 import logging
 import random
 from dataclasses import dataclass, field
@@ -16,10 +15,14 @@ from nerfstudio.viewer.viewer_elements import ViewerButton
 
 from fit3d_ns.backbones import check_timm
 from fit3d_ns.compat import check_gsplat, resume_adds_steps
+from fit3d_ns.data.dataparsers import without_seed_points
+from fit3d_ns.data.dataparsers.base import SEED_REMARK
+from fit3d_ns.data.splits import HOLD_OUT
 from fit3d_ns.datamanager import Fit3DDataManager
 from fit3d_ns.model import Fit3DSplatModel
 from fit3d_ns.rasterization import check_backend
 from fit3d_ns.runs.checkpoints import find_checkpoint, run_folder
+from fit3d_ns.runs.coordinates import COORDINATES, Coordinates, read_coordinates
 from fit3d_ns.scenes.evaluation import EvaluationPass
 from fit3d_ns.scenes.teacher_views import TeacherViews
 from fit3d_ns.support.console import show_log
@@ -78,7 +81,10 @@ class Fit3DPipeline(VanillaPipeline):
             UserError: If photos are needed, or something else is wrong.
         """
         if kwargs.get("test_mode", "val") == "val":
-            return super().__init__(config, **kwargs)
+            if config.model.init_from is not None:  # type: ignore[attr-defined]
+                without_seed_points(config.datamanager.dataparser)  # type: ignore[attr-defined]
+            super().__init__(config, **kwargs)
+            return self._say_that_nothing_is_held_out()
         try:
             super().__init__(config, **kwargs)
         except UserError as error:
@@ -88,6 +94,15 @@ class Fit3DPipeline(VanillaPipeline):
             super().__init__(config, **kwargs)
             # Printed only now: what has nothing to do with photos was raised again.
             _LOGGER.warning(f"{error} Opened without photos and teacher.")
+
+    def _say_that_nothing_is_held_out(self) -> None:
+        from fit3d_ns.scenes.views import held_out_flags
+
+        if not any(held_out_flags(self.datamanager)):
+            _LOGGER.warning(
+                "No view of the scene is held out, so that nothing can be measured on views that were not trained on: "
+                f"{HOLD_OUT}."
+            )
 
     @property
     def fit3d_model(self) -> Fit3DSplatModel:
@@ -183,9 +198,10 @@ class Fit3DPipeline(VanillaPipeline):
         """
         model = self.fit3d_model
         if not model.frozen and (model.seed_points is None or model.config.random_init):
+            reason = self.datamanager.train_dataparser_outputs.metadata.get(SEED_REMARK)
             _LOGGER.warning(
-                f"No seed points: {model.num_points} Gaussians start at random positions. A point cloud "
-                "(COLMAP, or ply_file_path in transforms.json) trains better."
+                f"No seed points{f' ({reason})' if reason else ''}: {model.num_points} Gaussians start at random "
+                "positions. A point cloud (COLMAP, or ply_file_path in transforms.json) trains better."
             )
         restore = TrainingCallback([TrainingCallbackLocation.BEFORE_TRAIN_ITERATION], lambda step: self._restore())
         callbacks = [restore, *super().get_training_callbacks(training_callback_attributes)]
@@ -297,16 +313,12 @@ class Fit3DPipeline(VanillaPipeline):
     def _check_same_coordinates(self, run: Path | None) -> None:
         """Refuses geometry whose world differs from this scene's, since views would not fit it."""
         assert run is not None
-        path = run_folder(find_checkpoint(run)) / "dataparser_transforms.json"
-        if not path.is_file():
-            _LOGGER.warning(f"{path} is missing: whether the run's poses agree cannot be checked.")
-            return
-        stored = json.loads(path.read_text())
-        outputs = self.datamanager.train_dataparser_outputs
-        same = abs(stored["scale"] - outputs.dataparser_scale) < 1e-4 * abs(outputs.dataparser_scale)
-        transform = torch.tensor(stored["transform"])
-        if not (same and torch.allclose(transform, outputs.dataparser_transform.float(), atol=1e-4)):
+        folder = run_folder(find_checkpoint(run))
+        stored = read_coordinates(folder)
+        if stored is None:
+            _LOGGER.warning(f"{folder / COORDINATES} is missing: whether the run's poses agree cannot be checked.")
+        elif not stored.agrees_with(Coordinates.of(self.datamanager.train_dataparser_outputs)):
             raise UserError(
-                f"The run {run} was trained in other coordinates than this scene gives (its dataparser_transforms.json "
-                "differs): use the same --data and the same dataparser flags as that run."
+                f"The run {run} was trained in other coordinates than this scene gives (its {COORDINATES} differs): "
+                "use the same --data and the same dataparser flags as that run."
             )

@@ -9,6 +9,9 @@ from jaxtyping import Bool, Float
 
 from fit3d_ns.compat import nerfstudio_needed
 
+_PERSPECTIVE = 1
+"""nerfstudio's ``CameraType.PERSPECTIVE``."""
+
 
 @dataclass(frozen=True)
 class Lens:
@@ -35,16 +38,21 @@ class Lens:
 
 
 def lenses_of(cameras: Any) -> list[Lens | None]:
-    """Returns the lens of each of nerfstudio's cameras, None where there is no distortion.
+    """Returns the lens of each of nerfstudio's cameras, None for pinholes.
+
+    A fisheye is none, whatever its coefficients: those of an ideal one are zero.
 
     Args:
         cameras: nerfstudio's ``Cameras`` of V views, before nerfstudio undistorted anything (it overwrites them).
     """
     parameters = cameras.distortion_params
+    if parameters is None:
+        parameters = torch.zeros(len(cameras), 6)
     metadata = cameras.metadata or {}
     lenses: list[Lens | None] = []
     for index in range(len(cameras)):
-        if parameters is None or not bool(parameters[index].any()):
+        pinhole = int(cameras.camera_type[index]) == _PERSPECTIVE
+        if pinhole and not bool(parameters[index].any()):
             lenses.append(None)
             continue
         values = {name: float(getattr(cameras, name)[index]) for name in ("fx", "fy", "cx", "cy")}

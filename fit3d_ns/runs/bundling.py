@@ -1,6 +1,5 @@
 """Scene bundles from trained or lifted ``fit3d-splat`` runs."""
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +24,9 @@ from fit3d_ns.runs.bundle import (
 )
 from fit3d_ns.runs.checkpoints import find_checkpoint, read_checkpoint
 from fit3d_ns.runs.config_reader import find_runs, read_config
+from fit3d_ns.runs.coordinates import COORDINATES, Coordinates, read_coordinates
 from fit3d_ns.runs.record import RECORD
-from fit3d_ns.support.errors import UserError, first_line
+from fit3d_ns.support.errors import UserError
 
 METHOD = "fit3d-splat"
 BUNDLE_FOLDER = "bundle"
@@ -223,9 +223,11 @@ def _read_scene(state: dict[str, Tensor], checkpoint: Path) -> SceneTensors:
 
 def _datamanager(config: Any, data_root: Path | None) -> Any:
     """The run's own data manager, on the CPU."""
+    from fit3d_ns.data.dataparsers import without_seed_points
     from fit3d_ns.data.scene_checks import SCENE_ADVICE  # imports nerfstudio
 
     settings = config.pipeline.datamanager
+    without_seed_points(settings.dataparser)
     settings.data = locate(Path(settings.data), data_root)
     settings.dataparser.data = settings.data
     settings.cache_images, settings.cache_images_type = "gpu", "uint8"
@@ -238,20 +240,11 @@ def _datamanager(config: Any, data_root: Path | None) -> Any:
 
 def _check_coordinates(run: Run, datamanager: Any) -> None:
     """Refuses a scene whose poses are no longer those that the run was trained with."""
-    path = run.config_path.parent / "dataparser_transforms.json"
-    if not path.is_file():
-        return
-    try:
-        stored = json.loads(path.read_text())
-        transform, scale = torch.tensor(stored["transform"]).view(3, 4), float(stored["scale"])
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise UserError(f"{path} is damaged ({first_line(error)}): restore it or train again.") from error
-    outputs = datamanager.train_dataparser_outputs
-    same = abs(scale - outputs.dataparser_scale) < 1e-4 * abs(outputs.dataparser_scale)
-    if not (same and torch.allclose(transform, outputs.dataparser_transform.float(), atol=1e-4)):
+    stored = read_coordinates(run.config_path.parent)
+    if stored is not None and not stored.agrees_with(Coordinates.of(datamanager.train_dataparser_outputs)):
         raise UserError(
             f"The scene {datamanager.config.data} has other coordinates than when {run.config_path} was trained (its "
-            f"dataparser_transforms.json differs): restore the scene, or check {DATA_ROOT_FLAG}."
+            f"{COORDINATES} differs): restore the scene, or check {DATA_ROOT_FLAG}."
         )
 
 

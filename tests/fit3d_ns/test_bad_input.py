@@ -215,11 +215,6 @@ def test_batch_without_photos(scene, make_config, make_trainer, size):
     fails(make_trainer, config, f"feature-batch-size is {size}")
 
 
-def test_open3d_that_cannot_be_loaded(scene, make_config, make_trainer, monkeypatch):
-    monkeypatch.setitem(sys.modules, "open3d", None)  # importing it raises ImportError
-    fails(make_trainer, make_config(scene), "Open3D.*open3d-cpu")
-
-
 @pytest.mark.parametrize("device", ["cuda", "mps"])
 def test_device_that_cannot_render(scene, make_config, monkeypatch, device):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -1,14 +1,11 @@
 """``fit3d-lift --ply``: splats that other programs trained."""
 
 import json
-import shutil
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from lifted_runs import opened, splat_of, write_ply
-from scipy.spatial.transform import Rotation
+from scene_formats import as_colmap
 
 from fit3d_ns.commands.lift.cli import run_lift
 from fit3d_ns.data.ply import read_ply
@@ -19,25 +16,6 @@ def test_ply_round_trip(tmp_path, splatfacto_run):
     write_ply(tmp_path / "splat.ply", splat)
     for name, tensor in read_ply(tmp_path / "splat.ply").items():
         assert torch.equal(tensor, splat[name]), name
-
-
-def as_colmap(scene, folder):
-    """Writes the scene as COLMAP's text files, in a folder of its own."""
-    transforms = json.loads((scene / "transforms.json").read_text())
-    shutil.copytree(scene / "images", folder / "images")
-    model = folder / "sparse" / "0"
-    model.mkdir(parents=True)
-    values = [transforms[name] for name in ("w", "h", "fl_x", "fl_y", "cx", "cy")]
-    (model / "cameras.txt").write_text("1 PINHOLE " + " ".join(map(str, values)) + "\n")
-    lines = []
-    for number, frame in enumerate(transforms["frames"], start=1):
-        to_world = np.array(frame["transform_matrix"]) @ np.diag([1.0, -1, -1, 1])  # OpenGL to OpenCV axes
-        to_camera = np.linalg.inv(to_world)
-        x, y, z, w = Rotation.from_matrix(to_camera[:3, :3]).as_quat()
-        numbers = " ".join(map(str, (w, x, y, z, *to_camera[:3, 3])))
-        lines += [f"{number} {numbers} 1 {Path(frame['file_path']).name}", ""]
-    (model / "images.txt").write_text("\n".join(lines) + "\n")
-    return folder
 
 
 @pytest.mark.parametrize("coordinates", ["nerfstudio", "scene", "colmap"])

@@ -1,6 +1,5 @@
 """A run as exports need it: read from its checkpoint alone, so that its photos may be gone."""
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +14,7 @@ from fit3d_ns.features.colors import SceneColors
 from fit3d_ns.runs.bundling import METHOD, Run
 from fit3d_ns.runs.checkpoints import find_checkpoint, read_checkpoint
 from fit3d_ns.runs.config_reader import read_config
+from fit3d_ns.runs.coordinates import read_coordinates
 from fit3d_ns.support.errors import UserError
 
 _GAUSSIANS = "_model.gauss_params."
@@ -54,13 +54,8 @@ class TrainedRun:
 
     def dataparser_transform(self) -> dict[str, Any] | None:
         """Returns what nerfstudio wrote beside the run: ``transform`` (3x4) and ``scale``; None if it is missing."""
-        path = self.run.config_path.parent / "dataparser_transforms.json"
-        try:
-            return json.loads(path.read_text())
-        except OSError:
-            return None
-        except ValueError as error:
-            raise UserError(f"{path} is damaged ({error}): restore it, or delete it to export without it.") from error
+        stored = read_coordinates(self.run.config_path.parent)
+        return None if stored is None else {"transform": stored.transform.tolist(), "scale": stored.scale}
 
     def build_model(self, device: torch.device) -> Any:
         """Builds the run's model for rendering; no photo and no weights of the teacher are read.

@@ -308,9 +308,8 @@ def _summarize(lift: Any, seconds: float, path: Path) -> None:
         "view_match_teacher": "of the teacher",
     }
     numbers = ", ".join(f"{text} {lift.metrics[name]:.3f}" for name, text in names.items() if name in lift.metrics)
-    _LOGGER.info(
-        f"{numbers or 'Not measured'}; views disagree by {lift.disagreement:.0%}, {lift.num_unseen:,} Gaussians unseen."
-    )
+    measured = numbers or "Not measured, since no view is held out"
+    _LOGGER.info(f"{measured}; views disagree by {lift.disagreement:.0%}, {lift.num_unseen:,} Gaussians unseen.")
     _LOGGER.info(f"Run: {path}")
     _LOGGER.info(f"Report: {path.parent / REPORT}")
 

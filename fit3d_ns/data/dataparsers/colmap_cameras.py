@@ -1,0 +1,102 @@
+"""COLMAP's camera models (https://colmap.github.io/cameras.html) as lenses, or refused by name."""
+
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fit3d_ns.data.scene_file import FrameLens
+from fit3d_ns.support.errors import UserError
+
+_MODELS: dict[str, tuple[str, str]] = {
+    "SIMPLE_PINHOLE": ("OPENCV", "f cx cy"),
+    "PINHOLE": ("OPENCV", "fx fy cx cy"),
+    "SIMPLE_RADIAL": ("OPENCV", "f cx cy k1"),
+    "RADIAL": ("OPENCV", "f cx cy k1 k2"),
+    "OPENCV": ("OPENCV", "fx fy cx cy k1 k2 p1 p2"),
+    "SIMPLE_RADIAL_FISHEYE": ("OPENCV_FISHEYE", "f cx cy k1"),
+    "RADIAL_FISHEYE": ("OPENCV_FISHEYE", "f cx cy k1 k2"),
+    "OPENCV_FISHEYE": ("OPENCV_FISHEYE", "fx fy cx cy k1 k2 k3 k4"),
+}
+"""Models that can be undistorted: nerfstudio's name of the formula, and COLMAP's order of parameters."""
+
+
+_FOLDERS = ("colmap/sparse/0", "sparse/0", "sparse", "colmap", "")
+
+
+def find_model(scene: Path) -> str | None:
+    """Returns where below a scene's folder a COLMAP model lies; None if it lies in no usual place.
+
+    Args:
+        scene: The folder.
+    """
+    for folder in _FOLDERS:
+        if any((scene / folder / f"cameras{kind}").is_file() for kind in (".bin", ".txt")):
+            return folder or "."
+    return None
+
+
+def check_camera_models(folder: Path) -> None:
+    """Checks that a binary model holds no camera of a kind that nerfstudio's reader cannot step over.
+
+    Args:
+        folder: The model. Models as text are read with their models' names, see `colmap_lens`.
+
+    Raises:
+        UserError: Naming the camera.
+    """
+    path = folder / "cameras.bin"
+    if (folder / "cameras.txt").exists() or not path.is_file():
+        return
+    from nerfstudio.data.utils.colmap_parsing_utils import read_cameras_binary
+
+    try:
+        read_cameras_binary(path)
+    except KeyError as error:
+        raise _refusal(f"A camera of {path}", f"the model number {error.args[0]}") from error
+    except (AssertionError, OSError, struct.error, MemoryError, OverflowError):
+        return  # said when the model is read
+
+
+def colmap_lens(camera: Any, folder: Path) -> FrameLens:
+    """Returns the lens of one of COLMAP's cameras.
+
+    Args:
+        camera: nerfstudio's ``colmap_parsing_utils.Camera``.
+        folder: The model, for sentences.
+
+    Raises:
+        UserError: Naming the camera, if its photos cannot be undistorted or a parameter is out of range.
+    """
+    name = f"Camera {camera.id} of {folder}"
+    if camera.model not in _MODELS:
+        raise _refusal(name, f"the model {camera.model}")
+    model, order = _MODELS[camera.model]
+    keys, params = order.split(), np.asarray(camera.params, dtype=np.float64)
+    if len(params) != len(keys):
+        raise UserError(f"{name} has {len(params)} parameters, and {camera.model} has {len(keys)} ({order}): mend it.")
+    values = dict(zip(keys, params.tolist()))
+    for key, value in values.items():
+        if not np.isfinite(value) or (key.startswith("f") and value <= 0):
+            raise UserError(f"{key} of {name} is {value:g}: mend it, or compute the poses again.")
+    if camera.width < 1 or camera.height < 1:
+        raise UserError(f"{name} says that its photos are {camera.width}x{camera.height} pixels: mend it.")
+    coefficients = [values.get(key, 0.0) for key in ("k1", "k2", "k3", "k4", "p1", "p2")]
+    return FrameLens(
+        model=model,
+        fx=values.get("f", values.get("fx", 0.0)),
+        fy=values.get("f", values.get("fy", 0.0)),
+        cx=values["cx"],
+        cy=values["cy"],
+        width=int(camera.width),
+        height=int(camera.height),
+        distortion=tuple(coefficients),
+    )
+
+
+def _refusal(name: str, model: str) -> UserError:
+    return UserError(
+        f"{name} has {model}, whose photos cannot be undistorted here: undistort them first with `colmap "
+        "image_undistorter`, and train on what it writes."
+    )
