@@ -11,7 +11,6 @@ import torch
 from fake_browser import FakeBrowser, running_viewer
 from solid_room import make_solid
 
-from fit3d_ns.features import rendering
 from fit3d_ns.features.correspondences import correspondences
 from fit3d_ns.scenes import evaluation
 from fit3d_ns.scenes.views import resident_scene
@@ -39,7 +38,7 @@ def test_each_view_is_rendered_once_and_few_are_kept(half_held_out, monkeypatch)
     everything = pipeline.get_average_eval_image_metrics()
     pipeline.eval()
     renders, alive, most = [], [], 0
-    render, decode = model.get_outputs, rendering.decode_patches
+    render, decode = model.get_outputs, model.decode_view
 
     def counted(camera):
         renders.append("colours")
@@ -54,7 +53,7 @@ def test_each_view_is_rendered_once_and_few_are_kept(half_held_out, monkeypatch)
         return decoded
 
     monkeypatch.setattr(model, "get_outputs", counted)
-    monkeypatch.setattr(rendering, "decode_patches", watched)
+    monkeypatch.setattr(model, "decode_view", watched)
     monkeypatch.setattr(evaluation, "MATCH_VIEWS", 3)
     few = pipeline.get_average_eval_image_metrics()
     assert sorted(renders) == 8 * ["colours"] + 8 * ["features"]
