@@ -23,6 +23,7 @@ from fit3d_ns.features.decoder import FeatureDecoder, decode_patches
 from fit3d_ns.features.grid import sample_teacher
 from fit3d_ns.features.metrics import feature_cosine, feature_l1
 from fit3d_ns.model import Fit3DSplatModel
+from fit3d_ns.runs.names import METHOD
 from fit3d_ns.support.files import atomic_write_json
 
 
@@ -117,7 +118,7 @@ def main(benchmark: Benchmark) -> None:
     from nerfstudio.scripts.train import _set_random_seed
 
     SETTINGS.extend(setting.split(",") for setting in benchmark.settings)
-    config = deepcopy(all_methods["fit3d-splat"])
+    config = deepcopy(all_methods[METHOD])
     config.vis = "tensorboard"
     config.viewer.quit_on_train_completion = True
     config.logging.local_writer.enable = False

@@ -39,7 +39,7 @@ from fit3d_ns.lifting.operator import FeatureOperator
 from fit3d_ns.lifting.settings import LiftSettings
 from fit3d_ns.lifting.solver import LiftSolver, LiftView
 from fit3d_ns.runs.checkpoints import read_checkpoint
-from fit3d_ns.runs.record import RECORD
+from fit3d_ns.runs.names import DECODER_WEIGHT, FEATURES, GAUSSIANS, RECORD
 from fit3d_ns.scenes.views import streamed_scene
 from fit3d_ns.support.errors import UserError
 from fit3d_ns.support.files import atomic_write_json
@@ -229,8 +229,8 @@ def joint_row(settings: Benchmark, run: Path) -> dict[str, Any]:
     bench = Bench(settings, run)
     assert bench.source.run is not None
     state = read_checkpoint(bench.source.run)["pipeline"]
-    values = state["_model.gauss_params.fit3d_features"].to(bench.model.device)
-    weight = state["_model.fit3d_decoder.weight"].to(bench.model.device)
+    values = state[f"{GAUSSIANS}{FEATURES}"].to(bench.model.device)
+    weight = state[DECODER_WEIGHT].to(bench.model.device)
     decoder = FeatureDecoder(weight.shape[1], weight.shape[0]).to(bench.model.device)
     decoder.weight.data = weight
     measured = bench.evaluation(bench.operator(bench.model.config.feature_grid)).measure(values, decoder)

@@ -23,10 +23,11 @@ import numpy as np
 import torch
 import tyro
 from PIL import Image
-from rich.console import Console
 
 from fit3d_ns.data.ply import rgb_to_sh, write_splat_ply
 from fit3d_ns.rasterization import rasterize
+from fit3d_ns.runs.names import CONFIG
+from fit3d_ns.support.console import CONSOLE
 from fit3d_ns.support.files import atomic_write_json
 from fit3d_ns.support.progress import progress
 
@@ -159,7 +160,7 @@ def commands_of(folder: Path) -> dict[str, tuple[str, str, str, list[str]]]:
     bundle = ["--runs", str(lifted), "--bundle-dir", str(folder / "bundles"), "--bundles-only"]
     distill = ["--bundles", str(folder / "bundles"), "--steps", "2", "--cache-dir", str(folder / "photos")]
     distill += ["--output-dir", str(folder / "student")]
-    config = next(iter(sorted(lifted.rglob("config.yml"))), lifted / "config.yml")
+    config = next(iter(sorted(lifted.rglob(CONFIG))), lifted / CONFIG)
     evaluate = ["--load-config", str(config), "--output-path", str(folder / "eval.json")]
     return {
         "lift": ("fit3d-lift", "fit3d_ns.commands.lift.cli", "main", lift),
@@ -172,7 +173,7 @@ def commands_of(folder: Path) -> dict[str, tuple[str, str, str, list[str]]]:
 def main() -> None:
     """Measures, and writes the figures."""
     settings = tyro.cli(Benchmark, description=__doc__)
-    console, device = Console(stderr=True), torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     stored = json.loads(settings.output.read_text()) if settings.output.is_file() else {}
     for count in settings.photos:
         folder = settings.folder / f"{count}_photos"
@@ -185,7 +186,7 @@ def main() -> None:
             row |= {"command": name, "photos": count, "size": list(settings.size), "device": device}
             stored[f"{name} {count} {device}"] = row
             atomic_write_json(settings.output, stored)
-            console.print(f"{name}, {count} photos: {row['peak_gigabytes']:.2f} GB, {row['seconds']:.0f} s")
+            CONSOLE.print(f"{name}, {count} photos: {row['peak_gigabytes']:.2f} GB, {row['seconds']:.0f} s")
 
 
 if __name__ == "__main__":

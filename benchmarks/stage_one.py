@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import tyro
 
+from fit3d_ns.runs.names import DECODER, FEATURES, METHOD
 from fit3d_ns.support.files import atomic_write_json
 
 WARM_UP = 50
@@ -173,7 +174,7 @@ def _now(cuda: bool) -> float:
 def _configuration(benchmark: Benchmark, name: str, options: dict[str, str]) -> Any:
     from nerfstudio.configs.method_configs import all_methods
 
-    config = deepcopy(all_methods["splatfacto" if name == "splatfacto" else "fit3d-splat"])
+    config = deepcopy(all_methods["splatfacto" if name == "splatfacto" else METHOD])
     config.vis = "tensorboard"
     config.viewer.quit_on_train_completion = True
     config.logging.local_writer.enable = False
@@ -195,9 +196,9 @@ def _configuration(benchmark: Benchmark, name: str, options: dict[str, str]) -> 
     if "interval" in options:
         config.pipeline.model.feature_interval = int(options["interval"])
     if "lr" in options:
-        config.optimizers["fit3d_features"]["optimizer"].lr = float(options["lr"])
+        config.optimizers[FEATURES]["optimizer"].lr = float(options["lr"])
     if "decoder_lr" in options:
-        config.optimizers["fit3d_decoder"]["optimizer"].lr = float(options["decoder_lr"])
+        config.optimizers[DECODER]["optimizer"].lr = float(options["decoder_lr"])
     if "dim" in options:
         config.pipeline.model.feature_dim = int(options["dim"])
     return config

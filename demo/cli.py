@@ -10,6 +10,7 @@ from demo.config import DemoConfig, complete, settings
 from demo.runner import hold, keep_settings, run_stages, stored_settings
 from demo.stages import places, stages
 from fit3d_ns.backbones import BackboneSpec, weights_available
+from fit3d_ns.runs.names import CONFIG
 from fit3d_ns.support.command_line import run_command
 from fit3d_ns.support.console import CONSOLE
 
@@ -44,7 +45,7 @@ def run_demo(config: DemoConfig) -> None:
 
         path = write_report(config, records)
     seconds = sum(record.seconds for record in records)
-    config_path = places(config).run(places(config).lifted_rooms[0]) / "config.yml"
+    config_path = places(config).run(places(config).lifted_rooms[0]) / CONFIG
     CONSOLE.print(f"Report:  {path}  ({seconds:.0f} s)", highlight=False, soft_wrap=True)
     CONSOLE.print(f"Viewer:  .venv/bin/ns-viewer --load-config {config_path}", highlight=False, soft_wrap=True)
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from demo.config import DemoConfig
+from fit3d_ns.runs.names import METHOD
 
 EVAL_INTERVAL = 5
 """Every fifth view of a room is held out from its splat, its features and the distillation."""
@@ -47,7 +48,7 @@ class Places:
 
     def run(self, room: Path) -> Path:
         """Returns a room's nerfstudio run."""
-        return self.root / "runs" / room.name / "fit3d-splat" / _RUN
+        return self.root / "runs" / room.name / METHOD / _RUN
 
     def distilled(self, targets: str) -> Path:
         """Returns the folder of a distillation, by its targets: ``lifted`` or ``control``."""

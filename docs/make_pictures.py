@@ -18,6 +18,7 @@ import viewer_page
 from nerfstudio.utils.eval_utils import eval_setup
 from PIL import Image
 
+from fit3d_ns.runs.names import CONFIG
 from fit3d_ns.support.command_line import run_command
 from fit3d_ns.support.errors import UserError
 from fit3d_rooms.cli import RoomsConfig, make_rooms
@@ -75,7 +76,7 @@ def train(command: MakePictures) -> Path:
     trainer = config.setup()
     trainer.setup()
     trainer.train()
-    return trainer.base_dir / "config.yml"
+    return trainer.base_dir / CONFIG
 
 
 def look(command: MakePictures, config_path: Path) -> dict[str, np.ndarray]:

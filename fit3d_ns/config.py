@@ -17,6 +17,7 @@ from fit3d_ns.model import Fit3DSplatModelConfig
 from fit3d_ns.pipeline import Fit3DPipelineConfig
 from fit3d_ns.runs.checkpoints import read_checkpoint
 from fit3d_ns.runs.config_reader import parse_configuration
+from fit3d_ns.runs.names import DECODER, FEATURES, METHOD
 from fit3d_ns.schedulers import FloatExponentialDecaySchedulerConfig
 from fit3d_ns.trainer import Fit3DTrainerConfig
 
@@ -41,7 +42,7 @@ def _adam(lr: float) -> AdamOptimizerConfig:
 # imports this module while it is being built; tests/fit3d_ns/test_config.py fails if they drift apart.
 fit3d_splat = MethodSpecification(
     config=Fit3DTrainerConfig(
-        method_name="fit3d-splat",
+        method_name=METHOD,
         steps_per_eval_image=100,
         steps_per_eval_batch=0,
         steps_per_save=2000,
@@ -78,8 +79,8 @@ fit3d_splat = MethodSpecification(
                     lr_final=1e-4, max_steps=30000, warmup_steps=1000, lr_pre_warmup=0
                 ),
             },
-            "fit3d_features": {"optimizer": FusedAdamOptimizerConfig(lr=1e-2, eps=1e-15), "scheduler": None},
-            "fit3d_decoder": {"optimizer": FusedAdamOptimizerConfig(lr=1e-3, eps=1e-15), "scheduler": None},
+            FEATURES: {"optimizer": FusedAdamOptimizerConfig(lr=1e-2, eps=1e-15), "scheduler": None},
+            DECODER: {"optimizer": FusedAdamOptimizerConfig(lr=1e-3, eps=1e-15), "scheduler": None},
         },
         viewer=ViewerConfig(num_rays_per_chunk=1 << 15),
         vis="viewer",

@@ -26,14 +26,10 @@ from fit3d_ns.features.rendering import Geometry, decode_views, render_features,
 from fit3d_ns.lifting.settings import LiftSettings
 from fit3d_ns.runs.checkpoints import check_features
 from fit3d_ns.runs.frozen_geometry import freeze_configuration, take_over_run
+from fit3d_ns.runs.names import DECODER, FEATURES
 from fit3d_ns.support.errors import UserError
 
 _LOGGER = logging.getLogger(__name__)
-
-FEATURES = "fit3d_features"
-"""Key of the per-Gaussian features in ``gauss_params``, in checkpoints and among the optimizers."""
-DECODER = "fit3d_decoder"
-"""Name of the decoder in the model, in checkpoints and among the optimizers."""
 
 FEATURE_INTERVALS = {"paper": 1, "fast": 4}
 """Steps between two trainings of the features. FiT3D trains them at every step; a feature needs far fewer steps than

@@ -22,7 +22,8 @@ from fit3d_ns.datamanager import Fit3DDataManager
 from fit3d_ns.model import Fit3DSplatModel
 from fit3d_ns.rasterization import check_backend
 from fit3d_ns.runs.checkpoints import find_checkpoint, run_folder
-from fit3d_ns.runs.coordinates import COORDINATES, Coordinates, read_coordinates
+from fit3d_ns.runs.coordinates import Coordinates, read_coordinates
+from fit3d_ns.runs.names import COORDINATES
 from fit3d_ns.scenes.evaluation import EvaluationPass
 from fit3d_ns.scenes.teacher_views import TeacherViews
 from fit3d_ns.support.console import show_log

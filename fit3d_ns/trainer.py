@@ -15,6 +15,7 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from fit3d_ns.compat import resume_adds_steps
 from fit3d_ns.runs.checkpoints import find_checkpoint, read_checkpoint, run_folder
 from fit3d_ns.runs.config_reader import read_config
+from fit3d_ns.runs.names import CONFIG, EXTRA_STATE, RECORD
 from fit3d_ns.support.errors import UserError
 from fit3d_ns.support.files import atomic_write_text, explain_unwritable
 
@@ -35,7 +36,7 @@ def check_same_configuration(config: Any) -> None:
     wanted = config.load_dir or config.load_checkpoint
     if wanted is None:
         return
-    path = run_folder(find_checkpoint(wanted, config.load_step)) / "config.yml"
+    path = run_folder(find_checkpoint(wanted, config.load_step)) / CONFIG
     if not path.is_file():
         return
     try:
@@ -69,7 +70,6 @@ def _flags(model: Any) -> dict[str, Any]:
 
 
 def _is_lifted(run: Path) -> bool:
-    from fit3d_ns.runs.record import RECORD
 
     return (run / RECORD).is_file()
 
@@ -116,7 +116,7 @@ class Fit3DTrainerConfig(TrainerConfig):
             path = getattr(holder, name)
             if path is not None and path != Path():  # an empty path means that none was given
                 setattr(holder, name, path.expanduser().absolute())
-        path = self.get_base_dir() / "config.yml"
+        path = self.get_base_dir() / CONFIG
         CONSOLE.log(f"Saving config to: {path}")
         atomic_write_text(path, yaml.dump(self))
 
@@ -137,7 +137,7 @@ class Fit3DTrainer(Trainer):
         if wanted is not None:
             checkpoint = find_checkpoint(wanted, self.config.load_step)
             state = read_checkpoint(checkpoint)  # a damaged file is said in one sentence
-            self.pipeline.check_resumes(checkpoint, state["pipeline"].get("_extra_state") or {})  # type: ignore[operator]
+            self.pipeline.check_resumes(checkpoint, state["pipeline"].get(EXTRA_STATE) or {})  # type: ignore[operator]
             self.config.load_dir, self.config.load_checkpoint = None, checkpoint
         super()._load_checkpoint()
         if self._start_step == 0:

@@ -24,11 +24,20 @@ from fit3d_ns.runs.bundle import (
 )
 from fit3d_ns.runs.checkpoints import find_checkpoint, read_checkpoint
 from fit3d_ns.runs.config_reader import find_runs, read_config
-from fit3d_ns.runs.coordinates import COORDINATES, Coordinates, read_coordinates
-from fit3d_ns.runs.record import RECORD
+from fit3d_ns.runs.coordinates import Coordinates, read_coordinates
+from fit3d_ns.runs.names import (
+    CONFIG,
+    COORDINATES,
+    DECODER_WEIGHT,
+    EXTRA_STATE,
+    FEATURES,
+    GAUSSIANS,
+    METHOD,
+    POSE_ADJUSTMENT,
+    RECORD,
+)
 from fit3d_ns.support.errors import UserError
 
-METHOD = "fit3d-splat"
 BUNDLE_FOLDER = "bundle"
 """Name of a run's bundle, below the run."""
 _METHOD_LINE = re.compile(r"^method_name: ['\"]?([^'\"\s]+)", re.MULTILINE)
@@ -143,7 +152,7 @@ def bundle_run(run: Run, folder: Path | None = None, data_root: Path | None = No
     scene = _read_scene(state, run.checkpoint)
     datamanager = _datamanager(config, data_root)
     _check_coordinates(run, datamanager)
-    extra = state.get("_extra_state") or {}
+    extra = state.get(EXTRA_STATE) or {}
     spec = datamanager.config.backbone_spec()
     identity = extra.get("teacher_identity") or backbone_identity(spec)
     grid = extra.get("feature_grid")
@@ -191,7 +200,7 @@ def _config_paths(paths: list[Path]) -> list[Path]:
     found: dict[Path, None] = {}
     for path in paths:
         path = path.expanduser()
-        if path.is_file() and path.name == "config.yml":
+        if path.is_file() and path.name == CONFIG:
             found[path.absolute()] = None
         elif path.is_dir():
             found.update(dict.fromkeys(match.absolute() for match in find_runs(path)))
@@ -202,9 +211,9 @@ def _config_paths(paths: list[Path]) -> list[Path]:
 
 def _read_scene(state: dict[str, Tensor], checkpoint: Path) -> SceneTensors:
     """Geometry, features and decoder of a checkpoint, without splatfacto's parametrisation."""
-    names = ("means", "quats", "scales", "opacities", "fit3d_features")
-    parameters = {name: state.get(f"_model.gauss_params.{name}") for name in names}
-    parameters["decoder"] = state.get("_model.fit3d_decoder.weight")
+    names = ("means", "quats", "scales", "opacities", FEATURES)
+    parameters = {name: state.get(f"{GAUSSIANS}{name}") for name in names}
+    parameters["decoder"] = state.get(DECODER_WEIGHT)
     missing = [name for name, tensor in parameters.items() if tensor is None]
     if missing:
         raise UserError(f"{checkpoint} holds no {missing[0]}: it is no complete {METHOD} checkpoint; train it again.")
@@ -216,7 +225,7 @@ def _read_scene(state: dict[str, Tensor], checkpoint: Path) -> SceneTensors:
             scales=tensors["scales"].exp(),
             opacities=tensors["opacities"].sigmoid().squeeze(-1),
         ),
-        features=tensors["fit3d_features"].half(),
+        features=tensors[FEATURES].half(),
         decoder=tensors["decoder"],
     )
 
@@ -291,7 +300,7 @@ def _read_views(
 
 def _optimised_poses(poses: Tensor, config: Any, state: dict[str, Tensor]) -> Tensor:
     """Training poses as the run's camera optimizer left them (splatfacto's is off by default)."""
-    adjustment = state.get("_model.camera_optimizer.pose_adjustment")
+    adjustment = state.get(POSE_ADJUSTMENT)
     if adjustment is None:
         return poses
     optimizer = config.pipeline.model.camera_optimizer.setup(num_cameras=len(poses), device="cpu")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fit3d_ns.compat import register_safe_globals
+from fit3d_ns.runs.names import CHECKPOINTS, CONFIG, DECODER, FEATURES
 from fit3d_ns.support.errors import UserError
 
 _CHECKPOINT = re.compile(r"step-(\d+)\.ckpt")
@@ -32,9 +33,9 @@ def find_checkpoint(path: Path, step: int | None = None) -> Path:
         if not path.is_file():
             raise UserError(f"The checkpoint {path} does not exist: check the path.")
         return path
-    folder = path.parent if path.name == "config.yml" else path
-    if (folder / "nerfstudio_models").is_dir():
-        folder = folder / "nerfstudio_models"
+    folder = path.parent if path.name == CONFIG else path
+    if (folder / CHECKPOINTS).is_dir():
+        folder = folder / CHECKPOINTS
     found = {int(match[1]): file for file in folder.glob("*.ckpt") if (match := _CHECKPOINT.fullmatch(file.name))}
     if not found:
         raise UserError(f"{folder} holds no checkpoint (step-*.ckpt): name the folder of a run that saved one.")
@@ -98,7 +99,7 @@ def check_features(state: Mapping[str, Tensor], dim: int, width: int) -> None:
     Raises:
         UserError: If it has no features, or features of another dimension or width.
     """
-    features, weight = state.get("gauss_params.fit3d_features"), state.get("fit3d_decoder.weight")
+    features, weight = state.get(f"gauss_params.{FEATURES}"), state.get(f"{DECODER}.weight")
     if features is None or weight is None:
         raise UserError(
             "The checkpoint holds no lifted features (a plain splatfacto run?): to add features to it, train with "

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from fit3d_ns.runs.names import CHECKPOINTS, CONFIG
 from fit3d_ns.support.errors import UserError, first_line
 
 _OWN_PACKAGES = ("nerfstudio", "fit3d_ns")
@@ -49,8 +50,8 @@ def find_runs(root: Path) -> list[Path]:
     root = root.expanduser()
     if not root.is_dir():
         raise UserError(f"The folder {root} does not exist: check --runs.")
-    configs = (path for path in root.rglob("config.yml") if ".tmp" not in path.parent.suffixes)
-    return sorted(path for path in configs if any((path.parent / "nerfstudio_models").glob("step-*.ckpt")))
+    configs = (path for path in root.rglob(CONFIG) if ".tmp" not in path.parent.suffixes)
+    return sorted(path for path in configs if any((path.parent / CHECKPOINTS).glob("step-*.ckpt")))
 
 
 def read_config(path: Path) -> Any:
@@ -72,7 +73,7 @@ def read_config(path: Path) -> Any:
         UserError: If the file is missing, damaged, no configuration, or holds anything else.
     """
     path = path.expanduser().absolute()
-    path = path / "config.yml" if path.is_dir() else path
+    path = path / CONFIG if path.is_dir() else path
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

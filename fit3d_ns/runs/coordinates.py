@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from fit3d_ns.runs.names import COORDINATES
 from fit3d_ns.support.errors import UserError, first_line
 
-COORDINATES = "dataparser_transforms.json"
-"""nerfstudio's file, beside ``config.yml``."""
 _TOLERANCE = 1e-4
 """Of rotations and relative scale; of positions in the units of the training."""
 _ROUNDING = 1e-6

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import Parameter, ParameterDict
 
 from fit3d_ns.runs.checkpoints import find_checkpoint, read_checkpoint
+from fit3d_ns.runs.names import GAUSSIANS, POSE_ADJUSTMENT
 from fit3d_ns.support.errors import UserError
 
 _LOGGER = logging.getLogger(__name__)
@@ -75,9 +76,9 @@ def take_over_run(gauss_params: ParameterDict, camera_optimizer: Any, run: Path)
     """
     checkpoint = find_checkpoint(run)
     state = read_checkpoint(checkpoint)["pipeline"]
-    replace_gaussians(gauss_params, {name: state.get(f"_model.gauss_params.{name}") for name in SPLAT}, str(checkpoint))
+    replace_gaussians(gauss_params, {name: state.get(f"{GAUSSIANS}{name}") for name in SPLAT}, str(checkpoint))
     learned, own = (
-        state.get("_model.camera_optimizer.pose_adjustment"),
+        state.get(POSE_ADJUSTMENT),
         getattr(camera_optimizer, "pose_adjustment", None),
     )
     if learned is None or not bool(learned.any()):

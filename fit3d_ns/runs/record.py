@@ -9,20 +9,10 @@ from torch import Tensor
 
 from fit3d_ns.lifting.lift import Lift
 from fit3d_ns.lifting.settings import LiftSettings
+from fit3d_ns.runs.names import RECORD, REPORT, VARIANCE
 from fit3d_ns.support.errors import UserError
 from fit3d_ns.support.files import atomic_write_bytes, atomic_write_json
 from fit3d_ns.support.html_report import Report
-
-RECORD = "lift.json"
-"""What was lifted, how, and how well; written last, so a run that has it is whole."""
-
-
-REPORT = "lift.html"
-"""What was lifted as pictures, tables and curves."""
-
-
-VARIANCE = "lift.safetensors"
-"""Per-Gaussian tensors beside the checkpoint: ``fit3d_variance`` and ``fit3d_coverage``, both [N] float32."""
 
 
 def write_record(

@@ -13,7 +13,8 @@ from fit3d_ns.lifting.evaluation import EvaluationView
 from fit3d_ns.lifting.lift import Lift, LiftScene, lift_features, passes
 from fit3d_ns.lifting.operator import FeatureOperator
 from fit3d_ns.lifting.settings import LiftSettings
-from fit3d_ns.model import FEATURES, Fit3DSplatModel
+from fit3d_ns.model import Fit3DSplatModel
+from fit3d_ns.runs.names import FEATURES
 from fit3d_ns.support.html_report import ImageLike, Report
 from fit3d_ns.support.progress import progress
 from fit3d_ns.support.samples import evenly_spaced

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from fit3d_ns.features.colors import SceneColors
 from fit3d_ns.features.pca import ColorBasis
-from fit3d_ns.model import FEATURES, Fit3DSplatModel
+from fit3d_ns.model import Fit3DSplatModel
+from fit3d_ns.runs.names import FEATURES
 from fit3d_ns.scenes.teacher_views import TeacherViews
 from fit3d_ns.support.errors import UserError
 from fit3d_ns.viewer.clusters import fit_clusters, sample_gaussians, visible_weights

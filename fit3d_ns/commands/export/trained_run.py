@@ -11,13 +11,12 @@ from torch import Tensor
 
 from fit3d_ns.data.ply import standard_gaussians, visible_rows
 from fit3d_ns.features.colors import SceneColors
-from fit3d_ns.runs.bundling import METHOD, Run
+from fit3d_ns.runs.bundling import Run
 from fit3d_ns.runs.checkpoints import find_checkpoint, read_checkpoint
 from fit3d_ns.runs.config_reader import read_config
 from fit3d_ns.runs.coordinates import read_coordinates
+from fit3d_ns.runs.names import CONFIG, DECODER_WEIGHT, EXTRA_STATE, FEATURES, GAUSSIANS, METHOD, MODEL
 from fit3d_ns.support.errors import UserError
-
-_GAUSSIANS = "_model.gauss_params."
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class TrainedRun:
     @property
     def teacher(self) -> dict[str, Any] | None:
         """The teacher's identity, where the checkpoint notes it."""
-        return (self.state.get("_extra_state") or {}).get("teacher_identity")
+        return (self.state.get(EXTRA_STATE) or {}).get("teacher_identity")
 
     def dataparser_transform(self) -> dict[str, Any] | None:
         """Returns what nerfstudio wrote beside the run: ``transform`` (3x4) and ``scale``; None if it is missing."""
@@ -95,10 +94,9 @@ class TrainedRun:
             device=str(device),
             seed_points=placeholders,
         ).to(device)
-        prefix = "_model."
-        wanted = {name.removeprefix(prefix) for name in self.state if name.startswith((_GAUSSIANS, "_model.fit3d_"))}
+        wanted = [name for name in self.state if name.startswith((GAUSSIANS, DECODER_WEIGHT))]
         try:
-            model.load_state_dict({name: self.state[prefix + name] for name in wanted}, strict=False)
+            model.load_state_dict({name.removeprefix(MODEL): self.state[name] for name in wanted}, strict=False)
         except RuntimeError as error:
             if isinstance(error, UserError):
                 raise
@@ -123,7 +121,7 @@ def open_run(load_config: Path) -> TrainedRun:
     """
     config = read_config(load_config)
     path = load_config.expanduser().absolute()
-    path = path / "config.yml" if path.is_dir() else path
+    path = path / CONFIG if path.is_dir() else path
     if config.method_name != METHOD:
         raise UserError(
             f"{path} is a run of {config.method_name}, not of {METHOD}, and has no features: lift some with "
@@ -131,11 +129,11 @@ def open_run(load_config: Path) -> TrainedRun:
         )
     checkpoint = find_checkpoint(path)
     state = read_checkpoint(checkpoint)["pipeline"]
-    parameters = {name.removeprefix(_GAUSSIANS): value for name, value in state.items() if name.startswith(_GAUSSIANS)}
-    decoder = state.get("_model.fit3d_decoder.weight")
+    parameters = {name.removeprefix(GAUSSIANS): value for name, value in state.items() if name.startswith(GAUSSIANS)}
+    decoder = state.get(DECODER_WEIGHT)
     try:
         gaussians = standard_gaussians(parameters, config.pipeline.model.sh_degree)  # type: ignore[attr-defined]
-        features = parameters["fit3d_features"].detach()
+        features = parameters[FEATURES].detach()
     except KeyError as error:
         raise UserError(f"{checkpoint} lacks {error}: use a checkpoint of {METHOD}.") from error
     if decoder is None:

@@ -16,6 +16,7 @@ import torch
 import tyro
 
 from fit3d_ns.lifting.settings import LiftSettings
+from fit3d_ns.runs.names import CONFIG, REPORT
 from fit3d_ns.support.command_line import run_command
 from fit3d_ns.support.errors import UserError
 
@@ -147,7 +148,7 @@ def lift_source(source: Any, command: LiftCommand) -> Path:
     existing = finished_request(source.target)
     if existing == request:
         _LOGGER.info(f"Lifted already: {source.target / 'config.yml'}")
-        return source.target / "config.yml"
+        return source.target / CONFIG
     if existing is not None and not command.overwrite:
         changed = ", ".join(sorted(name for name in request if existing.get(name) != request[name]))
         raise UserError(
@@ -295,8 +296,6 @@ def _seed(seed: int) -> None:
 
 
 def _summarize(lift: Any, seconds: float, path: Path) -> None:
-    from fit3d_ns.runs.record import REPORT
-
     stages = ", ".join(f"{name} {value:.1f}" for name, value in lift.seconds.items())
     _LOGGER.info(
         f"Lifted {len(lift.values):,} Gaussians in {seconds:.1f} s ({stages}), {lift.refinements} refinement steps."

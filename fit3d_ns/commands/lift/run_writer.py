@@ -11,7 +11,8 @@ import torch
 from fit3d_ns.lifting.lift import Lift
 from fit3d_ns.lifting.settings import LiftSettings
 from fit3d_ns.pipeline import Fit3DPipeline
-from fit3d_ns.runs.record import RECORD, write_record
+from fit3d_ns.runs.names import CHECKPOINTS, CONFIG, COORDINATES, RECORD
+from fit3d_ns.runs.record import write_record
 from fit3d_ns.support.errors import UserError, first_line
 from fit3d_ns.support.files import atomic_path
 from fit3d_ns.support.html_report import Report
@@ -27,7 +28,7 @@ def finished_request(folder: Path) -> dict[str, Any] | None:
     Raises:
         UserError: If the folder holds a run that was not lifted.
     """
-    if not (folder / "config.yml").is_file():
+    if not (folder / CONFIG).is_file():
         return None
     try:
         request = json.loads((folder / RECORD).read_text())["request"]
@@ -35,7 +36,7 @@ def finished_request(folder: Path) -> dict[str, Any] | None:
         raise UserError(
             f"{folder} holds a run that fit3d-lift did not write: choose another --suffix or --output-dir."
         ) from error
-    return request if any((folder / "nerfstudio_models").glob("step-*.ckpt")) else None
+    return request if any((folder / CHECKPOINTS).glob("step-*.ckpt")) else None
 
 
 def write_run(
@@ -74,17 +75,17 @@ def write_run(
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
         # The temporary files are those of a process that was killed while it wrote this run.
         leftovers = [*checkpoint.parent.glob("step-*.ckpt"), *folder.rglob(".*.tmp")]
-        for old in [folder / "config.yml", folder / RECORD, *leftovers]:
+        for old in [folder / CONFIG, folder / RECORD, *leftovers]:
             old.unlink(missing_ok=True)
         _check_space(folder, state["pipeline"])
-        with atomic_path(folder / "dataparser_transforms.json") as temporary:
+        with atomic_path(folder / COORDINATES) as temporary:
             pipeline.datamanager.train_dataparser_outputs.save_dataparser_transform(temporary)
         with atomic_path(checkpoint) as temporary:
             torch.save(state, temporary)
         write_record(folder, lift, settings, report, provenance)
         config.save_config()
     except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError on a full disk
-        for written in (folder / "config.yml", folder / RECORD, checkpoint):  # nothing without the rest
+        for written in (folder / CONFIG, folder / RECORD, checkpoint):  # nothing without the rest
             with suppress(OSError):
                 written.unlink()
         if isinstance(error, UserError):
@@ -93,7 +94,7 @@ def write_run(
             f"The run {folder} cannot be written ({first_line(error)}): free some space there, or choose "
             "another --output-dir."
         ) from error
-    return folder / "config.yml"
+    return folder / CONFIG
 
 
 def _check_space(folder: Path, state: dict[str, Any]) -> None:

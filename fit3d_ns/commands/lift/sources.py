@@ -17,11 +17,9 @@ from fit3d_ns.config import fit3d_splat
 from fit3d_ns.data.ply import read_ply, sh_degree, splatfacto_parameters
 from fit3d_ns.runs.checkpoints import find_checkpoint
 from fit3d_ns.runs.config_reader import find_runs, read_config
-from fit3d_ns.runs.record import RECORD
+from fit3d_ns.runs.names import CONFIG, METHOD, RECORD
 from fit3d_ns.support.errors import UserError
 from fit3d_ns.trainer import Fit3DTrainerConfig
-
-METHOD = "fit3d-splat"
 
 
 @dataclass(frozen=True)
@@ -101,7 +99,7 @@ def source_from_run(path: Path, suffix: str, output_dir: Path | None, data: Path
         UserError: If it is no such run, cannot be read, or the new one's folder holds a run that was not lifted.
     """
     config = read_config(path)
-    run = (path.parent if path.name == "config.yml" else path).absolute()
+    run = (path.parent if path.name == CONFIG else path).absolute()
     old = config.pipeline
     if not isinstance(old.model, SplatfactoModelConfig) or not isinstance(old.datamanager, FullImageDatamanagerConfig):
         raise UserError(
