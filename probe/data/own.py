@@ -1,6 +1,8 @@
 """A user's own data: folders of photos and truth, procedural rooms, scenes in nerfstudio's format."""
 
 import json
+import logging
+import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,12 +11,15 @@ from typing import Any
 import numpy as np
 
 from fit3d_ns.data.pictures import open_labels
+from fit3d_ns.data.poses import check_poses
+from fit3d_ns.data.scene_file import frame_lens, read_scene_file
 from fit3d_ns.support.errors import UserError
 from fit3d_ns.support.samples import evenly_spaced
 from probe.data.base import IGNORE, LabelRule, ProbeData, Sample
 from probe.data.choice import DataChoice
 from probe.data.pairing import left_out_note, pair_folders, read_lines
 
+_LOGGER = logging.getLogger(__name__)
 _DEPTH_UNIT = 0.001
 """nerfstudio's default for `depth_unit_scale_factor`: millimetres."""
 _OPENGL_TO_OPENCV = np.diag([1.0, -1.0, -1.0, 1.0])
@@ -55,43 +60,36 @@ def read_posed_scene(folder: Path) -> PosedScene:
         Its frames.
 
     Raises:
-        UserError: If the file is missing, malformed, or the lens is not a pinhole without distortion.
+        UserError: If the file is missing or malformed, a pose is none, or a lens is not a pinhole without distortion.
     """
     path = folder / "transforms.json"
-    try:
-        content: dict[str, Any] = json.loads(path.read_text())
-        frames = tuple(_frame(content, entry, folder, path) for entry in content["frames"])
-        scale = 1.0 / float(content.get("depth_unit_scale_factor", _DEPTH_UNIT))
-    except FileNotFoundError:
-        raise UserError(f"There is no file {path}: give a scene in nerfstudio's format.") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path} is no scene in nerfstudio's format ({type(error).__name__}: {error}).") from None
-    if not frames:
-        raise UserError(f"{path} lists no frames.")
-    return PosedScene(folder.name, frames, scale)
+    content = read_scene_file(path)
+    entries = content["frames"]
+    names = [entry["file_path"] for entry in entries]
+    poses = check_poses([entry["transform_matrix"] for entry in entries], names, str(path))
+    for remark in poses.remarks:
+        _LOGGER.warning(remark)
+    frames = tuple(_frame(content, entry, pose, folder, path) for entry, pose in zip(entries, poses.matrices))
+    unit = content.get("depth_unit_scale_factor", _DEPTH_UNIT)
+    if isinstance(unit, bool) or not isinstance(unit, (int, float)) or not 0 < unit < math.inf:
+        raise UserError(f"depth_unit_scale_factor of {path} is {unit!r}, no unit of length in metres: mend it.")
+    return PosedScene(folder.name, frames, 1.0 / unit)
 
 
-def _frame(content: dict[str, Any], entry: dict[str, Any], folder: Path, path: Path) -> PosedFrame:
-    def value(name: str) -> float:
-        return float(entry.get(name, content[name]) if name not in entry else entry[name])
-
-    distortion = [float(entry.get(name, content.get(name, 0.0))) for name in ("k1", "k2", "k3", "k4", "p1", "p2")]
-    if any(distortion) or "FISHEYE" in str(entry.get("camera_model", content.get("camera_model", ""))):
+def _frame(content: dict[str, Any], entry: dict[str, Any], pose: np.ndarray, folder: Path, path: Path) -> PosedFrame:
+    lens = frame_lens(content, entry, path)
+    if lens.distorts:
         raise UserError(
-            f"{path} describes a lens with distortion: undistort the photos first (for example with COLMAP)."
+            f"{entry['file_path']} in {path} was taken by a lens with distortion: undistort the photos first (for "
+            "example with COLMAP's image_undistorter)."
         )
-    pose = np.asarray(entry["transform_matrix"], dtype=np.float64)
-    if pose.shape != (4, 4):
-        raise ValueError(f"transform_matrix of shape {pose.shape}")
     depth, semantics = entry.get("depth_file_path"), entry.get("semantics_file_path")
     return PosedFrame(
         image=folder / entry["file_path"],
         depth=folder / depth if depth else None,
         semantics=folder / semantics if semantics else None,
-        intrinsics=(value("fl_x"), value("fl_y"), value("cx"), value("cy")),
-        size=(int(value("h")), int(value("w"))),
+        intrinsics=(lens.fx, lens.fy, lens.cx, lens.cy),
+        size=(lens.height, lens.width),
         viewmat=np.linalg.inv(pose @ _OPENGL_TO_OPENCV),
     )
 

@@ -171,6 +171,8 @@ def _room(folder: Path, frames: int) -> None:
     entries = []
     for index in range(frames):
         name = f"frame_{index:05d}.png"
+        pose = np.eye(4)
+        pose[0, 3] = index
         save_photo(folder / "images" / name, (20, 30), index)
         save_png(folder / "depths" / name, np.full((20, 30), 2000, np.uint16))
         save_png(folder / "semantics" / name, np.full((20, 30), index % 2, np.uint8))
@@ -179,7 +181,7 @@ def _room(folder: Path, frames: int) -> None:
                 "file_path": f"images/{name}",
                 "depth_file_path": f"depths/{name}",
                 "semantics_file_path": f"semantics/{name}",
-                "transform_matrix": np.eye(4).tolist(),
+                "transform_matrix": pose.tolist(),
             }
         )
     lens = {"fl_x": 25.0, "fl_y": 25.0, "cx": 15.0, "cy": 10.0, "w": 30, "h": 20, "k1": 0.0}
@@ -202,6 +204,52 @@ def test_rooms_are_split_by_room_and_single_scenes_by_time(tmp_path):
     assert single.train[-1].name < single.test[0].name and read_sample(single, single.test[0])[1][0, 0] == 2
     scene = read_posed_scene(tmp_path / "long")
     np.testing.assert_allclose(scene.frames[0].viewmat, np.diag([1, -1, -1, 1]))
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"transform_matrix": np.diag([-1.0, 1, 1, 1]).tolist()}, "mirrored"),
+        ({"transform_matrix": np.full((4, 4), np.nan).tolist()}, "not finite"),
+        ({"transform_matrix": np.diag([1.0, 2, 1, 1]).tolist()}, "no rotation"),
+        ({"transform_matrix": np.diag([2.0, 2, 2, 1]).tolist()}, "scaled by 2"),
+        ({"transform_matrix": [[1, 0, 0, 1e6], [0, 1, 0, 0], [0, 0, 1, 0]]}, "as far from the others"),
+        ({"transform_matrix": None}, "no pose"),
+        ({"fl_x": 0}, "fl_x of images/frame_00002.png.* is 0"),
+        ({"w": "wide"}, "w of images/frame_00002.png.*not a finite number"),
+        ({"k2": 0.1}, "lens with distortion"),
+        ({"camera_model": "OPENCV_FISHEYE"}, "lens with distortion"),
+        ({"camera_model": "EQUIRECTANGULAR"}, "camera_model of images/frame_00002.png"),
+        ({"depth_unit_scale_factor": 1}, "depth_unit_scale_factor stands in the frame"),
+    ],
+)
+def test_scenes_are_read_by_the_rules_of_training(tmp_path, change, said):
+    _room(tmp_path / "room", 6)
+    path = tmp_path / "room" / "transforms.json"
+    content = json.loads(path.read_text())
+    content["frames"][2].update(change)
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=said) as caught:
+        read_posed_scene(tmp_path / "room")
+    assert "images/frame_00002.png" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_what_a_frame_says_itself_wins(tmp_path):
+    _room(tmp_path / "room", 6)
+    path = tmp_path / "room" / "transforms.json"
+    content = json.loads(path.read_text())
+    content["frames"][2].update(fl_x=26.5, cy=9.5, h=21)
+    for frame in content["frames"]:
+        frame["transform_matrix"] = (np.array(frame["transform_matrix"]) @ np.diag([2, 2, 2, 1]))[:3].tolist()
+    path.write_text(json.dumps(content))
+    frames = read_posed_scene(tmp_path / "room").frames
+    assert frames[2].intrinsics == (26.5, 25, 15, 9.5) and frames[2].size == (21, 30)
+    assert frames[1].intrinsics == (25, 25, 15, 10) and frames[1].size == (20, 30)
+    np.testing.assert_allclose(frames[2].viewmat[:3, 3], [-2, 0, 0])
+    for unit in (0, -1, "a", None, float("nan")):
+        path.write_text(json.dumps({**content, "depth_unit_scale_factor": unit}))
+        with pytest.raises(UserError, match="depth_unit_scale_factor of .*transforms.json"):
+            read_posed_scene(tmp_path / "room")
 
 
 def test_what_is_wrong_is_said_with_the_file(tmp_path, colored_blocks):
