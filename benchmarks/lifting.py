@@ -173,7 +173,7 @@ def lift_row(bench: Bench, dim: int, lift: LiftSettings, grid: str = "fast") -> 
     operator, selects = bench.operator(grid), lift.select != "fixed"
     lift = replace(lift, views_per_batch=bench.settings.views_per_batch, evaluate=selects, report_dims=())
     # Two views load and start every kernel and library that this row needs.
-    warm = replace(lift, refinements=min(1, lift.steps()), select="fixed", unseen="zero", evaluate=False)
+    warm = replace(lift, refinements=min(1, lift.most_steps), select="fixed", unseen="zero", evaluate=False)
     lift_features(operator, LiftScene(bench.scene.training[:2], [], []), bench.width, dim, warm)
     bench.reset_peak()
     outcome = lift_features(operator, bench.scene, bench.width, dim, lift)
