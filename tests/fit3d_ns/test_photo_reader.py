@@ -178,6 +178,63 @@ def test_masks_of_another_shape_or_missing_are_refused_by_name(scene, make_datam
         make_datamanager(scene)
 
 
+@pytest.mark.parametrize("key", ["mask_path", "depth_file_path"])
+def test_masks_in_some_frames_only_are_refused_by_frame(scene, make_datamanager, key):
+    with_masks(scene)
+
+    def change(content):
+        for frame in content["frames"]:
+            frame["depth_file_path"] = frame["mask_path"]
+        for frame in content["frames"][3:5]:
+            del frame[key]
+
+    name = edit(scene, change)[3]["file_path"]
+    with pytest.raises(UserError, match=rf"2 of 16 frames in \S+transforms.json have no {key}, {name} first"):
+        make_datamanager(scene)
+
+
+def test_sizes_from_the_photos_are_those_that_are_shown(scene, make_datamanager):
+    """Where transforms.json gives no size: that of the turned photo, whatever Pillow says of TIFF files."""
+    for suffix in (".tif", ".jpg", ".png"):
+        frames = edit(scene, lambda content: [content.pop(key, None) for key in ("w", "h")])
+        names = []
+        for frame in frames[:4]:
+            with Image.open(scene / frame["file_path"]) as picture:
+                shown = np.asarray(picture.convert("RGB"))
+            names.append(f"images/{Path(frame['file_path']).stem}_on_its_side{suffix}")
+            save_turned(shown, scene / names[-1], 8)
+        copy = Path(shutil.copytree(scene, scene.with_name(f"sizes{suffix[1:]}")))
+        use_photos(copy, names)
+        datamanager = make_datamanager(copy)
+        assert {photo.size for photo in datamanager.photo_reader("train")} == {(72, 96)}
+
+
+def test_smaller_copies_in_folders_are_found_by_their_whole_paths(scene, make_datamanager, parser):
+    frames = edit(scene, lambda content: None)
+    originals = [frame["file_path"] for frame in frames]
+
+    def change(content):
+        for index, frame in enumerate(content["frames"]):
+            frame["file_path"] = f"images\\{('left', 'right')[index % 2]}\\{index // 2}.png"
+
+    for index, original in enumerate(originals):
+        for folder, size in (("images", (96, 72)), ("images_2", (48, 36))):
+            target = scene / folder / ("left", "right")[index % 2] / f"{index // 2}.png"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            Image.open(scene / original).resize(size).save(target)
+    edit(scene, change)
+    datamanager = make_datamanager(scene, half_size(parser))
+    names = [Path(name).relative_to(scene / "images_2") for name in datamanager.train_dataset.image_filenames]
+    assert len(set(names)) == len(names) and {name.parts[0] for name in names} == {"left", "right"}
+    assert {photo.size for photo in datamanager.photo_reader("train")} == {(36, 48)}
+    for index in range(len(originals)):
+        shutil.copy(scene / "images_2" / "left" / f"{index // 2}.png", scene / "images_2" / f"{index // 2}.png")
+    shutil.rmtree(scene / "images_2" / "left")
+    shutil.rmtree(scene / "images_2" / "right")
+    with pytest.raises(UserError, match=r"images_2/\d.png may be the smaller copy of any of 2 photos of that name"):
+        make_datamanager(scene, half_size(parser))
+
+
 def test_damaged_mask_is_named(scene, make_datamanager):
     with_masks(scene)
     path = sorted((scene / "masks").iterdir())[1]

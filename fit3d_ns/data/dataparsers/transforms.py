@@ -13,12 +13,12 @@ from nerfstudio.data.dataparsers.blender_dataparser import Blender
 from nerfstudio.data.dataparsers.instant_ngp_dataparser import InstantNGP
 from nerfstudio.data.dataparsers.nerfstudio_dataparser import Nerfstudio
 from nerfstudio.data.dataparsers.scannetpp_dataparser import ScanNetpp
-from PIL import Image
 from torch import Tensor
 
 from fit3d_ns.data.dataparsers.base import LENS, SceneReader, make_cameras
 from fit3d_ns.data.dataparsers.colmap_cameras import find_model
 from fit3d_ns.data.photo_files import SmallerCopies, whole_path_copies
+from fit3d_ns.data.pictures import picture_size
 from fit3d_ns.data.scene_file import LENS_KEYS, FrameLens, frame_lens, read_scene_file
 from fit3d_ns.data.seed_points import read_colmap_points, read_point_cloud
 from fit3d_ns.data.splits import SPLITS, check_listed, complete_lists
@@ -54,6 +54,8 @@ class TransformsReader(SceneReader):
         content = read_scene_file(path)
         self._check_lists(content, path)
         frames = self._frames(content)
+        for key in ("mask_path", "depth_file_path"):
+            _check_all_or_none(frames, key, path)
         self._prepare(content, frames)
         matrices = self._near(
             [frame["transform_matrix"] for frame in frames], [frame["file_path"] for frame in frames], str(path)
@@ -100,14 +102,8 @@ class TransformsReader(SceneReader):
 
     def _photo_size(self, frame: dict[str, Any]) -> tuple[int, int]:
         """Width and height of a photo as a viewer shows it."""
-        path = self._file(frame)
-        try:
-            with Image.open(path) as photo:
-                width, height = photo.size
-                turned = photo.getexif().get(0x0112, 1) >= 5
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise UserError(f"The photo {path} cannot be read ({error}): restore or remove it.") from error
-        return (height, width) if turned else (width, height)
+        height, width = picture_size(self._file(frame))
+        return width, height
 
     def _poses(self, outputs: DataparserOutputs, frames: list[dict[str, Any]]) -> Tensor:
         """[V, 3, 4] float32, in the coordinates of the training."""
@@ -259,3 +255,16 @@ class ScanNetppReader(TransformsReader):
 
     def _file(self, frame: dict[str, Any]) -> Path:
         return self._data / self._parser.config.images_dir / frame["file_path"]
+
+
+def _check_all_or_none(frames: Sequence[dict[str, Any]], key: str, path: Path) -> None:
+    """Refuses a key that some frames have and others lack: it is not said what holds for the others."""
+    without = [frame["file_path"] for frame in frames if key not in frame]
+    if 0 < len(without) < len(frames):
+        raise UserError(
+            f"{len(without)} of {len(frames)} frames in {path} have no {key}, {without[0]} first, and the others have "
+            "one: give it to all frames (an all-white mask where the whole photo counts), or to none."
+            if key == "mask_path"
+            else f"{len(without)} of {len(frames)} frames in {path} have no {key}, {without[0]} first, and the others "
+            "have one: give it to all frames, or to none."
+        )
