@@ -4,7 +4,8 @@
 
 Makes a scene of large photos around coloured Gaussians (renders, enlarged, with grain, as JPEG), lifts features into
 those Gaussians, bundles the run, distils two steps and evaluates it. Each command runs in a process of its own, whose
-largest resident set and time are taken as ``/usr/bin/time -v`` takes them, and written to a JSON file.
+largest resident set and time are taken as ``/usr/bin/time -v`` takes them, and written to a JSON file. Photos beyond
+``--distinct`` are further files of the same content and pose, so that a large scene is made quickly.
 """
 
 import json
@@ -34,7 +35,7 @@ from fit3d_ns.support.progress import progress
 GAUSSIANS = 400
 SMALLER = 20
 """Photos are rendered smaller by this factor, and enlarged."""
-_MADE = {"lift": ["lifted", "scene/.fit3d_cache"], "bundle": ["bundles"], "distill": ["student", "photos"]}
+_MADE = {"lift": ["lifted"], "bundle": ["bundles"], "distill": ["student", "photos"]}
 _MADE["evaluate"] = []
 """What a command makes, for it to be made anew."""
 LAUNCH = "import sys; from {module} import {function} as main; sys.argv[0] = '{name}'; sys.exit(main())"
@@ -50,18 +51,23 @@ class Benchmark:
     """Numbers of photos."""
     size: tuple[int, int] = (4000, 3000)
     """Width and height of a photo, pixels."""
+    distinct: int = 100
+    """Most photos that are made; the others are links to them."""
+    empty_cache: bool = True
+    """Whether the teacher's maps are made anew by the lift."""
     commands: tuple[str, ...] = ("lift", "bundle", "distill", "evaluate")
     """What is measured; each needs what those before it made."""
     output: Path = Path("benchmarks/results/photo_memory.json")
     """The JSON file; other rows in it are kept."""
 
 
-def make_scene(folder: Path, count: int, size: tuple[int, int]) -> None:
+def make_scene(folder: Path, count: int, distinct: int, size: tuple[int, int]) -> None:
     """Writes photos, poses and the Gaussians that they show.
 
     Args:
         folder: The scene; nothing is done if it is whole.
         count: Number of photos.
+        distinct: Most of them that differ.
         size: Width and height of a photo, pixels.
     """
     if (folder / "transforms.json").is_file():
@@ -85,7 +91,13 @@ def make_scene(folder: Path, count: int, size: tuple[int, int]) -> None:
     frames = []
     with progress(f"Making {count} photos", count) as advance:
         for index in range(count):
-            pose = _pose(2 * math.pi * index / count, 0.4 * math.sin(7 * index))
+            name = f"images/{index:05d}.jpg"
+            if index >= distinct:
+                os.link(folder / frames[index % distinct]["file_path"], folder / name)
+                frames.append({**frames[index % distinct], "file_path": name})
+                advance(1)
+                continue
+            pose = _pose(2 * math.pi * index / min(count, distinct), 0.4 * math.sin(7 * index))
             viewmat = torch.linalg.inv(pose @ torch.diag(torch.tensor([1.0, -1.0, -1.0, 1.0])))
             K = torch.tensor([[small[0], 0.0, small[0] / 2], [0.0, small[0], small[1] / 2], [0.0, 0.0, 1.0]])
             render = rasterize(
@@ -100,7 +112,6 @@ def make_scene(folder: Path, count: int, size: tuple[int, int]) -> None:
             )[0][0]
             picture = Image.fromarray((render.clamp(0, 1) * 255).byte().numpy()).resize(size, Image.Resampling.BICUBIC)
             photo = np.clip(np.asarray(picture).astype(np.int16) + np.roll(grain, 31 * index, axis=1), 0, 255)
-            name = f"images/{index:05d}.jpg"
             Image.fromarray(photo.astype(np.uint8)).save(folder / name, quality=90)
             frames.append({"file_path": name, "transform_matrix": pose.tolist()})
             advance(1)
@@ -156,7 +167,7 @@ def commands_of(folder: Path) -> dict[str, tuple[str, str, str, list[str]]]:
         save_file(timm.create_model("test_vit", num_classes=0).state_dict(), teacher)
     scene, lifted = folder / "scene", folder / "lifted"
     lift = ["--ply", str(scene / "splat.ply"), "--data", str(scene), "--output-dir", str(lifted)]
-    lift += ["--backbone", "test_vit", "--backbone-weights", str(teacher), "--feature-dim", "8"]
+    lift += ["--backbone", "test_vit", "--backbone-weights", str(teacher), "--feature-dim", "8", "--no-evaluate"]
     bundle = ["--runs", str(lifted), "--bundle-dir", str(folder / "bundles"), "--bundles-only"]
     distill = ["--bundles", str(folder / "bundles"), "--steps", "2", "--cache-dir", str(folder / "photos")]
     distill += ["--output-dir", str(folder / "student")]
@@ -178,12 +189,13 @@ def main() -> None:
     for count in settings.photos:
         folder = settings.folder / f"{count}_photos"
         folder.mkdir(parents=True, exist_ok=True)
-        make_scene(folder / "scene", count, settings.size)
+        make_scene(folder / "scene", count, settings.distinct, settings.size)
         for name in settings.commands:
-            for made in _MADE[name]:
+            for made in [*_MADE[name], *(["scene/.fit3d_cache"] if name == "lift" and settings.empty_cache else [])]:
                 shutil.rmtree(folder / made, ignore_errors=True)
             row = measure(*commands_of(folder)[name], folder / f"{name}.log")
             row |= {"command": name, "photos": count, "size": list(settings.size), "device": device}
+            row |= {"distinct": min(count, settings.distinct), "empty_cache": settings.empty_cache}
             stored[f"{name} {count} {device}"] = row
             atomic_write_json(settings.output, stored)
             CONSOLE.print(f"{name}, {count} photos: {row['peak_gigabytes']:.2f} GB, {row['seconds']:.0f} s")
