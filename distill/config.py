@@ -34,6 +34,9 @@ class DistillConfig:
     """Go on from the newest checkpoint in --output-dir."""
     all_runs: bool = False
     """Take every run of a scene instead of the newest."""
+    teacher: str | None = None
+    """Of --runs, take only those whose features are of this backbone: a name, or the result folder of the round
+    before."""
     data_root: Path | None = None
     """Folder that holds the scenes' photos, if they moved since the runs were trained."""
     bundle_dir: Path | None = None

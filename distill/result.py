@@ -14,7 +14,7 @@ from fit3d_ns.backbones.averaging import default_assembly
 from fit3d_ns.support.errors import UserError
 
 _NOT_SETTINGS = (
-    "name runs bundles validation_runs validation_bundles average_only output_dir resume data_root bundle_dir "
+    "name runs bundles validation_runs validation_bundles teacher average_only output_dir resume data_root bundle_dir "
     "cache_dir push_to_hub vis"
 ).split()
 """Choices that say where things are on one machine, and decide nothing."""

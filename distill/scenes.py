@@ -91,7 +91,7 @@ def _make_bundles(runs_named: Sequence[Path], bundles: Sequence[Path], config: D
         # Imported here: with --bundles alone nothing of nerfstudio is needed.
         from fit3d_ns.runs.bundling import bundle_run, choose_runs
 
-        runs, notes = choose_runs(list(runs_named), config.all_runs)
+        runs, notes = choose_runs(list(runs_named), config.all_runs, config.teacher)
         for note in notes:
             _LOGGER.warning(note)
         for number, run in enumerate(runs, start=1):
@@ -171,7 +171,7 @@ def _compare(first: Scene, other: Scene, what: str, mine: Any, theirs: Any) -> N
     if mine != theirs:
         raise UserError(
             f"The scenes {first.name} ({first.bundle.folder}) and {other.name} ({other.bundle.folder}) differ in the "
-            f"{what} ({_short(mine)} and {_short(theirs)}): distil them apart, or lift one of them again."
+            f"{what} ({_short(mine)} and {_short(theirs)}): distil them apart (--teacher), or lift one of them again."
         )
 
 

@@ -14,7 +14,7 @@ from fit3d_ns.backbones.assembly import (
 )
 from fit3d_ns.backbones.backbone import Backbone, BackboneOutput, load_backbone
 from fit3d_ns.backbones.dense_features import DenseFeatures, load, load_published
-from fit3d_ns.backbones.fine_tuned import FineTuned, find_fine_tuned, load_fine_tuned
+from fit3d_ns.backbones.fine_tuned import FineTuned, find_fine_tuned, load_fine_tuned, student_spec
 from fit3d_ns.backbones.identity import backbone_identity, hash_state_dict, spec_of_identity
 from fit3d_ns.backbones.published import PUBLISHED_BACKBONES, PublishedBackbone
 from fit3d_ns.backbones.registry import NAMED_BACKBONES, NamedBackbone
@@ -54,5 +54,6 @@ __all__ = [
     "patch_grid",
     "resize_to_patches",
     "spec_of_identity",
+    "student_spec",
     "weights_available",
 ]

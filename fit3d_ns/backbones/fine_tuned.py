@@ -10,7 +10,7 @@ from fit3d_ns.backbones.architecture import describe_backbone
 from fit3d_ns.backbones.assembly import ASSEMBLIES, Assembly
 from fit3d_ns.backbones.backbone import Backbone, load_backbone
 from fit3d_ns.backbones.hub import DownloadError, cached_file, download_file, download_url, hash_matches
-from fit3d_ns.backbones.identity import spec_of_identity
+from fit3d_ns.backbones.identity import backbone_identity, spec_of_identity
 from fit3d_ns.backbones.published import (
     PUBLISHED_BACKBONES,
     PUBLISHED_REPOSITORY,
@@ -107,12 +107,44 @@ def load_fine_tuned(fine_tuned: FineTuned, spec: BackboneSpec, device: str | tor
     """
     check_original(fine_tuned, spec)
     backbone = load_backbone(replace(spec, weights=fine_tuned.weights), device)
-    if fine_tuned.weights_sha256 not in (None, backbone.identity["weights_sha256"]):
+    _check_hash(fine_tuned, backbone.identity["weights_sha256"])
+    return backbone
+
+
+def _check_hash(fine_tuned: FineTuned, weights_sha256: str) -> None:
+    if fine_tuned.weights_sha256 not in (None, weights_sha256):
         raise UserError(
             f"{fine_tuned.weights} and the {CARD_NAME} beside it do not belong together (the weights' hash differs): "
             "copy both again from one training."
         )
-    return backbone
+
+
+def student_spec(path: Path, flag: str) -> BackboneSpec | None:
+    """Returns a result of fit3d-distill as its card describes it, ready to be a teacher.
+
+    Args:
+        path: Its folder, or a weight file.
+        flag: What the user calls this choice, for errors.
+
+    Returns:
+        Name, weights, layer, norm and normalisation; None for a weight file without a card.
+
+    Raises:
+        UserError: If a folder holds no result, or weights and card do not belong together.
+    """
+    path = path.expanduser()
+    if not path.is_dir() and not path.with_name(CARD_NAME).is_file():
+        return None
+    found = find_fine_tuned(path, flag)
+    if found.original is None:
+        if path.is_dir():
+            raise UserError(
+                f"{path} holds no {CARD_NAME}: name a folder that fit3d-distill wrote, or a file with {flag}."
+            )
+        return None
+    spec = replace(found.original, weights=found.weights.absolute())
+    _check_hash(found, backbone_identity(spec)["weights_sha256"])
+    return spec
 
 
 def check_original(fine_tuned: FineTuned, spec: BackboneSpec) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fit3d_ns.backbones import backbone_identity
-from fit3d_ns.backbones.result_folder import original_of
+from fit3d_ns.backbones.result_folder import CARD_NAME, WEIGHTS_NAME, original_of
 from fit3d_ns.compat import nerfstudio_needed
 from fit3d_ns.data.photos import DATA_ROOT_FLAG, Photo, hash_file, locate
 from fit3d_ns.features.grid import FEATURE_GRIDS, FeatureGrid
@@ -60,12 +60,13 @@ class Run:
         return self.data.parent.name if self.data.suffix else self.data.name
 
 
-def choose_runs(paths: list[Path], all_runs: bool = False) -> tuple[list[Run], list[str]]:
+def choose_runs(paths: list[Path], all_runs: bool = False, teacher: str | None = None) -> tuple[list[Run], list[str]]:
     """Finds finished ``fit3d-splat`` runs, trained or lifted.
 
     Args:
         paths: Run folders, ``config.yml`` files, or folders that hold runs at any depth.
         all_runs: Whether to take every run of a scene instead of the newest (by the time of its checkpoint).
+        teacher: Take only runs whose features are of this backbone: a name, or a folder that fit3d-distill wrote.
 
     Returns:
         The runs, sorted by scene; and one sentence for each run that was left out.
@@ -100,6 +101,9 @@ def choose_runs(paths: list[Path], all_runs: bool = False) -> tuple[list[Run], l
         data = config.pipeline.datamanager.data
         if data is None:
             raise UserError(f"The configuration {config_path} names no scene (its data is null): restore it.")
+        if teacher is not None and not _has_teacher(config.pipeline.datamanager, teacher):
+            notes.append(f"{config_path} has features of another backbone than {teacher}: left out (--teacher).")
+            continue
         runs[config_path] = Run(config_path, checkpoint, Path(data))
     if not runs:
         listed = " ".join(str(path) for path in paths)
@@ -116,6 +120,16 @@ def choose_runs(paths: list[Path], all_runs: bool = False) -> tuple[list[Run], l
                 notes.append(f"{run.config_path} is older than another run of {run.name}: left out (--all-runs).")
         found = list(newest.values())
     return found, notes
+
+
+def _has_teacher(datamanager: Any, teacher: str) -> bool:
+    """Returns whether a run's features are of a backbone that was not fine-tuned, by its name, or of a result."""
+    named, weights = Path(teacher).expanduser(), datamanager.backbone_weights
+    if named.exists():
+        named = named / WEIGHTS_NAME if named.is_dir() else named
+        return weights is not None and Path(weights).expanduser().absolute() == named.absolute()
+    fine_tuned = weights is not None and Path(weights).expanduser().with_name(CARD_NAME).is_file()
+    return datamanager.backbone == teacher and not fine_tuned
 
 
 def bundle_run(run: Run, folder: Path | None = None, data_root: Path | None = None) -> tuple[SceneBundle, bool]:

@@ -2,6 +2,9 @@
 
 import logging
 import math
+import random
+import shutil
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +24,7 @@ from fit3d_ns.runs.bundle import BundleCameras, BundleInfo, BundleView, SceneTen
 TINY_TEACHER = "test_vit"
 """A timm ViT of 64 channels with patches of 16 pixels, made for tests."""
 WIDTH = 64
+TINY_ROOM = Path(__file__).parents[1] / "data" / "tiny_room"
 
 
 @pytest.fixture(autouse=True)
@@ -130,3 +134,33 @@ def make_config(tmp_path):
         return DistillConfig(**{**values, **fields})
 
     return make
+
+
+@pytest.fixture
+def run(tmp_path, teacher_weights) -> Path:
+    """A finished run of a few steps on the tiny room; returns the folder that holds it."""
+    from nerfstudio.configs.method_configs import all_methods
+
+    scene = Path(shutil.copytree(TINY_ROOM, tmp_path / "room"))
+    config = deepcopy(all_methods["fit3d-splat"])
+    config.vis = "tensorboard"
+    config.viewer.quit_on_train_completion = True
+    config.logging.local_writer.enable = False
+    config.machine.device_type = "cpu"
+    config.max_num_iterations = 3
+    config.steps_per_eval_image = config.steps_per_eval_all_images = 10**6
+    config.output_dir = tmp_path / "outputs"
+    config.timestamp = "run"
+    config.pipeline.datamanager.data = scene
+    config.pipeline.datamanager.backbone = "test_vit"
+    config.pipeline.datamanager.backbone_weights = teacher_weights
+    config.pipeline.model.feature_init = "random"
+    config.pipeline.model.feature_dim = 8
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    trainer = config.setup()
+    trainer.setup()
+    config.save_config()
+    trainer.train()
+    return config.output_dir

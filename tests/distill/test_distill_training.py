@@ -229,9 +229,9 @@ def test_placements_train_alike(make_scene, make_config, tmp_path, caplog):
         config = make_config(
             folder, scene_placement=placement, photo_memory=memory, steps=5, output_dir=tmp_path / placement
         )
+        caplog.clear()
         distil(config)
         assert places[placement] in caplog.text
-        caplog.clear()
         results.append(weights_of(config))
     assert difference(results[0], results[1]) == difference(results[0], results[2]) == 0
 

@@ -1,50 +1,15 @@
 """From a trained run to a fine-tuned backbone, as a user would go."""
 
 import json
-import random
 import re
 import shutil
-from copy import deepcopy
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from distill.cli import distil
 from fit3d_ns.support.errors import UserError
-
-TINY_ROOM = Path(__file__).parents[1] / "data" / "tiny_room"
-
-
-@pytest.fixture
-def run(tmp_path, teacher_weights) -> Path:
-    """A finished run of a few steps on the tiny room; returns the folder that holds it."""
-    from nerfstudio.configs.method_configs import all_methods
-
-    scene = Path(shutil.copytree(TINY_ROOM, tmp_path / "room"))
-    config = deepcopy(all_methods["fit3d-splat"])
-    config.vis = "tensorboard"
-    config.viewer.quit_on_train_completion = True
-    config.logging.local_writer.enable = False
-    config.machine.device_type = "cpu"
-    config.max_num_iterations = 3
-    config.steps_per_eval_image = config.steps_per_eval_all_images = 10**6
-    config.output_dir = tmp_path / "outputs"
-    config.timestamp = "run"
-    config.pipeline.datamanager.data = scene
-    config.pipeline.datamanager.backbone = "test_vit"
-    config.pipeline.datamanager.backbone_weights = teacher_weights
-    config.pipeline.model.feature_init = "random"
-    config.pipeline.model.feature_dim = 8
-    random.seed(0)
-    np.random.seed(0)
-    torch.manual_seed(0)
-    trainer = config.setup()
-    trainer.setup()
-    config.save_config()
-    trainer.train()
-    return config.output_dir
 
 
 def test_runs_become_bundles_and_bundles_a_backbone(run, make_config, tmp_path, caplog):

@@ -7,7 +7,7 @@ import random
 import re
 import time
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import tyro
 
+from fit3d_ns.backbones import BackboneSpec, backbone_identity, describe_backbone, student_spec
 from fit3d_ns.lifting.settings import LiftSettings
 from fit3d_ns.runs.names import CONFIG, REPORT
 from fit3d_ns.support.command_line import run_command
@@ -43,14 +44,15 @@ class LiftCommand:
     """Photos and poses: of the --ply file, or the new place of a run's scene that moved."""
     output_dir: Path | None = None
     """Where the new runs go, as ns-train's --output-dir; without it beside the old ones (`outputs` for a PLY file)."""
-    suffix: str = "lift"
-    """Appended to the name of the old run to name the new one."""
+    suffix: str | None = None
+    """Appended to the name of the old run to name the new one; without it `lift`, and for a teacher that fit3d-distill
+    wrote, `lift-` and the beginning of its hash, so that lifts of several teachers lie beside each other."""
     overwrite: bool = False
     """Lift again what was lifted with other settings."""
     backbone: str | None = None
     """Teacher; without it the run's own, or dinov2_small."""
     backbone_weights: Path | None = None
-    """Local weights of the teacher."""
+    """Local weights of the teacher, or a folder that fit3d-distill wrote, whose card says all the rest."""
     backbone_layer: int | None = None
     """Block whose output is lifted; negative counts from the end."""
     backbone_norm: bool | None = None
@@ -94,13 +96,15 @@ def run_lift(command: LiftCommand) -> list[Path]:
     named = [name for name in ("load_config", "runs", "ply") if getattr(command, name) is not None]
     if len(named) != 1:
         raise UserError("Name what to lift onto with one of --load-config, --runs and --ply.")
+    student = None if command.backbone_weights is None else student_spec(command.backbone_weights, "--backbone-weights")
+    command = _as_its_card_says(command, student)
     if command.runs is None:
         return [_lift(command, command.load_config)]
     if command.data is not None:
         raise UserError("--data names one scene, and --runs many: use --load-config for a run whose scene moved.")
     from fit3d_ns.commands.lift.sources import runs_below
 
-    paths, notes = runs_below(command.runs)
+    paths, notes = runs_below(command.runs, with_lifted=student is not None)
     for note in notes:
         _LOGGER.info(note)
     done, failures = [], {}
@@ -177,6 +181,33 @@ def lift_source(source: Any, command: LiftCommand) -> Path:
     return path
 
 
+def _as_its_card_says(command: LiftCommand, student: BackboneSpec | None) -> LiftCommand:
+    """Returns the command with everything that a teacher's card decides, and with a suffix.
+
+    Args:
+        command: The user's choices.
+        student: The teacher, where fit3d-distill wrote it.
+
+    Raises:
+        UserError: If a flag contradicts the card.
+    """
+    if student is None:
+        return replace(command, suffix=command.suffix or "lift")
+    fields_ = ("name", "layer", "norm", "normalization")
+    flags = ("backbone", "backbone_layer", "backbone_norm", "backbone_normalization")
+    for flag, field_name in zip(flags, fields_):
+        given, known = getattr(command, flag), getattr(student, field_name)
+        if given is None:
+            continue
+        wanted, found = (describe_backbone(replace(student, **{field_name: value})) for value in (known, given))
+        if wanted != found or (flag == "backbone_norm" and given != known):
+            flag = f"--{flag.replace('_', '-')}"
+            raise UserError(f"{flag} {given}: the card of {command.backbone_weights} says {known}; leave {flag} out.")
+    decided = {flag: getattr(student, field_name) for flag, field_name in zip(flags, fields_)}
+    suffix = command.suffix or f"lift-{backbone_identity(student)['weights_sha256'][:8]}"
+    return replace(command, backbone_weights=student.weights, suffix=suffix, **decided)
+
+
 def _lift(command: LiftCommand, run: Path | None) -> Path:
     """Lifts one splat; what goes wrong is said with this command's flags, which lack the prefixes of ns-train's."""
     try:
@@ -194,6 +225,7 @@ def _lift(command: LiftCommand, run: Path | None) -> Path:
 def _source(command: LiftCommand, run: Path | None) -> Any:
     from fit3d_ns.commands.lift.sources import source_from_ply, source_from_run
 
+    assert command.suffix is not None
     if run is not None:
         return source_from_run(run, command.suffix, command.output_dir, command.data)
     assert command.ply is not None

@@ -1,5 +1,6 @@
 """Splats to lift features onto: nerfstudio runs and PLY files, as configurations of the run to be written."""
 
+import json
 from copy import deepcopy
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -49,11 +50,13 @@ class LiftSource:
         return self.configs[0].get_base_dir()
 
 
-def runs_below(root: Path) -> tuple[list[Path], list[str]]:
+def runs_below(root: Path, with_lifted: bool = False) -> tuple[list[Path], list[str]]:
     """Finds the finished splatfacto and fit3d-splat runs below a folder.
 
     Args:
         root: Folder of runs.
+        with_lifted: Whether to take trained runs that have lifted features already, to lift another teacher's; runs
+            that this command wrote hold the same geometry once more, and are never taken.
 
     Returns:
         Their ``config.yml``, and one sentence for each run that is left out.
@@ -63,7 +66,7 @@ def runs_below(root: Path) -> tuple[list[Path], list[str]]:
     """
     chosen, notes = [], []
     for path in find_runs(root):
-        if (path.parent / RECORD).is_file():
+        if (path.parent / RECORD).is_file() and not (with_lifted and _was_trained(path.parent)):
             continue  # lifted already, by this command or while training
         try:
             config = read_config(path)
@@ -83,6 +86,14 @@ def runs_below(root: Path) -> tuple[list[Path], list[str]]:
         reason = f" ({notes[0]})" if notes else ""
         raise UserError(f"No finished run of splatfacto or fit3d-splat below {root}{reason}: train one with ns-train.")
     return chosen, notes
+
+
+def _was_trained(run: Path) -> bool:
+    """Returns whether a run with lifted features was trained itself, and is no copy of another one's geometry."""
+    try:
+        return "request" not in json.loads((run / RECORD).read_text())
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def source_from_run(path: Path, suffix: str, output_dir: Path | None, data: Path | None) -> LiftSource:
