@@ -99,11 +99,11 @@ def _auto(config: DistillConfig, num_views: int, num_parts: int) -> dict:
         steps = math.ceil(config.epochs * num_views / batch_size)  # for what depends on it; the sampler knows exactly
     if steps is None:
         measured = _MEASURED_STEPS * min(1.0, num_views / MEASURED_VIEWS) ** 0.5 * growth**-0.5
-        steps = max(round(measured, -1), math.ceil(num_views / batch_size), 10)
+        steps = max(int(float(f"{measured:.2g}")), math.ceil(num_views / batch_size), 10)
     return {
         **_paper(config),
         "batch_size": batch_size,
-        "steps": int(steps),
+        "steps": steps,
         "lr": float(f"{(_LORA_RATE if config.lora_rank else _RATE) * growth ** (1 / 3):.2g}"),
         "schedule": "cosine",
         "warmup_steps": min(100, steps // 10),

@@ -1,13 +1,17 @@
 """What only a GPU shows; run by hand with ``pytest -m gpu tests/distill``."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from distill.cli import distil
+from distill.recipes import choose_recipe
 from distill.scenes import SceneBank, open_scenes
+from distill.step import DistillLoss, EagerStep, GraphStep, StepInput, make_optimizer
+from distill.student import load_student, prepare_training
 from distill.targets import LiftedTargets
 from fit3d_ns.support.processes import World
 
@@ -22,10 +26,14 @@ def train(config):
 
 @pytest.mark.parametrize("accelerated", ["graph", "compile"])
 @pytest.mark.parametrize("options", [{}, {"accumulate": 2}, {"schedule": "cosine", "warmup_steps": 5}])
-def test_graph_equals_eager(make_scene, make_config, tmp_path, options, accelerated):
-    # Views of two sizes, and batches that are not full: three shapes of step.
+def test_graph_equals_eager(make_scene, make_config, tmp_path, monkeypatch, options, accelerated):
+    # Views of two sizes, and batches that are not full, which count less: two shapes of step.
     folders = [make_scene("a", views=7), make_scene("b", views=6, seed=1, size=(64, 48))]
     results = []
+    replay, replays = torch.cuda.CUDAGraph.replay, []
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda self: replays.append(1) or replay(self))
+    compile_, compiled = DistillLoss.compile, []
+    monkeypatch.setattr(DistillLoss, "compile", lambda self, **kw: compiled.append(1) or compile_(self, **kw))
     for acceleration in ("none", accelerated):
         config = make_config(
             *folders,
@@ -40,8 +48,35 @@ def test_graph_equals_eager(make_scene, make_config, tmp_path, options, accelera
             **options,
         )
         results.append(train(config))
+        assert len(replays) == (0 if acceleration == "none" else 20)
+        assert len(compiled) == (acceleration == "compile")
     assert results[1][1] == pytest.approx(results[0][1], rel=1e-3)
     assert max(float((results[0][0][name] - results[1][0][name]).abs().max()) for name in results[0][0]) < 1e-3
+
+
+@pytest.mark.parametrize("acceleration", ["none", "graph"])
+def test_a_gradient_that_is_not_finite_changes_no_weight(make_scene, make_config, acceleration):
+    config = make_config(make_scene(), device="cuda", recipe="auto", lr=None)
+    cuda = torch.device("cuda", 0)
+    student = load_student(config, open_scenes(list(config.bundles), None), cuda)
+    parameters = prepare_training(student, config)
+    optimizer = make_optimizer(parameters, choose_recipe(config, 4, 1), cuda)
+    step = EagerStep(DistillLoss(student, bf16=False), optimizer, parameters, 0.1)
+    runner = GraphStep(step, optimizer, parameters) if acceleration == "graph" else step
+    inputs = StepInput(
+        torch.randint(0, 256, (2, 3, 48, 64), dtype=torch.uint8, device=cuda),
+        torch.randn(2, 64, 3, 4, device=cuda),
+        torch.ones(2, 3, 4, device=cuda),
+        torch.tensor(24.0, device=cuda),
+        torch.tensor(1.0, device=cuda),
+    )
+    assert torch.isfinite(runner.run(inputs))
+    before = [parameter.detach().clone() for parameter in parameters]
+    broken = replace(inputs, targets=inputs.targets * float("inf"))
+    assert torch.isnan(runner.run(broken))
+    assert all(torch.equal(old, new) for old, new in zip(before, parameters))
+    assert torch.isfinite(runner.run(inputs))
+    assert not torch.equal(before[3], parameters[3])
 
 
 @pytest.mark.parametrize("acceleration", ["graph", "compile"])

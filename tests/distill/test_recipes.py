@@ -63,9 +63,10 @@ def test_auto_is_what_was_measured_and_the_default():
     "num_views, num_parts, batch_size, steps, lr",
     [
         (67, 1, 2, 920, 5e-5),
-        (112, 1, 2, 1180, 5e-5),
+        (717, 1, 2, 3000, 5e-5),
+        (112, 1, 2, 1200, 5e-5),
         (6000, 2, 2, 3000, 5e-5),
-        (720, 8, 16, 1060, 1e-4),  # 1,000 steps were measured
+        (720, 8, 16, 1100, 1e-4),  # 1,000 steps were measured
         (720, 3, 18, 1000, 1e-4),
         (140_451, 1, 16, 8779, 1e-4),
     ],
