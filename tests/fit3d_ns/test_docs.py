@@ -42,6 +42,13 @@ RUN_BY = {
     "fit3d-distill --runs": "tests/demo/test_demo.py::test_the_page_tells_the_whole_story",
     "fit3d-distill --runs --resume": "tests/demo/test_demo.py::test_a_killed_demo_goes_on_where_it_was",
     "fit3d-distill --runs --targets": "tests/demo/test_demo.py::test_the_page_tells_the_whole_story",
+    "fit3d-distill --average-only": (
+        "tests/distill/test_averaged_results.py::test_a_finished_folder_is_averaged_anew_by_the_command"
+    ),
+    "fit3d-distill --runs --teacher": "tests/distill/test_rounds.py::test_runs_are_picked_by_their_teacher",
+    "fit3d-lift --runs --backbone-weights": (
+        "tests/distill/test_rounds.py::test_the_averaged_student_teaches_the_next_round"
+    ),
     "fit3d-distill --bundles": "tests/distill/test_distill_training.py::test_a_student_learns_what_the_scenes_show",
     "fit3d-distill --runs --bundles-only": (
         "tests/distill/test_runs.py::test_runs_become_bundles_and_bundles_a_backbone"
