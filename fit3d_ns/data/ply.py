@@ -1,6 +1,8 @@
-"""Reads the PLY files in which 3D Gaussian Splatting programs exchange their scenes."""
+"""PLY files in which 3D Gaussian Splatting programs exchange their scenes."""
 
+import logging
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,22 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, Num
+from plyfile import PlyData, PlyElement, PlyHeaderParseError, PlyParseError
 from torch import Tensor
 
 from fit3d_ns.rasterization import gaussian_axes
-from fit3d_ns.support.errors import UserError
+from fit3d_ns.support.errors import UserError, first_line
 from fit3d_ns.support.files import atomic_path
 
-_TYPES = {
-    **{name: "f4" for name in ("float", "float32")},
-    **{name: "f8" for name in ("double", "float64")},
-    **{name: "u1" for name in ("uchar", "uint8")},
-    **{name: "i1" for name in ("char", "int8")},
-    **{name: "u2" for name in ("ushort", "uint16")},
-    **{name: "i2" for name in ("short", "int16")},
-    **{name: "u4" for name in ("uint", "uint32")},
-    **{name: "i4" for name in ("int", "int32")},
-}
+_LOGGER = logging.getLogger(__name__)
 _COLUMNS = {
     "means": ("x", "y", "z"),
     "scales": ("scale_0", "scale_1", "scale_2"),
@@ -34,8 +28,15 @@ _COLUMNS = {
 }
 
 
+_REST = re.compile(r"f_rest_\d+")
+_PLANE = 0.01
+"""Thickness that a 2D Gaussian is given, as a share of its shorter side."""
+
+
 def read_ply(path: Path) -> dict[str, Tensor]:
-    """Reads Gaussians as 3DGS, gsplat and ``ns-export gaussian-splat`` write them.
+    """Reads Gaussians as 3DGS, 2DGS, gsplat and ``ns-export gaussian-splat`` write them.
+
+    Those of 2DGS, which have no third scale, become flat 3D ones; a warning says so.
 
     Args:
         path: A PLY file, ASCII or binary.
@@ -45,70 +46,72 @@ def read_ply(path: Path) -> dict[str, Tensor]:
         ``opacities`` [N, 1] (logits), ``features_dc`` [N, 3], ``features_rest`` [N, K, 3], all float32.
 
     Raises:
-        UserError: If the file is missing, damaged, or lacks a column.
+        UserError: If the file is missing, damaged, or has another layout, which is named where it is a common one.
     """
     try:
-        with open(path, "rb") as file:
-            layout, count, dtype = _read_header(file, path)
-            if layout == "ascii":
-                rows = np.loadtxt(file, max_rows=count, ndmin=2, dtype=np.float64)
-                table = {name: rows[:, column] for column, name in enumerate(dtype.names or ())}
-            else:
-                data = file.read(count * dtype.itemsize)
-                vertices = np.frombuffer(data, dtype.newbyteorder("<" if "little" in layout else ">"))
-                table = {name: vertices[name] for name in dtype.names or ()}
+        # Binary rows are mapped into memory: none is held twice.
+        elements = {element.name: element for element in PlyData.read(path).elements}
     except OSError as error:
         raise UserError(f"The file {path} cannot be read ({error.strerror or error}): check --ply.") from error
-    except (ValueError, IndexError) as error:
-        raise UserError(f"The file {path} is damaged ({error}): export it again.") from error
-    lengths = {len(column) for column in table.values()}
-    if lengths != {count} or count == 0:
-        raise UserError(f"The file {path} is truncated, or holds no Gaussians: export it again.")
-    return _parameters(table, count, path)
+    except (PlyHeaderParseError, UnicodeDecodeError) as error:
+        if _magic(path) != b"ply":
+            raise UserError(f"{path} is no PLY file: name one that a Gaussian splatting program exported.") from error
+        raise UserError(f"The header of {path} is damaged ({error}): export the file again.") from error
+    except (PlyParseError, ValueError, MemoryError, OverflowError) as error:
+        raise UserError(f"The file {path} is damaged ({first_line(error)}): export it again.") from error
+    vertices: Any = elements["vertex"].data if "vertex" in elements else np.zeros(0)
+    columns: set[str] = set(vertices.dtype.names or ())
+    missing = [name for names in _COLUMNS.values() for name in names if name not in columns]
+    flat = missing == ["scale_2"]
+    if missing and not flat:
+        raise UserError(f"{path} {_layout(columns, missing, 'face' in elements)}")
+    if len(vertices) == 0:
+        raise UserError(f"The file {path} holds no Gaussians: export it again.")
+    if flat:
+        _LOGGER.warning(f"{path} holds 2D Gaussians (2DGS): they are taken as 3D ones of {_PLANE:.0%} of their width.")
+    return _parameters(vertices, path)
 
 
-def _read_header(file: Any, path: Path) -> tuple[str, int, np.dtype]:
-    """Layout, number of vertices and their columns; the file then stands at the first vertex."""
-    if file.readline().strip() != b"ply":
-        raise UserError(f"{path} is no PLY file: name one that a Gaussian splatting program exported.")
-    layout, count, columns, element = "", 0, [], None
-    while (line := file.readline()) and line.strip() != b"end_header":
-        words = line.decode("ascii", "replace").split()
-        if words[:1] == ["format"]:
-            layout = words[1]
-        elif words[:1] == ["element"]:
-            if element is None and words[1] != "vertex":
-                raise UserError(f"{path} does not begin with vertices: it is no file of Gaussians.")
-            element = words[1]
-            count = int(words[2]) if element == "vertex" else count
-        elif words[:1] == ["property"] and element == "vertex":
-            if words[1] not in _TYPES:
-                raise UserError(f"{path} has a column of the type `{words[1]}`: it is no file of Gaussians.")
-            columns.append((words[2], _TYPES[words[1]]))
-    if layout not in ("ascii", "binary_little_endian", "binary_big_endian") or not columns:
-        raise UserError(f"The header of {path} is damaged: export the file again.")
-    return layout, count, np.dtype(columns)
+def _magic(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(3)
 
 
-def _parameters(table: dict[str, np.ndarray], count: int, path: Path) -> dict[str, Tensor]:
-    missing = [name for names in _COLUMNS.values() for name in names if name not in table]
-    if missing:
-        raise UserError(
-            f"{path} lacks the columns {', '.join(missing)}: it is no file of Gaussians (a point cloud?); export one "
-            "with `ns-export gaussian-splat` or take the point_cloud.ply of 3DGS."
+def _layout(columns: set[str], missing: list[str], has_faces: bool) -> str:
+    """Says what a file holds instead of Gaussians, and the way out."""
+    way_out = "export one with `ns-export gaussian-splat` or take the point_cloud.ply of 3DGS."
+    if "packed_position" in columns:
+        return "is a compressed PLY of SuperSplat: open it there and export it as PLY, uncompressed."
+    if {"red", "green", "blue"} <= columns and set(missing) == set(_COLUMNS["features_dc"]):
+        return (
+            "has plain colours instead of spherical harmonics, as `ns-export gaussian-splat --ply-color-mode rgb` "
+            "writes them: export it with --ply-color-mode sh_coeffs."
         )
-    rest = sorted((name for name in table if name.startswith("f_rest_")), key=lambda name: int(name.split("_")[-1]))
+    if columns.isdisjoint(name for key in ("scales", "quats", "opacities") for name in _COLUMNS[key]):
+        kind = "is a mesh" if has_faces else "is a point cloud" if {"x", "y", "z"} <= columns else "has no vertices"
+        return f"{kind}, no file of Gaussians: {way_out}"
+    return f"lacks the columns {', '.join(missing)}: it is no whole file of Gaussians; {way_out}"
+
+
+def _parameters(vertices: np.ndarray, path: Path) -> dict[str, Tensor]:
+    names = vertices.dtype.names or ()
+    rest = sorted((name for name in names if _REST.fullmatch(name)), key=lambda name: int(name.split("_")[-1]))
     bands = len(rest) // 3 + 1
     if len(rest) % 3 or math.isqrt(bands) ** 2 != bands:
         raise UserError(f"{path} has {len(rest)} f_rest columns, which is no whole degree of spherical harmonics.")
-    parameters = {name: _stack(table, columns) for name, columns in _COLUMNS.items()}
+    parameters = {
+        key: _stack(vertices, [name for name in columns if name in names]) for key, columns in _COLUMNS.items()
+    }
+    if parameters["scales"].shape[1] == 2:
+        thickness = parameters["scales"].min(1, keepdim=True).values + math.log(_PLANE)  # [N, 1]
+        parameters["scales"] = torch.cat([parameters["scales"], thickness], 1)
     # The file holds all red coefficients, then all green, then all blue.
-    colors = _stack(table, rest).reshape(count, 3, bands - 1) if rest else torch.zeros(count, 3, 0)
+    colors = _stack(vertices, rest).reshape(len(vertices), 3, bands - 1) if rest else torch.zeros(len(vertices), 3, 0)
     return {**parameters, "features_rest": colors.transpose(1, 2).contiguous()}
 
 
-def _stack(table: dict[str, np.ndarray], names: Any) -> Tensor:
-    return torch.from_numpy(np.stack([table[name].astype(np.float32) for name in names], axis=1))
+def _stack(vertices: np.ndarray, names: Sequence[str]) -> Tensor:
+    return torch.from_numpy(np.stack([vertices[name].astype(np.float32) for name in names], axis=1))  # [N, k]
 
 
 def sh_degree(parameters: dict[str, Tensor]) -> int:
@@ -150,17 +153,15 @@ def write_ply_table(
     if len(rows) == 0:
         raise UserError(f"No Gaussian is left to write to {path}: all are invisible, not finite or not selected.")
     kinds = ["u1" if block.values.dtype == torch.uint8 else "<f4" for block in columns]
-    layout = np.dtype(
-        [(str(number), kind, (len(block.names),)) for number, (kind, block) in enumerate(zip(kinds, columns))]
-    )
-    header = ["ply", "format binary_little_endian 1.0", *(f"comment {comment}" for comment in comments)]
-    header.append(f"element vertex {len(rows)}")
-    for kind, block in zip(kinds, columns):
-        header += [f"property {'uchar' if kind == 'u1' else 'float'} {name}" for name in block.names]
+    blocks = np.dtype([(str(n), kind, (len(block.names),)) for n, (kind, block) in enumerate(zip(kinds, columns))])
+    singles = np.dtype([(name, kind) for kind, block in zip(kinds, columns) for name in block.names])
+    # plyfile would hold the whole table, twice: it writes the header, of a table that takes no memory.
+    vertices = PlyElement.describe(np.broadcast_to(np.zeros(1, singles), len(rows)), "vertex")
+    header = PlyData([vertices], byte_order="<", comments=list(comments)).header
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        file.write(("\n".join([*header, "end_header"]) + "\n").encode("ascii"))
+        file.write(f"{header}\n".encode("ascii"))
         for chosen in rows.split(_ROWS_PER_CALL):
-            table = np.empty(len(chosen), layout)
+            table = np.empty(len(chosen), blocks)
             for number, block in enumerate(columns):
                 table[str(number)] = block.values.detach()[chosen.to(block.values.device)].cpu().numpy()
             file.write(table.view(np.uint8).data)
