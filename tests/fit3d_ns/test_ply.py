@@ -19,7 +19,7 @@ SPLAT = [*BASE, "rot_0", "rot_1", "rot_2", "rot_3", *(f"f_rest_{number}" for num
 def vertices(names=SPLAT, kind="f4", more=()):
     table = np.zeros(ROWS, [*((name, kind) for name in names), *more])
     generator = np.random.default_rng(0)
-    for name in table.dtype.names:
+    for name in table.dtype.names or ():
         table[name] = (
             generator.integers(0, 200, ROWS) if table[name].dtype.kind in "iu" else generator.normal(size=ROWS)
         )
@@ -97,7 +97,7 @@ def replaced(old, new):
 
 
 DAMAGES = {
-    "cut": lambda data: data[:-10],
+    "cut": lambda data: data[:-40],
     "cut header": lambda data: data[:60],
     "only magic": lambda data: data[:4],
     "count": replaced(b"vertex 50", b"vertex 4000000000"),
