@@ -1,5 +1,6 @@
 """Lenses: what a camera file says of them, and photos undistorted by it."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,8 @@ from fit3d_ns.compat import nerfstudio_needed
 
 _PERSPECTIVE = 1
 """nerfstudio's ``CameraType.PERSPECTIVE``."""
+_FISHEYE624 = 9
+"""nerfstudio's ``CameraType.FISHEYE624``."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,9 @@ class Undistorted:
 
 
 def undistort(image: np.ndarray, lens: Lens, mask: Bool[np.ndarray, "H W 1"] | None = None) -> Undistorted:
-    """Undistorts a photo by nerfstudio's own function, so that its pixels are those that a scene was trained on.
+    """Undistorts a photo by nerfstudio's own function, so that its pixels are those of a splatfacto run.
+
+    ``FISHEYE624`` photos are the exception, see `_undistort_fisheye624`.
 
     Args:
         image: [H, W, c] 8-bit or float32, of the lens's size.
@@ -93,8 +98,9 @@ def undistort(image: np.ndarray, lens: Lens, mask: Bool[np.ndarray, "H W 1"] | N
         from nerfstudio.cameras.cameras import Cameras
         from nerfstudio.data.datamanagers.full_images_datamanager import _undistort_image
 
+    if lens.camera_type == _FISHEYE624:
+        return _undistort_fisheye624(image, lens, mask)
     distortion = torch.tensor(lens.distortion, dtype=torch.float32)
-    metadata = None if lens.fisheye_crop_radius is None else {"fisheye_crop_radius": lens.fisheye_crop_radius}
     camera = Cameras(
         camera_to_worlds=torch.eye(4)[None, :3],
         fx=lens.fx,
@@ -105,9 +111,41 @@ def undistort(image: np.ndarray, lens: Lens, mask: Bool[np.ndarray, "H W 1"] | N
         height=lens.height,
         distortion_params=distortion[None],
         camera_type=torch.tensor([[lens.camera_type]]),
-        metadata=metadata,
     )[0]
     intrinsics = camera.get_intrinsics_matrices().numpy()
     data = {} if mask is None else {"mask": torch.from_numpy(mask)}
     K, undistorted, valid = _undistort_image(camera, distortion.numpy(), data, image, intrinsics)
     return Undistorted(undistorted, None if valid is None else valid.numpy(), K)
+
+
+def _undistort_fisheye624(image: np.ndarray, lens: Lens, mask: Bool[np.ndarray, "H W 1"] | None) -> Undistorted:
+    """Undistorts the valid circle of a photo to a square of its diameter.
+
+    The same picture as nerfstudio's `_undistort_image` wants to make, which takes rows for columns where the principal
+    point is not on the diagonal, and its circle from the middle of the photo (version 1.1.5).
+    """
+    import cv2
+    from nerfstudio.cameras.camera_utils import fisheye624_project, fisheye624_unproject_helper
+
+    assert lens.fisheye_crop_radius is not None
+    radius, center = lens.fisheye_crop_radius, np.array([lens.cx, lens.cy])
+    params = torch.tensor([lens.fx, lens.fy, *center, *lens.distortion], dtype=torch.float32)[None]  # [1, 16]
+    rim = center + radius * np.array([[0, -1], [0, 1], [-1, 0], [1, 0]])  # [4, 2]
+    top, bottom, left, right = torch.nn.functional.normalize(
+        fisheye624_unproject_helper(torch.tensor(rim, dtype=torch.float32)[None], params)[0], dim=-1
+    )
+    angle = float(torch.maximum(torch.acos(top @ bottom), torch.acos(left @ right)))
+    size = int(2 * radius)
+    focal = size / (2 * math.tan(angle / 2))
+    K = np.array([[focal, 0, size / 2], [0, focal, size / 2], [0, 0, 1]], dtype=np.float32)
+    steps = (torch.arange(size) + 0.5 - size / 2) / focal
+    y, x = torch.meshgrid(steps, steps, indexing="ij")  # [h, w]
+    rays = torch.stack([x, y, torch.ones_like(x)], dim=-1)  # [h, w, 3]
+    seen = fisheye624_project(rays.reshape(1, -1, 3), params).reshape(size, size, 2).numpy()
+    columns, rows = seen[..., 0] - 0.5, seen[..., 1] - 0.5  # OpenCV counts from the middle of the first pixel
+    valid = np.linalg.norm(seen - center, axis=-1) < radius
+    valid &= (columns >= 0) & (rows >= 0) & (columns <= lens.width - 1) & (rows <= lens.height - 1)
+    if mask is not None:
+        shown = cv2.remap(mask.astype(np.uint8) * 255, columns, rows, interpolation=cv2.INTER_LINEAR)
+        valid &= shown.reshape(size, size) >= 128
+    return Undistorted(cv2.remap(image, columns, rows, interpolation=cv2.INTER_LINEAR), valid[..., None], K)

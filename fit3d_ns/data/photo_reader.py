@@ -40,6 +40,8 @@ class PhotoDataset(InputDataset):
 
     def __init__(self, dataparser_outputs: DataparserOutputs, scale_factor: float = 1.0, **kwargs: Any) -> None:
         super().__init__(dataparser_outputs, scale_factor, **kwargs)
+        if self.cameras.metadata and "fisheye_crop_radius" in self.cameras.metadata:
+            self.cameras.metadata["fisheye_crop_radius"] *= scale_factor  # nerfstudio scales all but this
         self.described_cameras: Cameras = deepcopy(self.cameras)
         """As the scene describes them; training overwrites ``cameras`` with those of the undistorted photos."""
 

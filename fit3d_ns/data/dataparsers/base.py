@@ -209,8 +209,3 @@ def check_cameras(outputs: DataparserOutputs, source: str) -> None:
         for name, value in values.items():
             if not math.isfinite(value) or (name in ("fx", "fy") and value <= 0):
                 raise UserError(f"{name} of the camera of {photo} in {source} is {value:g}: mend or remove that view.")
-        if model == FISHEYE624 and outputs.mask_filenames:
-            raise UserError(
-                f"The camera of {photo} in {source} is a {FISHEYE624}, whose mask nerfstudio makes itself: leave out "
-                "the masks (mask_path), or undistort the photos first."
-            )
