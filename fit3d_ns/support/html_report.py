@@ -1,7 +1,6 @@
 """A report as one HTML file: text, tables, pictures and curves, with everything embedded and no network needed."""
 
 import base64
-import html
 import io
 import re
 from collections.abc import Mapping, Sequence
@@ -10,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
 from fit3d_ns.support.files import atomic_write_text
@@ -28,45 +28,14 @@ _SMALL_SIDE = 128
 
 _CURVE_COLORS = ("#3b82f6", "#f59e0b", "#10b981", "#ef4444", "#8b5cf6", "#14b8a6", "#ec4899", "#84cc16")
 """Readable on white and on near-black."""
-
-_STYLE = """
-:root { color-scheme: light dark;
-  --text: #1f2328; --quiet: #656d76; --page: #ffffff; --card: #f6f8fa; --line: #d8dee4; }
-@media (prefers-color-scheme: dark) {
-  :root { --text: #e6edf3; --quiet: #9198a1; --page: #0d1117; --card: #161b22; --line: #30363d; }
-}
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--text);
-  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
-main { max-width: 1128px; margin: 0 auto; padding: 24px 24px 64px; }
-h1 { font-size: 1.75rem; line-height: 1.25; margin: 16px 0 24px; letter-spacing: -0.01em; }
-h2 { font-size: 1.2rem; margin: 40px 0 12px; padding-top: 20px; border-top: 1px solid var(--line); }
-h3 { font-size: 1rem; margin: 24px 0 8px; }
-p { margin: 0 0 12px; max-width: 72ch; white-space: pre-line; overflow-wrap: anywhere; }
-pre { margin: 0 0 12px; padding: 12px 14px; background: var(--card); border: 1px solid var(--line); border-radius: 8px;
-  white-space: pre-wrap; overflow-wrap: anywhere;
-  font: 0.875rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
-.table { overflow-x: auto; margin: 0 0 16px; }
-table { border-collapse: collapse; font-size: 0.9375rem; font-variant-numeric: tabular-nums; }
-th, td { padding: 6px 20px 6px 0; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top; }
-th { color: var(--quiet); font-weight: 600; white-space: nowrap; }
-.number { text-align: right; white-space: nowrap; }
-.pictures { display: flex; flex-wrap: wrap; gap: 12px; margin: 0 0 16px; align-items: flex-start; }
-figure { margin: 0; max-width: 100%; width: min-content; cursor: zoom-in; outline: none; }
-.pictures img { display: block; width: auto; max-width: calc(100vw - 48px); object-fit: contain; border-radius: 6px;
-  background: var(--card); height: var(--height); }
-.pictures img.patches { image-rendering: pixelated; }
-figure:focus { width: 100%; cursor: zoom-out; }
-figure:focus img { width: 100%; height: auto; max-width: 100%; }
-figcaption { font-size: 0.8125rem; line-height: 1.35; color: var(--quiet);
-  padding: 6px 2px 0; overflow-wrap: anywhere; }
-.curve { margin: 0 0 20px; max-width: 720px; }
-.curve svg { display: block; width: 100%; height: auto; color: var(--quiet); }
-.curve text { font-family: inherit; }
-.legend { display: flex; flex-wrap: wrap; gap: 4px 18px; font-size: 0.875rem; margin: 0 0 4px; }
-.legend i { display: inline-block; width: 18px; height: 3px; border-radius: 2px; margin: 0 8px 4px 0; }
-@media (max-width: 600px) { main { padding: 12px 16px 48px; } .pictures { gap: 10px; } h1 { font-size: 1.4rem; } }
-"""
+_PAGES = Environment(
+    loader=FileSystemLoader(Path(__file__).parent),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+)
 
 
 class Report:
@@ -79,19 +48,19 @@ class Report:
     def __init__(self, title: str) -> None:
         """Starts an empty page under ``title``."""
         self._title = title
-        self._parts: list[str] = []
+        self._parts: list[dict[str, Any]] = []
 
     def add_heading(self, text: str) -> None:
         """Starts a section."""
-        self._parts.append(f"<h2>{html.escape(text)}</h2>")
+        self._parts.append({"kind": "heading", "text": text})
 
     def add_text(self, text: str) -> None:
         """Adds a paragraph; line breaks are kept."""
-        self._parts.append(f"<p>{html.escape(text)}</p>")
+        self._parts.append({"kind": "text", "text": text})
 
     def add_code(self, text: str) -> None:
         """Adds a block in a fixed-width font, such as a command to copy."""
-        self._parts.append(f"<pre>{html.escape(text)}</pre>")
+        self._parts.append({"kind": "code", "text": text})
 
     def add_table(self, rows: Sequence[Sequence[object]], header: Sequence[object] | None = None) -> None:
         """Adds a table.
@@ -100,16 +69,12 @@ class Report:
             rows: cells; floats are shown with four significant digits, None as a dash, anything else by ``str``.
             header: names of the columns, if they need any.
         """
-        lines = ["<div class='table'><table>"]
+        lines = [[_cell("td", value, _is_number(value)) for value in row] for row in rows]
         if header is not None:
             columns = ([row[k] for row in rows if k < len(row)] for k in range(len(header)))
-            names = (
-                _tag("th", cell, bool(column) and all(_is_number(value) for value in column))
-                for cell, column in zip(header, columns)
-            )
-            lines.append(f"<tr>{''.join(names)}</tr>")
-        lines += (f"<tr>{''.join(_tag('td', cell, _is_number(cell)) for cell in row)}</tr>" for row in rows)
-        self._parts.append("".join(lines) + "</table></div>")
+            numbers = (bool(column) and all(map(_is_number, column)) for column in columns)
+            lines.insert(0, [_cell("th", name, number) for name, number in zip(header, numbers)])
+        self._parts.append({"kind": "table", "rows": lines})
 
     def add_pictures(self, pictures: Sequence[tuple[str, ImageLike]], title: str | None = None) -> None:
         """Adds a row of pictures of the same height, each with its caption below; the row wraps on a narrow screen.
@@ -129,10 +94,8 @@ class Report:
         height = int(np.clip((_CONTENT_WIDTH - gaps) / aspects, 112, 320))
         # As high as lets the row fit the window, whose width is less by margins and a scroll bar; then it wraps.
         fitting = f"clamp(112px, calc((100vw - {64 + gaps}px) / {aspects:.3f}), {height}px)"
-        if title is not None:
-            self._parts.append(f"<h3>{html.escape(title)}</h3>")
-        figures = "".join(_figure(caption, image) for caption, image in images)
-        self._parts.append(f"<div class='pictures' style='--height:{fitting}'>{figures}</div>")
+        figures = [_figure(caption, image) for caption, image in images]
+        self._parts.append({"kind": "pictures", "title": title, "height": fitting, "figures": figures})
 
     def add_curve(
         self, title: str, curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], xlabel: str, ylabel: str
@@ -148,25 +111,13 @@ class Report:
         Raises:
             ValueError: if an x and its y differ in length.
         """
-        legend = "".join(
-            f"<span><i style='background:{color}'></i>{html.escape(name)}</span>"
-            for name, color in zip(curves, _cycle(len(curves)))
-        )
-        self._parts.append(
-            f"<div class='curve'><h3>{html.escape(title)}</h3><div class='legend'>{legend}</div>"
-            f"{_curve_svg(curves, xlabel, ylabel)}</div>"
-        )
+        legend = list(zip(curves, _cycle(len(curves))))
+        svg = _curve_svg(curves, xlabel, ylabel)
+        self._parts.append({"kind": "curve", "title": title, "legend": legend, "svg": svg})
 
     def to_html(self) -> str:
         """The whole page."""
-        title = html.escape(self._title)
-        return (
-            "<!DOCTYPE html>\n<html lang='en'><head><meta charset='utf-8'>"
-            "<meta name='viewport' content='width=device-width, initial-scale=1'>"
-            f"<title>{title}</title><style>{_STYLE}</style></head>\n<body><main>\n<h1>{title}</h1>\n"
-            + "\n".join(self._parts)
-            + "\n</main></body></html>\n"
-        )
+        return _PAGES.get_template("report.html.jinja").render(title=self._title, parts=self._parts)
 
     def write(self, path: Path | str) -> None:
         """Writes the page as one step: ``path`` holds either the whole report or what it held before.
@@ -181,9 +132,9 @@ def _is_number(value: object) -> bool:
     return value is None or isinstance(value, (int, float))
 
 
-def _tag(name: str, value: object, right: bool) -> str:
+def _cell(tag: str, value: object, number: bool) -> dict[str, Any]:
     text = "–" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
-    return f"<{name}{' class=number' if right else ''}>{html.escape(text)}</{name}>"
+    return {"tag": tag, "text": text, "number": number}
 
 
 def _to_uint8(image: ImageLike) -> np.ndarray:
@@ -204,18 +155,16 @@ def _to_uint8(image: ImageLike) -> np.ndarray:
     return array
 
 
-def _figure(caption: str, image: np.ndarray) -> str:
+def _figure(caption: str, image: np.ndarray) -> dict[str, Any]:
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format="PNG", optimize=True)
-    data = base64.b64encode(buffer.getvalue()).decode("ascii")
-    kind = " class='patches'" if max(image.shape[:2]) <= _SMALL_SIDE else ""
-    text = html.escape(caption)
-    # The natural size is given as the aspect ratio, because a small map must still fill the row's height.
-    style = f"aspect-ratio:{image.shape[1]}/{image.shape[0]}"
-    return (
-        f"<figure tabindex='0'><img{kind} style='{style}' alt='{text}' src='data:image/png;base64,{data}'>"
-        f"<figcaption>{text}</figcaption></figure>"
-    )
+    return {
+        "caption": caption,
+        "data": base64.b64encode(buffer.getvalue()).decode("ascii"),
+        "crisp": max(image.shape[:2]) <= _SMALL_SIDE,
+        # The natural size is given as the aspect ratio, because a small map must still fill the row's height.
+        "aspect": f"{image.shape[1]}/{image.shape[0]}",
+    }
 
 
 def _cycle(count: int) -> list[str]:

@@ -88,7 +88,7 @@ def test_the_automatic_recipe_is_the_default_and_says_what_it_does(make_scene, m
     assert curve["l1"][-1] < curve["l1"][2] < curve["l1"][0]
     assert curve["l1"][3] < metrics["mean"]["l1_after"] < curve["l1"][2]  # 0.6 lies between 0.5 and 0.75
     report = (config.output_dir / "report.html").read_text()
-    assert "How much of the student" in report and "--average-only" in report and "assembly=&quot;tuned" in report
+    assert "How much of the student" in report and "--average-only" in report and "assembly=&#34;tuned" in report
 
 
 def test_a_finished_folder_is_averaged_anew_by_the_command(make_scene, make_config, teacher_weights, caplog):

@@ -21,7 +21,7 @@ def test_report_shows_views_where_they_disagree_and_what_was_measured(feature_ru
     lift = LiftSettings(select="fidelity", refinements=3, report_dims=(4, 16))
     (config,) = run_lift(lift_command(load_config=trainer.base_dir, lift=lift))
     page, record = (config.parent / "lift.html").read_text(), json.loads((config.parent / "lift.json").read_text())
-    pictures = [re.search(r"src='data:image/png;base64,([^']+)'", figure) for figure in page.split("<figure")[1:]]
+    pictures = [re.search(r'src="data:image/png;base64,([^"]+)"', figure) for figure in page.split("<figure")[1:]]
     decoded = [np.asarray(Image.open(io.BytesIO(base64.b64decode(found[1])))) for found in pictures if found]
     assert len(decoded) == 12  # photo, teacher, lifted and heat map of three views
     photo, teacher, lifted, heat = decoded[:4]

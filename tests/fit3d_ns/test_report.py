@@ -118,7 +118,7 @@ def test_curves_are_drawn_with_gaps_and_named():
     source = report.to_html()
     page = Page(source)
     assert {"train", "_held out", "step", "L1"} <= set(page.texts)
-    colors = re.findall(r"<i style='background:(#\w+)'", source)
+    colors = re.findall(r'<i style="background:(#\w+)"', source)
     assert len(set(colors)) == 2
     assert all(f"stroke: {color}" in source for color in colors)
 
