@@ -26,12 +26,14 @@ Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
 """Starts a pass over training patches: tokens [P, C] of any floating type with class ids int64 [P], any P."""
 
 LOGISTIC_DECAYS = (1e-4, 1e-5, 1e-6, 1e-7)
-"""Weights of half the squared norm of the classifier beside the mean cross-entropy, strongest first."""
-RIDGE_DECAYS = tuple(10.0**power for power in range(-9, 0))
+"""Weights of half the squared norm of the classifier beside the mean cross-entropy."""
+RIDGE_DECAYS = tuple(10.0**power for power in range(-7, 0))
 """Weights of the squared norm of the map beside the mean squared error."""
 
 _CHUNK = 32_768
 """Patches standardised and multiplied at once: 50 MB a copy at 384 channels."""
+_CURVATURE_STRIDE = 8
+"""One patch of this many is looked at for the curvature, which only steers."""
 _ABSENT = -1e4
 """Logit of a class that no training patch has. Finite, because maps are resized by matrix products."""
 
@@ -168,14 +170,14 @@ class Choice:
     """A map and how its decay was chosen.
 
     Attributes:
-        linear: Fitted to all training patches.
+        linear: Fitted to all training photos.
         decay: The chosen one.
-        errors: Error on held-out patches, by decay; empty where there was nothing to choose.
+        scores: What held-out photos said of each decay that was tried, the higher the better.
     """
 
     linear: LinearMap
     decay: float
-    errors: dict[float, float]
+    scores: dict[float, float]
 
 
 def choose_ridge(training: GramSums, held_out: GramSums, decays: Sequence[float] = RIDGE_DECAYS) -> Choice:
@@ -185,10 +187,13 @@ def choose_ridge(training: GramSums, held_out: GramSums, decays: Sequence[float]
         training: Sums over the patches of training photos.
         held_out: Sums over those of other training photos.
         decays: To choose from.
+
+    Returns:
+        The choice; its scores are negative mean squared errors.
     """
-    errors = {decay: mean_squared_error(held_out, fit_ridge(training, decay)) for decay in decays}
-    decay = min(errors, key=errors.__getitem__)
-    return Choice(fit_ridge(training + held_out, decay), decay, errors)
+    scores = {decay: -mean_squared_error(held_out, fit_ridge(training, decay)) for decay in decays}
+    decay = max(scores, key=scores.__getitem__)
+    return Choice(fit_ridge(training + held_out, decay), decay, scores)
 
 
 @dataclass(frozen=True)
@@ -198,13 +203,11 @@ class LogisticFit:
     Attributes:
         linear: The classifier, float64.
         loss: Mean cross-entropy of the training patches plus the decay's term.
-        gap: Estimate of how far that is above the optimum.
         evaluations: Passes over the patches.
     """
 
     linear: LinearMap
     loss: float
-    gap: float
     evaluations: int
 
 
@@ -213,22 +216,22 @@ def fit_logistic(
     sums: GramSums,
     decay: float,
     start: LinearMap | None = None,
-    tolerance: float = 1e-7,
-    max_iterations: int = 500,
+    tolerance: float = 1e-5,
+    max_iterations: int = 1000,
     advance: Callable[[], None] = lambda: None,
 ) -> LogisticFit:
     """Solves multinomial logistic regression: mean cross-entropy plus ``decay`` / 2 times the squared norm.
 
     L-BFGS runs in coordinates in which the Hessian is near the identity: along the principal axes of the tokens,
-    class by class, with the curvature that predictions by the classes' shares alone would have. The squared gradient
-    is then about twice what the loss can still fall by.
+    class by class, divided by the square root of the curvature at the start. It ends when no coordinate's gradient is
+    above what would add up to the tolerance if the Hessian were the identity, half the squared gradient.
 
     Args:
         batches: This process's share of the training patches.
         sums: Of the same patches, over all processes, with their class ids as targets.
         decay: Above 0; the bias is not decayed.
-        start: A classifier to start from, as of a stronger decay.
-        tolerance: Of the loss, in nats, at which to stop.
+        start: A classifier to start from, as of a stronger decay; it must know the classes that occur.
+        tolerance: How far the loss may stay above its optimum, in nats; measured, not proven.
         max_iterations: Bound on the steps.
         advance: Called after every pass over the patches.
 
@@ -237,19 +240,21 @@ def fit_logistic(
     """
     mean, scale = sums.standardization()
     seen = sums.y > 0  # [K]
-    shares = sums.y[seen] / sums.count  # [k], of the classes that occur
+    place = torch.cumsum(seen, 0) - 1  # class id -> number among the k that occur
+    shares = sums.y[seen] / sums.count  # [k]
     axes = _principal_axes(sums.covariance()[0])
-    curvature = shares * (1 - shares)  # [k]
-    stretch = (curvature[:, None] * axes.variances + decay).rsqrt()  # [k, C]
-    bias_stretch = curvature.clamp_min(1e-12).rsqrt()  # [k]
     if start is None:
-        weight, bias = torch.zeros_like(stretch), shares.log()
+        weight, bias = mean.new_zeros(len(shares), len(mean)), shares.log()
+        bias_curvature = shares * (1 - shares)  # [k]
+        curvature = torch.outer(bias_curvature, axes.variances)  # [k, C]
     else:
-        weight = start.weight.to(mean)[seen] / scale.clamp_min(1e-300)
-        weight = torch.where(scale > 0, weight, 0.0)
-        bias = start.bias.to(mean)[seen] + start.weight.to(mean)[seen] @ mean
+        raw = start.weight.to(mean)[seen]
+        weight = torch.where(scale > 0, raw / scale, 0.0)
+        bias = start.bias.to(mean)[seen] + raw @ mean
+        curvature, bias_curvature = _curvature(batches, weight, bias, mean, scale, axes)
+    stretch = (curvature + decay).rsqrt()  # [k, C]
+    bias_stretch = bias_curvature.clamp_min(1e-12).rsqrt()  # [k]
     unknowns = torch.cat([weight @ axes.vectors / stretch, (bias / bias_stretch)[:, None]], 1).requires_grad_()
-    place = torch.cumsum(seen, 0) - 1  # class id -> number among those that occur
     evaluations = 0
 
     def maps() -> tuple[Tensor, Tensor]:
@@ -262,10 +267,10 @@ def fit_logistic(
         loss, weight_gradient, bias_gradient = _cross_entropy(batches, weight, bias, mean, scale, place)
         loss = loss / sums.count + decay / 2 * weight.square().sum()
         weight_gradient = weight_gradient / sums.count + decay * weight
-        gradient = torch.cat(
-            [weight_gradient @ axes.vectors * stretch, (bias_gradient / sums.count * bias_stretch)[:, None]], 1
+        bias_gradient = bias_gradient / sums.count
+        unknowns.grad = torch.cat(
+            [weight_gradient @ axes.vectors * stretch, (bias_gradient * bias_stretch)[:, None]], 1
         )
-        unknowns.grad = gradient
         evaluations += 1
         advance()
         return loss
@@ -275,79 +280,63 @@ def fit_logistic(
         max_iter=max_iterations,
         max_eval=4 * max_iterations,
         tolerance_grad=(2 * tolerance / unknowns.numel()) ** 0.5,
-        tolerance_change=tolerance / 100,
+        tolerance_change=tolerance / 1000,
         history_size=20,
         line_search_fn="strong_wolfe",
     )
     optimizer.step(closure)  # type: ignore[arg-type]
     loss = float(closure())
-    assert unknowns.grad is not None
     weight, bias = maps()
     full_weight = weight.new_zeros(len(seen), len(mean))
     full_bias = bias.new_full((len(seen),), _ABSENT)
     full_weight[seen], full_bias[seen] = weight, bias
-    linear = _unstandardized(full_weight, full_bias, mean, scale)
-    return LogisticFit(linear, loss, float(unknowns.grad.square().sum() / 2), evaluations)
+    return LogisticFit(_unstandardized(full_weight, full_bias, mean, scale), loss, evaluations)
 
 
 def choose_logistic(
     training: Batches,
-    held_out: Batches,
     training_sums: GramSums,
+    held_out: Batches,
     held_out_sums: GramSums,
+    score: Callable[[LinearMap], float],
     decays: Sequence[float] = LOGISTIC_DECAYS,
-    tolerance: float = 1e-7,
+    tolerance: float = 1e-5,
     advance: Callable[[], None] = lambda: None,
 ) -> Choice:
-    """Chooses the decay with the least cross-entropy on held-out photos, and fits to training and held-out photos.
+    """Chooses the decay that scores best on held-out photos, and fits to training and held-out photos.
 
-    Decays are tried from the strongest on, each from the last's classifier; the first that predicts worse than the
-    one before ends the search.
+    Decays are tried from the strongest on, each from the last's classifier and to ten times the tolerance; the first
+    that scores below the best ends the search.
 
     Args:
         training: This process's share of the patches of training photos.
+        training_sums: Sums over the same, over all processes.
         held_out: Likewise of other training photos.
-        training_sums: Sums over ``training``, over all processes.
-        held_out_sums: Sums over ``held_out``, over all processes.
+        held_out_sums: Sums over the same, over all processes.
+        score: What held-out photos say of a classifier, the higher the better; the same in all processes.
         decays: To choose from.
         tolerance: See `fit_logistic`.
         advance: Called after every pass over the patches.
     """
-    errors: dict[float, float] = {}
-    best: LinearMap | None = None
-    fit: LogisticFit | None = None
+    scores: dict[float, float] = {}
+    found: dict[float, LinearMap] = {}
+    last: LinearMap | None = None
     for decay in sorted(decays, reverse=True):
-        fit = fit_logistic(training, training_sums, decay, fit and fit.linear, tolerance, advance=advance)
-        errors[decay] = mean_cross_entropy(held_out, held_out_sums, fit.linear)
-        if errors[decay] > min(errors.values()):
+        last = fit_logistic(training, training_sums, decay, last, 10 * tolerance, advance=advance).linear
+        found[decay], scores[decay] = last, score(last)
+        if scores[decay] < max(scores.values()):
             break
-        best = fit.linear
+    decay = max(scores, key=scores.__getitem__)
+    # A class that only held-out photos have is unknown to what was found without them.
+    new = bool(((training_sums.y == 0) & (held_out_sums.y > 0)).any())
 
     def everything() -> Iterable[tuple[Tensor, Tensor]]:
         yield from training()
         yield from held_out()
 
-    decay = min(errors, key=errors.__getitem__)
-    sums = training_sums + held_out_sums
-    return Choice(fit_logistic(everything, sums, decay, best, tolerance, advance=advance).linear, decay, errors)
-
-
-def mean_cross_entropy(batches: Batches, sums: GramSums, linear: LinearMap) -> float:
-    """Returns a classifier's cross-entropy on patches, in nats, over all processes.
-
-    Args:
-        batches: This process's share of the patches.
-        sums: Of the same patches, over all processes.
-        linear: The classifier.
-    """
-    total = torch.zeros(1, dtype=torch.float64, device=sums.count.device)
-    weight, bias = linear.weight.float(), linear.bias.float()
-    for tokens, labels in batches():
-        for start in range(0, len(tokens), _CHUNK):
-            logits = torch.addmm(bias, tokens[start : start + _CHUNK].float(), weight.T)  # [p, K]
-            total += F.cross_entropy(logits, labels[start : start + _CHUNK], reduction="sum").double()
-    _all_reduce(total)
-    return float(total / sums.count)
+    start = None if new else found[decay]
+    fit = fit_logistic(everything, training_sums + held_out_sums, decay, start, tolerance, advance=advance)
+    return Choice(fit.linear, decay, scores)
 
 
 class _Axes(NamedTuple):
@@ -358,6 +347,29 @@ class _Axes(NamedTuple):
 def _principal_axes(covariance: Tensor) -> _Axes:
     variances, vectors = torch.linalg.eigh(covariance)
     return _Axes(variances.clamp_min(0), vectors)
+
+
+def _curvature(
+    batches: Batches, weight: Tensor, bias: Tensor, mean: Tensor, scale: Tensor, axes: _Axes
+) -> tuple[Tensor, Tensor]:
+    """Estimates the diagonal of the mean cross-entropy's Hessian, [k, C] along the axes and [k] of the biases."""
+    linear = _unstandardized(weight, bias, mean, scale)
+    weight32, bias32 = linear.weight.float().T.contiguous(), linear.bias.float()
+    turn = (scale[:, None] * axes.vectors).float()  # [C, C]
+    offset = (mean * scale @ axes.vectors).float()
+    total, bias_total, count = torch.zeros_like(weight), torch.zeros_like(bias), weight.new_zeros(1)
+    for tokens, _ in batches():
+        for start in range(0, len(tokens), _CHUNK):
+            x = tokens[start : start + _CHUNK : _CURVATURE_STRIDE].float()  # [p, C]
+            shares = torch.addmm(bias32, x, weight32).softmax(1)  # [p, k]
+            slopes = shares * (1 - shares)
+            total += slopes.T @ (x @ turn - offset).square()
+            bias_total += slopes.double().sum(0)
+            count += len(x)
+    flat = torch.cat([total.flatten(), bias_total, count])
+    _all_reduce(flat)
+    total, bias_total, count = flat.split([weight.numel(), bias.numel(), 1])
+    return total.view_as(weight) / count, bias_total / count
 
 
 def _cross_entropy(
