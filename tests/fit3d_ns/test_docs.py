@@ -80,6 +80,8 @@ def _configurations() -> dict[str, Any]:
     from nerfstudio.scripts.render import Commands as RenderCommands
     from nerfstudio.scripts.viewer.run_viewer import RunViewer
 
+    from benchmarks.evidence.config import EvidenceConfig
+    from benchmarks.evidence.figure import EvidenceFigure
     from demo.config import DemoConfig
     from distill.config import DistillConfig
     from fit3d_ns.commands.export.cli import ExportCommand
@@ -100,6 +102,8 @@ def _configurations() -> dict[str, Any]:
         "fit3d-probe": ProbeCommand,
         "fit3d-rooms": RoomsConfig,
         "demo": DemoConfig,
+        "benchmarks.evidence": EvidenceConfig,
+        "benchmarks.evidence.figure": EvidenceFigure,
     }
 
 
@@ -247,7 +251,7 @@ def test_flags_in_the_text_exist(monkeypatch):
     """Flags in the pages' running text and tables, which no command line checks."""
     monkeypatch.setenv("COLUMNS", "300")
     known = set().union(*(_flags_of(*program) for programs in TABLES.values() for program in programs))
-    for program in (("ns-train", "splatfacto"), ("ns-process-data", "images"), ("demo",)):
+    for program in (("ns-train", "splatfacto"), ("ns-process-data", "images"), ("demo",), ("benchmarks.evidence",)):
         known |= _flags_of(*program)
     known |= _flags_of("ns-train", "fit3d-splat", "nerfstudio-data") | {
         "--nproc-per-node",
