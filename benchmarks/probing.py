@@ -31,7 +31,7 @@ import torch
 import tyro
 from safetensors.torch import save_file
 
-from fit3d_ns.backbones import Backbone, BackboneSpec, describe_backbone
+from fit3d_ns.backbones import Backbone, BackboneSpec, FineTuned, describe_backbone
 from fit3d_ns.backbones.architecture import build_model, resolve_architecture
 from fit3d_ns.support.files import atomic_write_json
 from fit3d_ns.support.processes import join_world, rank, wait_for_all, world_size
@@ -41,6 +41,7 @@ from probe.data import DataChoice, LabelRule, ProbeData, load_data, read_image
 from probe.data.batches import training_batches
 from probe.data.choice import DatasetName
 from probe.features import FrozenBackbones, Row, choose_rows
+from probe.partners import Partner
 from probe.protocols import SegmentationRecipe, choose_recipe
 from probe.run import run_trained_probe
 from probe.sources import OnlineSource, train_samples
@@ -168,7 +169,7 @@ def _throughput(benchmark: Throughput, device: torch.device) -> dict[str, Any]:
     else:
         target = 0.5 + 9 * torch.rand(share, *size, generator=generator, device=device)
     optimization = replace(task.recipe.optimization, batch_size=benchmark.batch_size)
-    rows = choose_rows(None, True, False)
+    rows = choose_rows(None, (Partner("tuned", "tuned", "tuned", FineTuned("random", Path("random"))),))
 
     def new_bank(chosen: tuple[Row, ...]) -> HeadBank:
         return HeadBank(task, chosen, optimization, (info.width, info.width), 0, device)
@@ -246,16 +247,17 @@ def difference(benchmark: Difference) -> dict[str, Any]:
     """Runs both protocols."""
     kind = SegmentationConfig if benchmark.kind == "segmentation" else DepthConfig
     tables = {}
-    for name, fast in (("fast", True), ("full", False)):
+    protocols: tuple[tuple[str, Literal["fast", "paper"]], ...] = (("fast", "fast"), ("full", "paper"))
+    for name, protocol in protocols:
         config = kind(
             data=benchmark.data,
             dataset=benchmark.dataset,
             backbone=benchmark.backbone,
             backbone_weights=benchmark.backbone_weights,
-            tuned=str(benchmark.tuned),
+            tuned=(str(benchmark.tuned),),
             seeds=benchmark.seeds,
-            fast=fast,
-            iterations=benchmark.fast_iterations if fast else benchmark.iterations,
+            protocol=protocol,
+            iterations=benchmark.fast_iterations if name == "fast" else benchmark.iterations,
             device=benchmark.device,
             workers=benchmark.workers,
             output_dir=benchmark.runs / f"{benchmark.kind}_{name}",

@@ -146,8 +146,9 @@ def _probe(config: DemoConfig, where: Places, kind: str) -> Stage:
     # Photos are small and features are cached once: processes that read ahead would cost more than they bring.
     command = (
         f"fit3d-probe {kind} --dataset rooms --data {_quoted(where.root / 'rooms')} {_backbone(config)} "
-        f"{_distilled(config, where)} --assemblies original duplicate tuned concat --fast --iterations {steps} "
-        f"--batch-size 4 --learning-rates 3e-3 --seeds {seeds} --checkpoint-every {max(steps // 3, 1)} --workers 0 "
+        f"{_distilled(config, where)} --assemblies original duplicate tuned concat --protocol fast "
+        f"--iterations {steps} --batch-size 4 --learning-rates 3e-3 --seeds {seeds} "
+        f"--checkpoint-every {max(steps // 3, 1)} --workers 0 "
         f"--output-dir {_quoted(where.probe(kind))}"
     )
     return _stage(kind, f"Probe {kind} on the held-out room", command, 90)

@@ -10,6 +10,7 @@ from fit3d_ns.backbones import Assembly, BackboneSpec
 from fit3d_ns.support.errors import UserError
 from probe.data.base import Kind
 from probe.data.choice import DataChoice, DatasetName
+from probe.partners import Partner, choose_spec, find_partners
 
 
 @dataclass
@@ -18,19 +19,21 @@ class FeatureConfig:
 
     data: Path
     """Folder of the data set."""
-    backbone: str = "dinov2_small"
-    """Named backbone, or any timm vision transformer; dinov2_small_focus needs no model hub."""
+    backbone: str | None = None
+    """Named backbone, or any timm vision transformer; dinov2_small_focus needs no model hub. By default what the card
+    of --tuned names, else dinov2_small."""
     backbone_weights: Path | None = None
     """Local weights of the original backbone."""
-    tuned: str | None = None
-    """Fine-tuned backbone of the same architecture: the folder that fit3d-distill wrote, a weight file, USER/REPO of
-    the Hugging Face hub, an https address, or one of FiT3D's published ones, such as dinov2_small_fine."""
-    control: str | None = None
-    """The same for a backbone distilled without 3D, whose rows tell what fine-tuning alone brings."""
+    tuned: tuple[str, ...] = ()
+    """Fine-tuned backbones of the same architecture: the folder that fit3d-distill wrote, a weight file, USER/REPO of
+    the Hugging Face hub, an https address, or one of FiT3D's published ones, such as dinov2_small_fine. Several are
+    seeds of one recipe, whose mean and spread are shown; NAME=PATH gives one rows of its own."""
+    control: tuple[str, ...] = ()
+    """The same for backbones distilled without 3D, whose rows tell what fine-tuning alone brings."""
     layer: int | None = None
-    """Block whose output is probed; the last by default, as in the paper."""
-    normalization: Literal["imagenet", "own"] = "imagenet"
-    """Mean and std of the photos: ImageNet's for all backbones, as in the paper, or each backbone's own."""
+    """Block whose output is probed; by default the one that the card of --tuned names, else the last."""
+    normalization: Literal["imagenet", "own"] | None = None
+    """Mean and std of the photos: by default as the card of --tuned says, else ImageNet's, as in the paper."""
     assemblies: tuple[Assembly, ...] | None = None
     """Rows of the table; all that can be made by default."""
     output_dir: Path = Path("outputs/probe")
@@ -42,9 +45,26 @@ class FeatureConfig:
     workers: int = 4
     """Processes that read photos ahead, for each GPU."""
 
-    def backbone_spec(self, norm: bool) -> BackboneSpec:
-        """Returns the original backbone, with or without its final norm."""
-        return BackboneSpec(self.backbone, self.backbone_weights, self.layer, norm, self.normalization)
+    def find_backbones(
+        self, norm: bool | None, default_norm: bool | None = None
+    ) -> tuple[BackboneSpec, tuple[Partner, ...], str]:
+        """Finds the fine-tuned backbones, and decides how features are taken.
+
+        Args:
+            norm: Whether features are taken after the backbone's final norm, if the user says so.
+            default_norm: What the protocol says where the user does not; None: what the cards say.
+
+        Returns:
+            The original, the fine-tuned backbones, and a sentence that says how features are taken.
+
+        Raises:
+            UserError: If a backbone cannot be found, or a card contradicts a flag.
+        """
+        partners = find_partners(self.tuned, self.control)
+        spec, sentence = choose_spec(
+            self.backbone, self.backbone_weights, self.layer, norm, self.normalization, partners, default_norm
+        )
+        return spec, partners, sentence
 
 
 @dataclass
@@ -90,10 +110,16 @@ class DataConfig(FeatureConfig):
 
 @dataclass
 class TrainedProbeConfig(DataConfig):
-    """Heads and their training."""
+    """Linear maps and how they are found."""
 
-    fast: bool = False
-    """Cache features once and train heads on them: minutes instead of hours, numbers not comparable to the paper's."""
+    protocol: Literal["exact", "fast", "paper"] = "exact"
+    """exact: convex problems that are solved, on features computed once. paper: heads trained as in the paper, hours.
+    fast: those heads on cached features; they have not converged when training ends."""
+    final_norm: Literal["on", "off"] | None = None
+    """Whether features are taken after the backbone's final norm; by default as the card of --tuned says, else on.
+    The paper's depth and normals, and their fast version, take them before it."""
+    long_side: int | None = None
+    """Photos are resized to one size with this long side, pixels; 448 by default (exact), 518 (fast)."""
     iterations: int | None = None
     """Steps, instead of the recipe's; warm-up keeps its share."""
     batch_size: int | None = None
@@ -101,15 +127,21 @@ class TrainedProbeConfig(DataConfig):
     learning_rates: tuple[float, ...] | None = None
     """Instead of the recipe's. Of several, the best on held-out training samples is reported."""
     validation_share: float = 0.1
-    """Of the training samples, held out where there are several learning rates and no split for choices."""
+    """Of the training samples, held out to choose the decay (exact; 1,000 at most), or the learning rate where there
+    are several and no split for choices."""
     seeds: tuple[int, ...] = (0,)
     """Of heads, order and augmentation; the table gives mean and spread over them."""
     cache_dir: Path | None = None
-    """Where the fast protocol keeps features; `features` in the output folder by default."""
+    """Where features are kept (exact, fast); `features` in the output folder by default."""
     checkpoint_every: int = 1000
     """Steps between checkpoints; a killed run goes on from the last."""
     vis: Literal["none", "tensorboard", "wandb"] = "none"
     """Where losses are shown, besides losses.jsonl."""
+
+    @property
+    def norm(self) -> bool | None:
+        """Whether features are taken after the final norm, if the user says so."""
+        return None if self.final_norm is None else self.final_norm == "on"
 
     def check(self) -> None:
         """Checks numbers.
@@ -121,8 +153,12 @@ class TrainedProbeConfig(DataConfig):
             raise UserError(f"--validation-share {self.validation_share:g} must lie between 0 and 1.")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
             raise UserError("--seeds needs different numbers that are not negative.")
-        for flag, value, least in (("--checkpoint-every", self.checkpoint_every, 1), ("--workers", self.workers, 0)):
-            if value < least:
+        for flag, value, least in (
+            ("--checkpoint-every", self.checkpoint_every, 1),
+            ("--workers", self.workers, 0),
+            ("--long-side", self.long_side, 1),
+        ):
+            if value is not None and value < least:
                 raise UserError(f"{flag} {value} is too small: at least {least}.")
 
 

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -18,7 +17,6 @@ from fit3d_ns.backbones import (
     BackboneSpec,
     assemble,
     assembled_width,
-    find_fine_tuned,
     flags_named,
     load_backbone,
     load_fine_tuned,
@@ -26,9 +24,9 @@ from fit3d_ns.backbones import (
     needs_tuned,
 )
 from fit3d_ns.support.errors import UserError
+from probe.partners import TUNED, Partner, check_original
 
 Precision = Literal["fp32", "bf16"]
-CONTROL = "control"
 
 
 @dataclass(frozen=True)
@@ -38,42 +36,44 @@ class Row:
     name: str
     assembly: Assembly
     partner: str | None = None
-    """``tuned`` or ``control``; None where only the original is taken."""
+    """Name of the fine-tuned backbone, or of its group; None where only the original is taken."""
 
 
-def choose_rows(assemblies: Sequence[str] | None, tuned: bool, control: bool) -> tuple[Row, ...]:
+def choose_rows(assemblies: Sequence[Assembly] | None, partners: Sequence[Partner]) -> tuple[Row, ...]:
     """Returns the rows of the table.
 
     Args:
         assemblies: The user's choice; None: all that can be made.
-        tuned: Whether a fine-tuned backbone is given.
-        control: Whether one that was distilled without 3D is given, which gets the same rows.
+        partners: The fine-tuned backbones.
 
     Returns:
-        Rows in the order of `ASSEMBLIES`, those of the control at the end.
+        Rows in the order of `ASSEMBLIES` for the original and each group of fine-tuned backbones, one after the other.
 
     Raises:
         UserError: If an assembly is unknown, named twice, or needs a fine-tuned backbone that is not given.
     """
-    chosen = list(assemblies) if assemblies else [name for name in ASSEMBLIES if tuned or not needs_tuned(name)]
+    groups = list(dict.fromkeys(partner.group for partner in partners))
+    chosen = list(assemblies) if assemblies else [name for name in ASSEMBLIES if groups or not needs_tuned(name)]
     if len(set(chosen)) < len(chosen):
         raise UserError("--assemblies names a row twice: name each once.")
     for name in chosen:
         if name not in ASSEMBLIES:
             raise UserError(f"--assemblies {name} is unknown: choose from {', '.join(ASSEMBLIES)}.")
-        if needs_tuned(name) and not tuned:
+        if needs_tuned(name) and not groups:
             raise UserError(f"--assemblies {name} needs a fine-tuned backbone: give one with --tuned PATH.")
-    if control and not tuned:
-        raise UserError("--control compares with a fine-tuned backbone: give that with --tuned PATH.")
-    rows = [Row(name, name, "tuned" if needs_tuned(name) else None) for name in ASSEMBLIES if name in chosen]
-    if control:
-        for row in [row for row in rows if row.partner]:
-            name = CONTROL if row.assembly == "tuned" else f"{CONTROL}_{row.assembly}"
-            rows.append(Row(name, row.assembly, CONTROL))
+    ordered: list[Assembly] = [name for name in ASSEMBLIES if name in chosen]
+    rows = [Row(name, name) for name in ordered if not needs_tuned(name)]
+    for group in groups:
+        for name in ordered:
+            if needs_tuned(name):
+                alone = group if name == "tuned" else f"{group}_{name}"
+                rows.append(Row(name if group == TUNED else alone, name, group))
     return tuple(rows)
 
 
-def choose_untrained_rows(assemblies: Sequence[str] | None, tuned: bool, control: bool, probe: str) -> tuple[Row, ...]:
+def choose_untrained_rows(
+    assemblies: Sequence[Assembly] | None, partners: Sequence[Partner], probe: str
+) -> tuple[Row, ...]:
     """Returns the rows of a probe that trains nothing; arguments and errors as for `choose_rows`.
 
     By default without `linear`, which is trained, and `duplicate`, whose cosines are the original's.
@@ -83,23 +83,27 @@ def choose_untrained_rows(assemblies: Sequence[str] | None, tuned: bool, control
     """
     if assemblies and "linear" in assemblies:
         raise UserError(f"--assemblies linear is trained with a head, and {probe} trains none: leave it out.")
-    names = ("original", "tuned", "add", "concat") if tuned else ("original",)
-    return choose_rows(assemblies or names, tuned, control)
+    names = ("original", "tuned", "add", "concat") if partners else ("original",)
+    return choose_rows(assemblies or names, partners)
 
 
 class FrozenBackbones:
     """The original and the fine-tuned backbones, run once per batch whatever the number of rows."""
 
     def __init__(self, backbones: dict[str, Backbone], precision: Precision) -> None:
-        """Takes backbones by their names ``original``, ``tuned``, ``control``; they must share width and patch size."""
+        """Takes backbones by name, ``original`` or a partner's; they must share width and patch size."""
         self._backbones = backbones
-        self._precision = precision
+        self._precision: Precision = precision
         first = next(iter(backbones.values()))
         self.info = first.info
         self.names = tuple(backbones)
         self.identities = {name: backbone.identity for name, backbone in backbones.items()}
         for backbone in backbones.values():
             backbone.requires_grad_(False)
+
+    def one_by_one(self) -> list[tuple[str, "FrozenBackbones"]]:
+        """Returns each backbone alone, with its name."""
+        return [(name, FrozenBackbones({name: one}, self._precision)) for name, one in self._backbones.items()]
 
     @torch.no_grad()
     def __call__(self, images: Float[Tensor, "B 3 H W"]) -> dict[str, BackboneOutput]:
@@ -150,8 +154,7 @@ def even_padding(side: int, patch_size: int) -> tuple[int, int]:
 
 def load_backbones(
     spec: BackboneSpec,
-    tuned: str | Path | None,
-    control: str | Path | None,
+    partners: Sequence[Partner],
     rows: Sequence[Row],
     precision: Precision,
     device: torch.device,
@@ -160,8 +163,7 @@ def load_backbones(
 
     Args:
         spec: The original.
-        tuned: A fine-tuned backbone of the same architecture: whatever `find_fine_tuned` finds.
-        control: Those of a backbone distilled without 3D.
+        partners: Fine-tuned backbones of the same architecture.
         rows: Rows of the table.
         precision: ``bf16`` runs the backbones in bfloat16 on CUDA.
         device: Where they go.
@@ -170,16 +172,18 @@ def load_backbones(
         The backbones.
 
     Raises:
-        UserError: If weights are missing, damaged or of another architecture.
+        UserError: If weights are missing, damaged, of another architecture, or fine-tuned from another original.
     """
-    partners = {row.partner for row in rows}
+    taken = {row.partner for row in rows}
     backbones: dict[str, Backbone] = {}
     if any(needs_original(row.assembly) for row in rows):
         with flags_named("--backbone", "--backbone-weights", "--layer"):
             backbones["original"] = load_backbone(spec, device)
-    for name, path in (("tuned", tuned), (CONTROL, control)):
-        if name in partners and path is not None:
-            flag = f"--{name}"
-            with flags_named("--backbone", flag, "--layer"):
-                backbones[name] = load_fine_tuned(find_fine_tuned(path, flag), spec, device)
+    for partner in partners:
+        if partner.group not in taken:
+            continue
+        if "original" in backbones:
+            check_original(partner, backbones["original"].identity)
+        with flags_named("--backbone", f"--{partner.role}", "--layer"):
+            backbones[partner.name] = load_fine_tuned(partner.found, spec, device)
     return FrozenBackbones(backbones, precision)

@@ -1,9 +1,14 @@
-"""Metrics over a whole data set, exact whatever the number of processes."""
+"""Metrics over a whole data set, exact whatever the number of processes.
 
+The classes are the references' metrics, averaged over photos for depth and normals. The functions below them keep sums
+photo by photo, from which scores over all pixels of any choice of photos follow, as a bootstrap needs them.
+"""
+
+import math
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassConfusionMatrix
@@ -20,7 +25,8 @@ class SegmentationMetric(MulticlassConfusionMatrix):
 
     def __init__(self, num_classes: int) -> None:
         """Starts with no pixel seen."""
-        super().__init__(num_classes, ignore_index=IGNORE)
+        # Checking the values would look for the distinct ones of every photo and row.
+        super().__init__(num_classes, ignore_index=IGNORE, validate_args=False)
 
     def scores(self) -> dict[str, Any]:
         """Computes the scores over all processes.
@@ -124,6 +130,85 @@ class NormalMetric(_MeanOverImages):
         angle = torch.rad2deg(torch.arccos(cosine))
         shares = [(angle < limit).double().mean() for limit in _NORMAL_LIMITS]
         self.add([angle.mean(), angle.square().mean().sqrt(), *shares])
+
+
+def segmentation_sums(
+    prediction: Int[Tensor, "H W"], truth: Int[Tensor, "H W"], num_classes: int
+) -> Float[Tensor, " S"]:
+    """Counts a photo's pixels by class: those predicted rightly, those predicted, those that are it.
+
+    Args:
+        prediction: Class ids.
+        truth: Class ids, and 255 where a pixel does not count.
+        num_classes: Classes K.
+
+    Returns:
+        float64 [3 K].
+    """
+    known = truth != IGNORE
+    found, wanted = prediction[known].long(), truth[known].long()
+    counts = [torch.bincount(ids, minlength=num_classes) for ids in (found[found == wanted], found, wanted)]
+    return torch.cat(counts).double()
+
+
+def segmentation_scores(sums: Float[Tensor, "*choices S"]) -> dict[str, Tensor]:
+    """Computes what `SegmentationMetric` does from sums over photos.
+
+    Args:
+        sums: Of `segmentation_sums`, over any photos.
+
+    Returns:
+        ``miou``, ``macc``, ``aacc`` [*choices] and ``iou`` [*choices, K].
+    """
+    hits, predicted, truth = sums.unflatten(-1, (3, -1)).unbind(-2)
+    iou = hits / (truth + predicted - hits)
+    return {
+        "miou": iou.nanmean(-1),
+        "macc": (hits / truth).nanmean(-1),
+        "aacc": hits.sum(-1) / truth.sum(-1),
+        "iou": iou,
+    }
+
+
+def depth_sums(
+    depth: Float[Tensor, "H W"], truth: Float[Tensor, "H W"], valid: Bool[Tensor, "H W"]
+) -> Float[Tensor, " S"]:
+    """Sums a photo's depth errors over its pixels; arguments as for `DepthMetric.update`.
+
+    Returns:
+        float64: the number of pixels, then the sums behind each of `DEPTH_METRICS`.
+    """
+    d, t = depth[valid].double(), truth[valid].double()
+    log_error, ratio = d.log() - t.log(), torch.maximum(d / t, t / d)
+    values = [torch.ones_like(d), (d - t).square(), (d - t).abs() / t, (d - t).square() / t, log_error.square()]
+    values += [log_error.abs() / math.log(10), *((ratio < 1.25**power).double() for power in (1, 2, 3))]
+    return torch.stack([value.sum() for value in values])
+
+
+def depth_scores(sums: Float[Tensor, "*choices S"]) -> dict[str, Tensor]:
+    """Computes `DEPTH_METRICS` over all pixels from `depth_sums` over any photos."""
+    scores = dict(zip(DEPTH_METRICS, (sums[..., 1:] / sums[..., :1]).unbind(-1)))
+    return {name: value.sqrt() if name in ("rmse", "rmse_log") else value for name, value in scores.items()}
+
+
+def normal_sums(
+    normals: Float[Tensor, "3 H W"], truth: Float[Tensor, "3 H W"], valid: Bool[Tensor, "H W"]
+) -> Float[Tensor, " S"]:
+    """Sums a photo's angles over its pixels; arguments as for `NormalMetric.update`.
+
+    Returns:
+        float64: the number of pixels, then the sums behind each of `NORMAL_METRICS`.
+    """
+    cosine = (normals[:, valid].double() * truth[:, valid].double()).sum(0).clamp(-1, 1)
+    angle = torch.rad2deg(torch.arccos(cosine))
+    values = [torch.ones_like(angle), angle, angle.square(), *((angle < limit).double() for limit in _NORMAL_LIMITS)]
+    return torch.stack([value.sum() for value in values])
+
+
+def normal_scores(sums: Float[Tensor, "*choices S"]) -> dict[str, Tensor]:
+    """Computes `NORMAL_METRICS` over all pixels from `normal_sums` over any photos."""
+    scores = dict(zip(NORMAL_METRICS, (sums[..., 1:] / sums[..., :1]).unbind(-1)))
+    return {name: value.sqrt() if name == "rmse_angle" else value for name, value in scores.items()}
 
 
 def evaluation_mask(truth: Float[Tensor, "H W"], min_depth: float, max_depth: float, crop: str) -> Int[Tensor, "H W"]:

@@ -5,6 +5,7 @@ from typing import Literal
 
 from fit3d_ns.support.errors import UserError
 from probe.data.base import Kind
+from probe.exact.solver import LOGISTIC_DECAYS, RIDGE_DECAYS
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,23 @@ class FastRecipe:
     """Whether the mirrored photos are cached and trained on too."""
 
 
+@dataclass(frozen=True)
+class ExactRecipe:
+    """Linear maps of standardised features, cached once, that solve a convex problem: see `probe.exact`."""
+
+    name: str
+    decays: tuple[float, ...]
+    """One is chosen for each row on held-out training photos."""
+    long_side: int = 448
+    """Every photo is resized to one size with this long side, pixels."""
+    tolerance: float = 1e-5
+    """Of the logistic regression's loss, nats."""
+    held_out: int = 1000
+    """Most training photos that the decay is chosen on."""
+    resamples: int = 1000
+    """Draws of test photos behind an interval."""
+
+
 Recipe = SegmentationRecipe | DepthRecipe
 
 _NORMALS = "normals-{}-v2"
@@ -123,10 +141,17 @@ def choose_recipe(kind: Kind, dataset: str) -> Recipe:
     return DepthRecipe(name, _DEPTH)
 
 
-def choose_fast_recipe(kind: Kind) -> FastRecipe:
-    """Returns the fast protocol of a probe."""
+def choose_fast_recipe(kind: Kind, long_side: int | None = None) -> FastRecipe:
+    """Returns the fast protocol of a probe, at another size of the photos if that is given, pixels."""
     name = _NORMALS.format("fast") if kind == "normals" else f"{kind}-fast-v1"
-    return FastRecipe(name, _FAST_SEGMENTATION if kind == "segmentation" else _FAST_DEPTH)
+    recipe = FastRecipe(name, _FAST_SEGMENTATION if kind == "segmentation" else _FAST_DEPTH)
+    return replace(recipe, long_side=long_side or recipe.long_side)
+
+
+def choose_exact_recipe(kind: Kind, long_side: int | None = None) -> ExactRecipe:
+    """Returns the exact protocol of a probe, at another size of the photos if that is given, pixels."""
+    recipe = ExactRecipe(f"{kind}-exact-v1", LOGISTIC_DECAYS if kind == "segmentation" else RIDGE_DECAYS)
+    return replace(recipe, long_side=long_side or recipe.long_side)
 
 
 def override(

@@ -199,7 +199,7 @@ def write_report(
         for name, values in numbers.items()
     ]
     sentences = _sentences(summary, seeds)
-    text = f"# {_title(summary)}\n\n" + "\n".join(sentences) + "\n\n" + markdown_table(header, cells)
+    text = f"# {report_title(summary)}\n\n" + "\n".join(sentences) + "\n\n" + markdown_table(header, cells)
     text += f"\n`{summary['command']}`\n"
     atomic_write_text(results.folder / "table.md", text)
     _write_page(results, task, numbers, header, cells, sentences, summary)
@@ -221,7 +221,8 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _title(summary: dict[str, Any]) -> str:
+def report_title(summary: dict[str, Any]) -> str:
+    """Returns the title of a probe's page."""
     return f"{summary['probe'].capitalize()} probe: {summary['backbone']['name']} on {summary['data']['name']}"
 
 
@@ -235,12 +236,12 @@ def _sentences(summary: dict[str, Any], seeds: Sequence[int]) -> list[str]:
             else "one seed: no spread is known, so do not trust small differences."
         )
     ]
-    if summary["fast"]:
+    if "-fast-" in summary["protocol"]:
         sentences.append(
-            "FAST protocol: features cached once, no crop, scale or colour augmentation. Rows can be compared with "
-            "each other, not with published numbers."
+            "FAST protocol: features cached once, no crop, scale or colour augmentation, and heads that have not "
+            "converged when their training ends: what differs by less than duplicate and original do is no difference."
         )
-    return sentences + data["notes"]
+    return [*sentences, *([summary["features"]] if "features" in summary else []), *data["notes"]]
 
 
 def _write_page(
@@ -252,7 +253,7 @@ def _write_page(
     sentences: list[str],
     summary: dict[str, Any],
 ) -> None:
-    report = Report(_title(summary))
+    report = Report(report_title(summary))
     for sentence in sentences:
         report.add_text(sentence)
     report.add_table(cells, header)
@@ -260,15 +261,9 @@ def _write_page(
     if any(name.startswith("control_") for name in numbers):
         shown.append(("control_*", "the same assemblies with the backbone distilled without 3D"))
     report.add_table(shown, ("row", "what it is"))
-    _add_pictures(report, results, task, numbers)
+    add_pictures(report, results, task, list(numbers))
     if task.data.classes:
-        report.add_heading("IoU of every class")
-        rows = [
-            [name, *(format_summary(numbers[row]["iou"][name]) for row in numbers)]
-            for name in task.data.classes
-            if any(numbers[row]["iou"][name]["mean"] is not None for row in numbers)
-        ]
-        report.add_table(rows, ("class", *numbers))
+        add_class_table(report, task.data.classes, numbers)
     if any(values["validation"] and values["validation"][0] for values in numbers.values()):
         report.add_heading("Learning rates")
         metric = dict(COLUMNS[task.data.kind])[task.headline]
@@ -277,18 +272,35 @@ def _write_page(
             [[name, ", ".join(f"{rate:g}" for rate in values["learning_rates"])] for name, values in numbers.items()],
             ("features", "chosen, by seed"),
         )
+    add_provenance(report, summary)
+    report.write(results.folder / "report.html")
+
+
+def add_provenance(report: Report, summary: dict[str, Any]) -> None:
+    """Adds the command, the versions and the machine's kind to a page."""
     report.add_heading("How this was made")
     report.add_code(summary["command"])
     versions = ", ".join(f"{name} {version}" for name, version in summary["versions"].items() if version)
     report.add_text(f"{versions}; {summary['device']}.")
-    report.write(results.folder / "report.html")
 
 
-def _add_pictures(report: Report, results: ResultFolder, task: Task, numbers: dict[str, Any]) -> None:
+def add_class_table(report: Report, classes: Sequence[str], numbers: dict[str, Any]) -> None:
+    """Adds the IoU of every class that occurs, by row, to a page."""
+    report.add_heading("IoU of every class")
+    rows = [
+        [name, *(format_summary(numbers[row]["iou"][name]) for row in numbers)]
+        for name in classes
+        if any(numbers[row]["iou"][name]["mean"] is not None for row in numbers)
+    ]
+    report.add_table(rows, ("class", *numbers))
+
+
+def add_pictures(report: Report, results: ResultFolder, task: Task, rows: Sequence[str]) -> None:
+    """Adds the test photos that were kept, with their truth and the predictions of some rows, to a page."""
     panels = results.read_panels()
     if not panels:
         return
-    names = [name for name in _PANEL_ROWS if name in numbers]
+    names = [name for name in _PANEL_ROWS if name in rows]
     names = names[:3] if "concat" in names else names
     report.add_heading("Test photos")
     for place, pictures in panels.items():

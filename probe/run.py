@@ -1,6 +1,5 @@
 """A trained probe from the command line to the report."""
 
-import hashlib
 import logging
 import time
 from collections.abc import Sequence
@@ -12,21 +11,20 @@ import numpy as np
 import torch
 
 from fit3d_ns.support.errors import UserError
-from fit3d_ns.support.processes import gather_objects, join_world, rank, wait_for_all, world_size
+from fit3d_ns.support.processes import World, gather_objects, join_world, rank, wait_for_all, world_size
 from fit3d_ns.support.progress import progress
-from fit3d_ns.support.samples import evenly_spaced
 from probe.augment import training_crop_size
 from probe.config import DepthConfig, TrainedProbeConfig
-from probe.data import Kind, ProbeData, check_data, load_data
-from probe.data.base import check_crops
+from probe.data import Kind, check_data, load_data
+from probe.data.base import check_crops, data_identity
 from probe.data.batches import check_batch_size
+from probe.exact.run import run_exact
 from probe.features import FrozenBackbones, Row, choose_rows, load_backbones, row_features
+from probe.partners import require_one_each
 from probe.protocols import DepthRecipe, FastRecipe, Optimization, choose_fast_recipe, choose_recipe, override
 from probe.report import LossLog, ResultFolder, provenance, write_report
-from probe.sources import CachedSource, OnlineSource, Source, file_stamp, whole_size
-from probe.tasks.depth import DepthTask, NormalsTask
-from probe.tasks.segmentation import SegmentationTask
-from probe.tasks.task import Task
+from probe.sources import CachedSource, OnlineSource, Source, whole_size
+from probe.tasks import TASKS, Task
 from probe.training import Head, HeadBank, mean_losses
 
 Panels = dict[int, dict[str, np.ndarray]]
@@ -75,9 +73,7 @@ def evaluate(
 
 
 _LOGGER = logging.getLogger(__name__)
-_TASKS: dict[str, type[Task]] = {"segmentation": SegmentationTask, "depth": DepthTask, "normals": NormalsTask}
 _LOG_EVERY = 50
-_PANELS = 4
 
 
 @dataclass
@@ -107,18 +103,28 @@ def run_trained_probe(config: TrainedProbeConfig, kind: Kind) -> None:
     """
     config.check()
     with join_world(config.device) as world:
-        _run(config, kind, world.device)
+        if config.protocol == "exact":
+            run_exact(config, kind, world)
+        else:
+            _run(config, kind, world)
 
 
-def _run(config: TrainedProbeConfig, kind: Kind, device: torch.device) -> None:
-    rows = choose_rows(config.assemblies, config.tuned is not None, config.control is not None)
-    recipe, fast = choose_recipe(kind, config.dataset), choose_fast_recipe(kind) if config.fast else None
+def _run(config: TrainedProbeConfig, kind: Kind, world: World) -> None:
+    device = world.device
+    # The paper's depth and normals are read before the final norm, whatever a card says.
+    spec, partners, sentence = config.find_backbones(config.norm, TASKS[kind].norm)
+    require_one_each(partners, f"--protocol {config.protocol}")
+    rows = choose_rows(config.assemblies, partners)
+    if config.protocol == "paper" and config.long_side is not None:
+        raise UserError("--long-side is for cached features, and the paper's photos keep their size: leave it out.")
+    recipe = choose_recipe(kind, config.dataset)
+    fast = choose_fast_recipe(kind, config.long_side) if config.protocol == "fast" else None
     base = fast.optimization if fast else recipe.optimization
     optimization = override(base, config.iterations, config.batch_size, config.learning_rates)
     check_batch_size(optimization.batch_size, recipe.loss_group if isinstance(recipe, DepthRecipe) else 1)
     if isinstance(config, DepthConfig) and isinstance(recipe, DepthRecipe):
         if config.gradient_loss and fast:
-            raise UserError("--gradient-loss needs whole crops: it cannot be combined with --fast.")
+            raise UserError("--gradient-loss needs whole crops: it cannot be combined with --protocol fast.")
         recipe = replace(recipe, gradient_loss=config.gradient_loss)
     several = len(optimization.learning_rates) > 1
     data = load_data(config.choice(kind), config.validation_share if several else 0.0)
@@ -127,10 +133,9 @@ def _run(config: TrainedProbeConfig, kind: Kind, device: torch.device) -> None:
         _LOGGER.warning(remark)
     if isinstance(recipe, DepthRecipe) and not fast:
         check_crops(data, partial(training_crop_size, recipe=recipe))
-    task = _TASKS[kind](data, recipe)
-    backbones = load_backbones(
-        config.backbone_spec(task.norm), config.tuned, config.control, rows, config.precision, device
-    )
+    task = TASKS[kind](data, recipe)
+    _LOGGER.info(sentence)
+    backbones = load_backbones(spec, partners, rows, config.precision, device)
     protocol: dict[str, Any] = asdict(replace(fast, optimization=optimization) if fast else recipe)
     protocol["optimization"] = asdict(optimization)
     question = {
@@ -139,7 +144,7 @@ def _run(config: TrainedProbeConfig, kind: Kind, device: torch.device) -> None:
         "rows": [row.name for row in rows],
         "backbones": backbones.identities,
         "precision": config.precision,
-        "data": _data_identity(data),
+        "data": data_identity(data),
     }
     results = ResultFolder(config.output_dir, question)
     if rank() == 0:
@@ -160,7 +165,7 @@ def _run(config: TrainedProbeConfig, kind: Kind, device: torch.device) -> None:
         summary = {
             "probe": kind,
             "protocol": protocol["name"],
-            "fast": config.fast,
+            "features": sentence,
             "data": {"name": data.name, "train": len(data.train), "test": len(data.test), "notes": notes},
             "backbone": asdict(backbones.info),
             "facts": facts,
@@ -203,7 +208,7 @@ def _run_seed(setup: _Setup, seed: int, with_panels: bool) -> None:
     if task.data.validation is not None:
         validation, _ = evaluate(task, setup.source, "validation", bank.heads)
     chosen = _choose(task, setup.rows, bank, validation)
-    places = _panel_places(task.data) if with_panels else []
+    places = task.panel_places() if with_panels else []
     start = time.monotonic()
     scores, panels = evaluate(task, setup.source, "test", list(chosen.values()), places)
     evaluation_seconds = time.monotonic() - start
@@ -267,31 +272,6 @@ def _choose(
         assert best is not None
         chosen[row.name] = best
     return chosen
-
-
-def _panel_places(data: ProbeData) -> list[int]:
-    places = {sample.name: place for place, sample in enumerate(data.test)}
-    return sorted({places[sample.name] for sample in evenly_spaced(data.test, _PANELS)})
-
-
-def _data_identity(data: ProbeData) -> dict[str, Any]:
-    """Describes a data set by its files and rules."""
-    digest = hashlib.blake2b(digest_size=12)
-    for samples in (data.train, data.validation or (), data.test):
-        for sample in samples:
-            stamps = [(path.name, *file_stamp(path)) for path in (sample.image, sample.target)]
-            digest.update(f"{sample.name}|{stamps}|{sample.intrinsics}\n".encode())
-        digest.update(b"--\n")
-    return {
-        "name": data.name,
-        "files": digest.hexdigest(),
-        "train": len(data.train),
-        "test": len(data.test),
-        "classes": list(data.classes),
-        "labels": asdict(data.labels) if data.labels else None,
-        "depth_scale": data.depth_scale,
-        "max_depth": data.max_depth,
-    }
 
 
 def _cls_width(backbones: FrozenBackbones, device: torch.device) -> int:

@@ -1,9 +1,7 @@
 """Where the heads' features come from: computed for every batch, or read from disk."""
 
-import hashlib
-import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -11,15 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fit3d_ns.backbones import BackboneOutput, input_size
-from fit3d_ns.support.errors import UserError
-from fit3d_ns.support.files import atomic_path, is_complete_safetensors
-from fit3d_ns.support.processes import rank, wait_for_all, world_size
-from fit3d_ns.support.progress import progress
+from fit3d_ns.support.processes import rank, world_size
 from fit3d_ns.support.samples import evenly_spaced
 from probe.augment import resize_nearest
 from probe.data import Sample
@@ -31,160 +24,11 @@ from probe.data.batches import (
     sample_rng,
     training_batches,
 )
+from probe.feature_store import FeatureStore
 from probe.features import FrozenBackbones
 from probe.heads import LossFunction, sample_map
 from probe.protocols import FastRecipe
 from probe.tasks.task import Task
-
-SCHEMA = 2
-"""Raise it when the same question comes to be answered in another way."""
-SHARD = 16
-_TARGET = "target"
-
-
-class FeatureStore:
-    """Features of a list of photos, each resized to one size, and maybe of their mirror images."""
-
-    def __init__(self, folder: Path, description: dict[str, Any], samples: Sequence[Sample], mirrored: bool) -> None:
-        """Names the files; touches nothing but the photos' sizes and times of change.
-
-        Args:
-            folder: Where all stores are kept.
-            description: What decides the features beside the photos; JSON-able.
-            samples: The photos, in order.
-            mirrored: Whether there is a second map for each photo, of its mirror image.
-        """
-        files = [
-            (str(path.resolve()), *file_stamp(path)) for sample in samples for path in (sample.image, sample.target)
-        ]
-        lenses = [sample.intrinsics for sample in samples]
-        content = json.dumps([SCHEMA, SHARD, mirrored, description, files, lenses], sort_keys=True)
-        self._folder = folder / hashlib.blake2b(content.encode(), digest_size=12).hexdigest()
-        self._count = len(samples)
-        self._mirrored = mirrored
-        self._open: dict[int, Any] = {}
-
-    def fill(
-        self,
-        read: Callable[[int], dict[str, Any]],
-        backbones: FrozenBackbones,
-        device: torch.device,
-        workers: int,
-        title: str,
-    ) -> None:
-        """Computes the shards that are missing, shared by all processes.
-
-        Args:
-            read: Returns ``views`` uint8 [1, 3, h, w] of a photo, by its place in the list; and its ``target``, if
-                that is to be stored too.
-            backbones: Run on each photo.
-            device: Where.
-            workers: Processes that read ahead.
-            title: What is computed.
-
-        Raises:
-            UserError: If a photo cannot be read or the disk is full.
-        """
-        shards = [k for k in range(-(-self._count // SHARD)) if not is_complete_safetensors(self._path(k))]
-        wait_for_all()  # until all processes have looked, nobody may add a shard
-        shards = shards[rank() :: world_size()]
-        indices = [index for shard in shards for index in self._range(shard)]
-        pending: list[dict[str, Any]] = []
-        with progress(title, len(indices)) as advance:
-            for index, sample in ordered_samples(read, indices, workers):
-                pending.append(sample)
-                shard = index // SHARD
-                if index == self._range(shard)[-1]:
-                    tensors = self._compute(pending, backbones, device)
-                    with atomic_path(self._path(shard)) as temporary:
-                        save_file(tensors, temporary)
-                    advance(len(pending))
-                    pending = []
-        wait_for_all()
-
-    def load(
-        self, indices: Sequence[int], views: Sequence[int] | None, device: torch.device
-    ) -> dict[str, BackboneOutput]:
-        """Reads features.
-
-        Args:
-            indices: Photos, by their place in the list; B of them.
-            views: For each, 0 for the photo, 1 for its mirror image; None: 0 for all.
-            device: Where the result goes.
-
-        Returns:
-            By backbone: float32 patch tokens [B, C, h, w] and cls [B, C].
-        """
-        views = views or [0] * len(indices)
-        found: dict[str, list[Tensor]] = {}
-        for index, view in zip(indices, views):
-            handle = self._handle(index // SHARD)
-            for name in handle.keys():
-                if name == _TARGET:
-                    continue
-                found.setdefault(name, []).append(handle.get_slice(name)[index % SHARD, view])
-        tensors = {name: torch.stack(values).to(device).float() for name, values in found.items()}
-        names = dict.fromkeys(name.partition(".")[0] for name in tensors)
-        return {name: BackboneOutput(tensors[f"{name}.patch_tokens"], tensors.get(f"{name}.cls")) for name in names}
-
-    def load_target(self, index: int) -> np.ndarray:
-        """Reads the truth of a photo, at the size of the features' photo, where it was stored."""
-        return self._handle(index // SHARD).get_slice(_TARGET)[index % SHARD].numpy()
-
-    def size_bytes(self) -> int:
-        """Returns the bytes on disk."""
-        return sum(path.stat().st_size for path in self._folder.glob("*.safetensors"))
-
-    def _compute(self, samples: list[dict[str, Any]], backbones: FrozenBackbones, device: torch.device) -> dict:
-        """Returns a shard's tensors: [samples, views, ...] by backbone and token."""
-        images = torch.cat([sample["views"] for sample in samples]).to(device).float() / 255
-        views = [images, images.flip(-1)] if self._mirrored else [images]
-        parts: dict[str, list[Tensor]] = {}
-        for view in views:
-            for name, output in backbones(view).items():
-                parts.setdefault(f"{name}.patch_tokens", []).append(output.patch_tokens.half().cpu())
-                if output.cls is not None:
-                    parts.setdefault(f"{name}.cls", []).append(output.cls.half().cpu())
-        tensors = {name: torch.stack(values, 1) for name, values in parts.items()}
-        if "target" in samples[0]:
-            tensors[_TARGET] = torch.stack([sample["target"] for sample in samples])
-        return tensors
-
-    def _handle(self, shard: int) -> Any:
-        if shard not in self._open:
-            self._open[shard] = safe_open(self._path(shard), framework="pt")
-        return self._open[shard]
-
-    def _path(self, shard: int) -> Path:
-        return self._folder / f"features_{shard:06d}.safetensors"
-
-    def _range(self, shard: int) -> range:
-        return range(shard * SHARD, min((shard + 1) * SHARD, self._count))
-
-
-def draw_positions(target: np.ndarray, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Draws pixels of a truth [H, W] or [H, W, 3], with repetition.
-
-    Returns:
-        Positions float32 [P, 2], (x, y) as shares of width and height, and the truth there, [P] or [P, 3].
-    """
-    height, width = target.shape[:2]
-    row, column = rng.integers(0, height, count), rng.integers(0, width, count)
-    return np.stack([(column + 0.5) / width, (row + 0.5) / height], -1).astype(np.float32), target[row, column]
-
-
-def file_stamp(path: Path) -> tuple[int, int]:
-    """Returns what tells a changed file: its size and the time of its last change.
-
-    Raises:
-        UserError: If there is no such file.
-    """
-    try:
-        status = path.stat()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): check the data folder.") from None
-    return status.st_size, status.st_mtime_ns
-
 
 Features = dict[str, BackboneOutput]
 _SAMPLES_MEASURED = 25
@@ -335,6 +179,17 @@ def whole_size(task: Task, patch_size: int, long_side: int) -> tuple[int, int]:
     ]
     height, width = sorted(shapes, key=lambda shape: shape[0] / shape[1])[len(shapes) // 2][:2]
     return input_size(height, width, patch_size, long_side)
+
+
+def draw_positions(target: np.ndarray, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Draws pixels of a truth [H, W] or [H, W, 3], with repetition.
+
+    Returns:
+        Positions float32 [P, 2], (x, y) as shares of width and height, and the truth there, [P] or [P, 3].
+    """
+    height, width = target.shape[:2]
+    row, column = rng.integers(0, height, count), rng.integers(0, width, count)
+    return np.stack([(column + 0.5) / width, (row + 0.5) / height], -1).astype(np.float32), target[row, column]
 
 
 def _split(task: Task, split: str) -> Sequence[Sample]:

@@ -93,7 +93,7 @@ class HeadBank:
             rows: Of the table.
             optimization: Learning rates and the rest.
             widths: Channels of a backbone's patch tokens and of its class token (0: none).
-            seed: Each head's weights depend on it and on the row's name alone, not on what else is trained.
+            seed: Each head's weights depend on it and on the head's shape alone, so rows of one width start as one.
             device: Where.
         """
         self._optimization = optimization
@@ -101,7 +101,7 @@ class HeadBank:
         for row in rows:
             for learning_rate in optimization.learning_rates:
                 with torch.random.fork_rng(devices=[]):
-                    torch.manual_seed(_stable_seed(seed, row.name))
+                    torch.manual_seed(_stable_seed(seed, row_width(row, widths[0]), row.assembly == "linear"))
                     module = task.make_head(row_width(row, widths[0]), widths[1], row.assembly == "linear").to(device)
                 optimizer = torch.optim.AdamW(
                     module.parameters(),
@@ -190,6 +190,6 @@ def mean_losses(bank: HeadBank, losses: list[Tensor]) -> dict[str, float]:
     return {head.key: sum(one[k] for one in everywhere) / len(everywhere) for k, head in enumerate(bank.heads)}
 
 
-def _stable_seed(seed: int, name: str) -> int:
-    digest = hashlib.blake2b(f"{seed}|{name}".encode(), digest_size=6).digest()
+def _stable_seed(seed: int, width: int, fuse: bool) -> int:
+    digest = hashlib.blake2b(f"{seed}|{width}|{fuse}".encode(), digest_size=6).digest()
     return int.from_bytes(digest, "big")

@@ -150,6 +150,12 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
         offset += gradient.numel()
 
 
+def sum_over_processes(value: torch.Tensor) -> None:
+    """Replaces a tensor, of one shape everywhere, by the sum of all processes' tensors."""
+    if world_size() > 1:
+        dist.all_reduce(value)
+
+
 def gather_objects(value: Any) -> list[Any]:
     """Returns every process's small value, in the order of ranks."""
     if world_size() == 1:

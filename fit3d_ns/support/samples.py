@@ -19,19 +19,20 @@ def evenly_spaced(items: Sequence[Item], count: int) -> list[Item]:
 
 
 def hold_out(items: Sequence[Item], share: float) -> tuple[Sequence[Item], Sequence[Item]]:
-    """Splits a sequence into what is kept and its end.
+    """Splits a sequence into what is kept and an evenly spaced part, which stands for the whole of it.
 
-    The end is one piece, since neighbours in a list are often neighbours in a film.
+    The end would not: lists are sorted, and their end is one room, one drive or one class.
 
     Args:
         items: Any number of them.
         share: Of the items to hold out, in (0, 1); at least one is.
 
     Returns:
-        What is kept, maybe nothing, and what is held out.
+        What is kept, maybe nothing, and what is held out, both in order.
     """
-    kept = max(0, len(items) - max(1, round(len(items) * share)))
-    return items[:kept], items[kept:]
+    held = evenly_spaced(range(len(items)), max(1, round(len(items) * share)))
+    kept = sorted(set(range(len(items))).difference(held))
+    return [items[index] for index in kept], [items[index] for index in held]
 
 
 def batches_of_like(

@@ -1,9 +1,10 @@
 """Samples on disk, and what a data set says of them; reading them, with errors that name the file."""
 
+import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -90,6 +91,49 @@ class ProbeData:
     """What to do where photo and truth differ in size: an error, or resize one of them."""
     notes: tuple[str, ...] = field(default=())
     """Sentences that the report must say about the splits."""
+
+
+def file_stamp(path: Path) -> tuple[int, int]:
+    """Returns what tells a changed file: its size and the time of its last change.
+
+    Raises:
+        UserError: If there is no such file.
+    """
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): check the data folder.") from None
+    return status.st_size, status.st_mtime_ns
+
+
+def data_identity(data: ProbeData) -> dict[str, Any]:
+    """Describes a data set by its files and rules.
+
+    Args:
+        data: The data set.
+
+    Returns:
+        JSON-able, equal for equal data.
+
+    Raises:
+        UserError: If a file is missing.
+    """
+    digest = hashlib.blake2b(digest_size=12)
+    for samples in (data.train, data.validation or (), data.test):
+        for sample in samples:
+            stamps = [(path.name, *file_stamp(path)) for path in (sample.image, sample.target)]
+            digest.update(f"{sample.name}|{stamps}|{sample.intrinsics}\n".encode())
+        digest.update(b"--\n")
+    return {
+        "name": data.name,
+        "files": digest.hexdigest(),
+        "train": len(data.train),
+        "test": len(data.test),
+        "classes": list(data.classes),
+        "labels": asdict(data.labels) if data.labels else None,
+        "depth_scale": data.depth_scale,
+        "max_depth": data.max_depth,
+    }
 
 
 def read_image(path: Path) -> np.ndarray:
@@ -241,7 +285,8 @@ def check_crops(data: ProbeData, crop_of: Callable[[int, int], tuple[int, int]])
         elif crop != first[1]:
             raise UserError(
                 f"{first[0]} gives training crops of {first[1][1]}x{first[1][0]} pixels and {path} of "
-                f"{crop[1]}x{crop[0]}, but those of a step must be equal: resize the photos to one size, or use --fast."
+                f"{crop[1]}x{crop[0]}, but those of a step must be equal: resize the photos to one size, or take "
+                "--protocol exact."
             )
 
 

@@ -41,8 +41,7 @@ def load_data(choice: DataChoice, validation_share: float = 0.0) -> ProbeData:
     Args:
         choice: What the user chose.
         validation_share: Where choices must be made and the data set has no split for it: share of the training
-            samples, the last in their order, that is held out of training for it. A contiguous piece, because
-            neighbours in a list are often neighbours in a film.
+            samples, evenly spaced, that is held out of training for it.
 
     Returns:
         The data set; its ``validation`` is None if ``validation_share`` is 0.
@@ -68,7 +67,7 @@ def load_data(choice: DataChoice, validation_share: float = 0.0) -> ProbeData:
             f"{len(data.train)} training samples are too few to hold some out: give a single --learning-rates value."
         )
     note = (
-        f"The learning rate was chosen on the last {len(held_out)} of {len(data.train)} training samples, which were "
+        f"The learning rate was chosen on {len(held_out)} of {len(data.train)} training samples, evenly spaced and "
         "held out of training."
     )
     return replace(data, train=train, validation=held_out, notes=(*data.notes, note))

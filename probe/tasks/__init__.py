@@ -1,1 +1,9 @@
-"""What a probe can learn: segmentation, depth, surface normals."""
+"""The probes with a truth for every pixel: segmentation, depth, normals."""
+
+from probe.tasks.depth import DepthTask, NormalsTask
+from probe.tasks.segmentation import SegmentationTask
+from probe.tasks.task import Task
+
+TASKS: dict[str, type[Task]] = {"segmentation": SegmentationTask, "depth": DepthTask, "normals": NormalsTask}
+
+__all__ = ["TASKS", "Task"]

@@ -1,6 +1,7 @@
 """The linear probes for depth, and for surface normals made of it."""
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -10,7 +11,16 @@ from probe.augment import augment_depth, augment_normals, change_colors, depth_w
 from probe.data import Sample
 from probe.heads import TokenAndClassHead, expected_depth, resize_maps
 from probe.losses import fused, log_gradient, normal_distance, scale_invariant
-from probe.metrics import DepthMetric, NormalMetric, evaluation_mask
+from probe.metrics import (
+    DepthMetric,
+    NormalMetric,
+    depth_scores,
+    depth_sums,
+    evaluation_mask,
+    normal_scores,
+    normal_sums,
+)
+from probe.patch_targets import patch_means
 from probe.protocols import DepthRecipe
 from probe.tasks.normals import normals_from_depth
 from probe.tasks.task import Batch, Task, depth_colors
@@ -44,6 +54,7 @@ class DepthTask(_TokenAndClassTask):
     """DINOv2's linear depth: 256 bins, scale-invariant loss, mirrored test view."""
 
     headline = "rmse"
+    num_outputs = 1
 
     @property
     def outputs(self) -> int:  # type: ignore[override]
@@ -95,12 +106,34 @@ class DepthTask(_TokenAndClassTask):
 
     def update(self, metric: DepthMetric, prediction: Tensor, target: Tensor) -> None:
         """Adds a photo."""
-        valid = evaluation_mask(target, self.recipe.min_depth, self.data.max_depth, self.recipe.evaluation_crop)
-        metric.update(prediction, target, valid)
+        metric.update(prediction, target, self._valid(target))
+
+    def patch_truth(self, target: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+        """The mean log depth of a patch's pixels that the metric counts."""
+        valid = self._valid(torch.from_numpy(target)).numpy()
+        log_depth = np.log(np.where(valid, target, 1))
+        means, shares = patch_means(log_depth[..., None], valid, grid)
+        return np.where(shares[..., None] > 0, means, np.nan).astype(np.float32)
+
+    def predict_solved(self, maps: Tensor, size: tuple[int, int]) -> Tensor:
+        """Resizes depth, limited to its range, to the truth: metres [H, W]."""
+        depth = maps.exp().clamp(self.recipe.min_depth, self.data.max_depth)
+        return resize_maps(depth, size)[0, 0]
+
+    def sums(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """See `depth_sums`."""
+        return depth_sums(prediction, target, self._valid(target))
+
+    def scores(self, sums: Tensor) -> dict[str, Tensor]:
+        """See `depth_scores`."""
+        return depth_scores(sums)
 
     def picture(self, values: Tensor) -> np.ndarray:
         """Colours depth by its logarithm, near bright; black where there is none."""
         return depth_colors(values.cpu().numpy(), self.data.max_depth)
+
+    def _valid(self, target: Tensor) -> Tensor:
+        return evaluation_mask(target, self.recipe.min_depth, self.data.max_depth, self.recipe.evaluation_crop)
 
     def _upsample(self, logits: Tensor) -> Tensor:
         # The linear map commutes with the upsampling of its input, which has 1.5 to 6 times as many channels.
@@ -117,6 +150,7 @@ class NormalsTask(_TokenAndClassTask):
 
     headline = "mean_angle"
     outputs = 3
+    num_outputs = 3
 
     def read(self, sample: Sample) -> tuple[np.ndarray, np.ndarray]:
         """Reads photo and normals float32 [H, W, 3], zero where there are none."""
@@ -168,6 +202,23 @@ class NormalsTask(_TokenAndClassTask):
     def update(self, metric: NormalMetric, prediction: Tensor, target: Tensor) -> None:
         """Adds a photo."""
         metric.update(prediction.permute(2, 0, 1), target.permute(2, 0, 1), target.square().sum(-1) > 0.25)
+
+    def patch_truth(self, target: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+        """The mean of a patch's normals, shorter than one where they turn."""
+        means, shares = patch_means(target, np.square(target).sum(-1) > 0.25, grid)
+        return np.where(shares[..., None] > 0, means, np.nan).astype(np.float32)
+
+    def predict_solved(self, maps: Tensor, size: tuple[int, int]) -> Tensor:
+        """Resizes normals to the truth: unit vectors [H, W, 3]."""
+        return F.normalize(resize_maps(maps, size)[0], dim=0).permute(1, 2, 0)
+
+    def sums(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """See `normal_sums`."""
+        return normal_sums(prediction.permute(2, 0, 1), target.permute(2, 0, 1), target.square().sum(-1) > 0.25)
+
+    def scores(self, sums: Tensor) -> dict[str, Tensor]:
+        """See `normal_scores`."""
+        return normal_scores(sums)
 
     def picture(self, values: Tensor) -> np.ndarray:
         """Colours normals the usual way: x, y, z from -1..1 to red, green, blue; black where there are none."""

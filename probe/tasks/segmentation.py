@@ -6,10 +6,11 @@ from torch import Tensor, nn
 
 from fit3d_ns.backbones import BackboneOutput
 from probe.augment import augment_segmentation, distort, draw_distortion, resize_image, scaled_size
-from probe.data import ProbeData, Sample
+from probe.data import IGNORE, ProbeData, Sample
 from probe.heads import SegmentationHead, resize_maps
 from probe.losses import cross_entropy, full_resolution_cross_entropy
-from probe.metrics import SegmentationMetric
+from probe.metrics import SegmentationMetric, segmentation_scores, segmentation_sums
+from probe.patch_targets import majority_labels
 from probe.protocols import SegmentationRecipe
 from probe.tasks.task import Batch, Task, class_colors
 
@@ -24,6 +25,7 @@ class SegmentationTask(Task[SegmentationRecipe]):
     def __init__(self, data: ProbeData, recipe: SegmentationRecipe) -> None:
         """Takes the data set and the recipe."""
         super().__init__(data, recipe)
+        self.num_outputs = len(data.classes)
         self._colors = np.array(data.colors or class_colors(len(data.classes)), np.uint8)
 
     def make_head(self, width: int, cls_width: int, fuse: bool) -> nn.Module:
@@ -92,6 +94,22 @@ class SegmentationTask(Task[SegmentationRecipe]):
     def update(self, metric: SegmentationMetric, prediction: Tensor, target: Tensor) -> None:
         """Adds a photo's pixels."""
         metric.update(prediction[None], target[None].long())
+
+    def patch_truth(self, target: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+        """The label of most of a patch's labelled pixels."""
+        return majority_labels(target, grid, len(self.data.classes), IGNORE).astype(np.uint8)
+
+    def predict_solved(self, maps: Tensor, size: tuple[int, int]) -> Tensor:
+        """Resizes logits to the truth and takes the largest."""
+        return resize_maps(maps, size)[0].argmax(0)
+
+    def sums(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """See `segmentation_sums`."""
+        return segmentation_sums(prediction, target, len(self.data.classes))
+
+    def scores(self, sums: Tensor) -> dict[str, Tensor]:
+        """See `segmentation_scores`."""
+        return segmentation_scores(sums)
 
     def picture(self, values: Tensor) -> np.ndarray:
         """Colours class ids; ignored pixels are black."""

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from fit3d_ns.backbones import BackboneOutput
+from fit3d_ns.support.samples import evenly_spaced
 from probe.augment import resize_image
 from probe.data import ProbeData, Sample, read_sample
 
 RecipeType = TypeVar("RecipeType")
 Batch = dict[str, Tensor]
+_PANELS = 4
 
 
 class Task(ABC, Generic[RecipeType]):
@@ -25,6 +27,8 @@ class Task(ABC, Generic[RecipeType]):
 
     norm: bool
     """Whether features are taken after the backbone's final norm."""
+    num_outputs: int
+    """Numbers K that a solved map predicts for a patch."""
     headline: str
     """Metric that choices are made by."""
     higher_is_better: bool
@@ -75,6 +79,26 @@ class Task(ABC, Generic[RecipeType]):
         """Adds a prediction to a metric."""
 
     @abstractmethod
+    def patch_truth(self, target: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+        """Reads a truth for each patch of a grid (h, w), as the exact protocol fits it.
+
+        Returns:
+            Class ids uint8 [h, w], 255 where there is none; or numbers float32 [h, w, T], NaN where there are none.
+        """
+
+    @abstractmethod
+    def predict_solved(self, maps: Tensor, size: tuple[int, int]) -> Tensor:
+        """Turns a solved map's outputs [1, K, h, w] into the prediction at the truth's size (H, W)."""
+
+    @abstractmethod
+    def sums(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """Returns a photo's sums [S], float64, from which `scores` follow."""
+
+    @abstractmethod
+    def scores(self, sums: Tensor) -> dict[str, Tensor]:
+        """Computes scores from sums [..., S] over photos."""
+
+    @abstractmethod
     def picture(self, values: Tensor) -> np.ndarray:
         """Shows a prediction or a truth as uint8 RGB [H, W, 3]."""
 
@@ -94,6 +118,10 @@ class Task(ABC, Generic[RecipeType]):
             "views": torch.from_numpy(np.ascontiguousarray(views.transpose(0, 3, 1, 2))),
             "target": torch.from_numpy(np.ascontiguousarray(target)),
         }
+
+    def panel_places(self) -> list[int]:
+        """Returns the places of some test samples, evenly spaced, that reports show."""
+        return evenly_spaced(range(len(self.data.test)), _PANELS)
 
     def mirror_values(self, values: np.ndarray) -> np.ndarray:
         """Turns truth at some pixels into that of the mirrored photo."""

@@ -22,6 +22,7 @@ from probe.config import CorrespondenceConfig
 from probe.data.base import read_image
 from probe.data.own import PosedScene, read_posed_scene
 from probe.features import FrozenBackbones, Row, choose_untrained_rows, load_backbones, row_features
+from probe.partners import require_one_each
 from probe.report import ResultFolder, markdown_table, provenance
 from probe.zero_shot.matching import (
     ANGLE_BINS,
@@ -66,15 +67,14 @@ def run_correspondence(config: CorrespondenceConfig) -> None:
     with join_world(config.device) as world:
         require_one_process("correspondence")
         device = world.device
-        rows = choose_untrained_rows(
-            config.assemblies, config.tuned is not None, config.control is not None, "correspondence"
-        )
+        spec, partners, sentence = config.find_backbones(None, config.final_norm)
+        require_one_each(partners, "correspondence")
+        rows = choose_untrained_rows(config.assemblies, partners, "correspondence")
+        _LOGGER.info(sentence)
         scene = read_posed_scene(config.data.expanduser())
         photos = load_photos(scene, config.long_side)
         pairs = choose_pairs_by_angle([photo.view for photo in photos], config.pairs_per_bin, config.min_overlap)
-        backbones = load_backbones(
-            config.backbone_spec(config.final_norm), config.tuned, config.control, rows, config.precision, device
-        )
+        backbones = load_backbones(spec, partners, rows, config.precision, device)
         question = {
             "probe": "correspondence-v1",
             "scene": scene.name,

@@ -23,6 +23,7 @@ from probe.data import IGNORE, ProbeData, Sample, check_data, load_data, read_sa
 from probe.data.batches import ordered_samples
 from probe.features import FrozenBackbones, Row, choose_untrained_rows, load_backbones, row_features
 from probe.heads import resize_maps
+from probe.partners import require_one_each
 from probe.protocols import Optimization, SegmentationRecipe
 from probe.report import ResultFolder, provenance, write_report
 from probe.tasks.segmentation import SegmentationTask
@@ -57,12 +58,13 @@ def run_retrieval(config: RetrievalConfig) -> None:
 @torch.no_grad()
 def _run(config: RetrievalConfig, device: torch.device) -> None:
     require_one_process("retrieval")
-    rows = choose_untrained_rows(config.assemblies, config.tuned is not None, config.control is not None, "retrieval")
+    spec, partners, sentence = config.find_backbones(None)
+    require_one_each(partners, "retrieval")
+    rows = choose_untrained_rows(config.assemblies, partners, "retrieval")
+    _LOGGER.info(sentence)
     data = load_data(config.choice("segmentation"))
     checked = check_data(data)
-    backbones = load_backbones(
-        config.backbone_spec(norm=True), config.tuned, config.control, rows, config.precision, device
-    )
+    backbones = load_backbones(spec, partners, rows, config.precision, device)
     settings = [config.neighbours, config.temperature, config.memory, config.seed, config.long_side]
     question = {
         "probe": "retrieval",
@@ -101,7 +103,7 @@ def _run(config: RetrievalConfig, device: torch.device) -> None:
     summary = {
         "probe": "retrieval",
         "protocol": f"retrieval-v1 ({config.neighbours} neighbours, temperature {config.temperature:g})",
-        "fast": False,
+        "features": sentence,
         "data": {"name": data.name, "train": len(data.train), "test": len(data.test), "notes": list(data.notes)},
         "backbone": asdict(backbones.info),
         "facts": {"labels_seen": checked.labels_seen},

@@ -15,9 +15,10 @@ def test_picks_are_in_order_distinct_and_evenly_spaced(length, count):
 
 
 @pytest.mark.parametrize(("length", "share", "held"), [(1, 0.1, 1), (2, 0.1, 1), (30, 0.1, 3), (10, 0.96, 10)])
-def test_what_is_held_out_is_the_end(length, share, held):
+def test_what_is_held_out_is_evenly_spaced(length, share, held):
     kept, held_out = hold_out(range(length), share)
-    assert [*kept, *held_out] == list(range(length)) and len(held_out) == held
+    assert sorted([*kept, *held_out]) == list(range(length)) and len(held_out) == held
+    assert held_out == evenly_spaced(range(length), held) and kept == sorted(kept)
 
 
 def test_batches_hold_like_items_in_order():

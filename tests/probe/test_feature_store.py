@@ -7,13 +7,13 @@ import pytest
 import torch
 from probe_files import TINY
 
-import probe.sources as module
+import probe.feature_store as module
 from fit3d_ns.backbones import BackboneSpec, load_backbone
 from fit3d_ns.support.errors import UserError
 from probe.config import DataChoice
 from probe.data import load_data
+from probe.feature_store import SHARD, FeatureStore
 from probe.features import FrozenBackbones
-from probe.sources import SHARD, FeatureStore
 
 
 def test_a_slow_process_misses_no_shard(tmp_path, weights, colored_blocks, monkeypatch):

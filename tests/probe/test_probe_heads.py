@@ -1,14 +1,17 @@
 """Assemblies, heads and their training: many at once equal to each alone."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from fit3d_ns.backbones import ASSEMBLIES, BackboneOutput, assemble, assembled_width
+from fit3d_ns.backbones import ASSEMBLIES, BackboneOutput, FineTuned, assemble, assembled_width
 from fit3d_ns.support.errors import UserError
 from probe.features import centre_pad, choose_rows, row_features
 from probe.heads import SegmentationHead, TokenAndClassHead, expected_depth, resize_maps, sample_map
 from probe.losses import cross_entropy
+from probe.partners import Partner
 from probe.protocols import Optimization
 from probe.training import HeadBank, first_beta, learning_rate_factor
 
@@ -23,6 +26,12 @@ def _features(seed: int = 0) -> dict[str, BackboneOutput]:
         )
         for name in ("original", "tuned", "control")
     }
+
+
+def make_partner(group: str, number: int = 1) -> Partner:
+    role = "control" if group == "control" else "tuned"
+    name = group if number == 1 else f"{group}.{number}"
+    return Partner(name, group, role, FineTuned(name, Path(name)))
 
 
 class _Task:
@@ -47,17 +56,20 @@ def test_assemblies_have_their_width_and_the_right_class_token():
 
 
 def test_rows_follow_what_is_given():
-    assert [row.name for row in choose_rows(None, False, False)] == ["original", "duplicate"]
-    assert [row.name for row in choose_rows(None, True, False)] == list(ASSEMBLIES)
-    names = [row.name for row in choose_rows(("concat", "original", "tuned"), True, True)]
+    tuned, control = (make_partner(name) for name in ("tuned", "control"))
+    assert [row.name for row in choose_rows(None, ())] == ["original", "duplicate"]
+    assert [row.name for row in choose_rows(None, (tuned,))] == list(ASSEMBLIES)
+    second = make_partner("tuned", number=2)
+    assert choose_rows(None, (tuned, second)) == choose_rows(None, (tuned,)), "seeds share rows"
+    named = choose_rows(("tuned", "add"), (make_partner("round2"),))
+    assert [(row.name, row.partner) for row in named] == [("round2", "round2"), ("round2_add", "round2")]
+    names = [row.name for row in choose_rows(("concat", "original", "tuned"), (tuned, control))]
     assert names == ["original", "tuned", "concat", "control", "control_concat"]
     features = _features()
-    control = choose_rows(("concat",), True, True)[-1]
+    control = choose_rows(("concat",), (tuned, control))[-1]
     assert torch.equal(row_features(control, features).patch_tokens[:, WIDTH:], features["control"].patch_tokens)
     with pytest.raises(UserError, match="--tuned"):
-        choose_rows(("concat",), False, False)
-    with pytest.raises(UserError, match="--tuned"):
-        choose_rows(None, False, True)
+        choose_rows(("concat",), ())
 
 
 @pytest.mark.parametrize("clip", [None, 0.01])
@@ -81,7 +93,7 @@ def test_heads_trained_together_equal_heads_trained_alone(clip):
             bank.step(step, _features(step), loss)
         return {head.key: head.module.state_dict() for head in bank.heads}
 
-    rows = choose_rows(None, True, False)
+    rows = choose_rows(None, (make_partner("tuned"),))
     together = train(rows, (1e-3, 1e-1))
     assert len(together) == 12
     for row in rows:
@@ -160,7 +172,7 @@ def test_schedules_at_known_steps():
 
 
 def test_a_resumed_optimizer_is_that_of_its_device(tmp_path):
-    rows, device = choose_rows(("original",), False, False), torch.device("cpu")
+    rows, device = choose_rows(("original",), ()), torch.device("cpu")
     optimization = Optimization(10, 4, (1e-3,), 1e-4, "poly", 0.1, 1e-6)
     banks = [HeadBank(_Task(), rows, optimization, (WIDTH, 0), 0, device) for _ in range(2)]  # type: ignore[arg-type]
     banks[0].step(0, _features(), lambda head, features: head(features).square().mean())

@@ -192,7 +192,12 @@ def test_recall_of_features_that_are_positions_is_complete(tmp_path, monkeypatch
 def test_correspondence_command(tmp_path, weights):
     _write_scene(tmp_path / "scene", (0, 10, 20, 30))
     config = CorrespondenceConfig(
-        tmp_path / "scene", TINY, weights["original"], weights["tuned"], output_dir=tmp_path / "out", device="cpu"
+        tmp_path / "scene",
+        TINY,
+        weights["original"],
+        (str(weights["tuned"]),),
+        output_dir=tmp_path / "out",
+        device="cpu",
     )
     run_correspondence(config)
     numbers = json.loads((tmp_path / "out" / "metrics.json").read_text())

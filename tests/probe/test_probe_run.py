@@ -31,8 +31,9 @@ def make_config(weights, colored_blocks, tmp_path):
             "data": root,
             "backbone": TINY,
             "backbone_weights": weights["original"],
-            "tuned": weights["tuned"],
+            "tuned": (weights["tuned"],),
             "output_dir": tmp_path / output,
+            "protocol": "paper",
             "iterations": 6,
             "batch_size": 4,
             "learning_rates": (1e-2,),
@@ -66,7 +67,7 @@ def _rows(folder: Path) -> dict:
 
 def test_fast_segmentation_learns_and_reports(make_config, weights, tmp_path):
     config = make_config(
-        "fast", fast=True, iterations=60, learning_rates=(1e-3, 3e-2), seeds=(0, 1), control=weights["control"]
+        "fast", protocol="fast", iterations=60, learning_rates=(1e-3, 3e-2), seeds=(0, 1), control=(weights["control"],)
     )
     run_trained_probe(config, "segmentation")
     folder = tmp_path / "fast"
@@ -128,12 +129,12 @@ def test_full_segmentation_resumes_to_the_same_result(make_config, tmp_path, mon
         run_trained_probe(interrupted, "segmentation")
 
 
-@pytest.mark.parametrize("fast", [False, True])
-def test_depth_runs_both_protocols(make_config, tmp_path, fast):
+@pytest.mark.parametrize("protocol", ["paper", "fast"])
+def test_depth_runs_both_protocols(make_config, tmp_path, protocol):
     config = make_config(
         "depth",
         DepthConfig,
-        fast=fast,
+        protocol=protocol,
         iterations=160,
         learning_rates=(3e-2,),
         assemblies=("concat",),
@@ -148,7 +149,7 @@ def test_depth_runs_both_protocols(make_config, tmp_path, fast):
 
 def test_a_shared_cache_knows_how_the_truth_was_read(make_config, tmp_path):
     """Features and truth lie in one store; the same files at another scale of depth are another truth."""
-    options = {"fast": True, "iterations": 3, "assemblies": ("original",), "cache_dir": tmp_path / "cache"}
+    options = {"protocol": "fast", "iterations": 3, "assemblies": ("original",), "cache_dir": tmp_path / "cache"}
     run_trained_probe(make_config("metres", DepthConfig, **options), "depth")
     run_trained_probe(make_config("halves", DepthConfig, depth_scale=2000.0, **options), "depth")
     options.pop("cache_dir")
@@ -158,7 +159,7 @@ def test_a_shared_cache_knows_how_the_truth_was_read(make_config, tmp_path):
 
 def test_the_test_split_chooses_nothing(make_config, tmp_path):
     """With labels of the test split turned around, scores change, and neither heads nor learning rates do."""
-    options = {"fast": True, "iterations": 20, "learning_rates": (1e-4, 1e-3, 3e-2), "assemblies": ("original",)}
+    options = {"protocol": "fast", "iterations": 20, "learning_rates": (1e-4, 1e-3, 3e-2), "assemblies": ("original",)}
     config = make_config("right", **options)
     run_trained_probe(config, "segmentation")
     for path in (config.data / "testannot").iterdir():
@@ -173,18 +174,18 @@ def test_the_test_split_chooses_nothing(make_config, tmp_path):
         assert all(torch.equal(value, states[1]["heads"][head][name]) for name, value in state.items())
 
 
-@pytest.mark.parametrize("protocol,iterations", [("--fast", 20), ("--no-fast", 3)])
+@pytest.mark.parametrize("protocol,iterations", [("fast", 20), ("paper", 3)])
 def test_two_processes_equal_one(make_config, weights, tmp_path, monkeypatch, protocol, iterations):
     """Batch norm, gradients and metrics over two processes; three test photos, so one process has one less."""
     monkeypatch.setattr(run_module, "choose_recipe", choose_recipe)
     config = make_config(
-        "one", assemblies=("original", "linear"), fast=protocol == "--fast", iterations=iterations, batch_size=4
+        "one", assemblies=("original", "linear"), protocol=protocol, iterations=iterations, batch_size=4
     )
     run_trained_probe(config, "segmentation")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", "probe.cli", "segmentation"]
     command += ["--data", str(config.data), "--backbone", TINY, "--backbone-weights", str(weights["original"])]
-    command += ["--tuned", str(weights["tuned"]), "--output-dir", str(tmp_path / "two"), protocol]
+    command += ["--tuned", str(weights["tuned"]), "--output-dir", str(tmp_path / "two"), "--protocol", protocol]
     command += ["--assemblies", "original", "linear", "--iterations", str(iterations), "--batch-size", "4"]
     command += ["--learning-rates", "0.01", "--workers", "0", "--device", "cpu"]
     done = subprocess.run(
@@ -236,17 +237,17 @@ def test_mistakes_are_said_in_one_sentence(make_config, weights, colored_blocks,
     import timm
 
     save_file(timm.create_model("test_vit2", num_classes=0).state_dict(), other)
-    fails(r"wide.safetensors holds weights of another architecture than test_vit.*--tuned", tuned=other)
-    fails(r"There is no weight file .*nope.pth: check --tuned", tuned=tmp_path / "nope.pth")
+    fails(r"wide.safetensors holds weights of another architecture than test_vit.*--tuned", tuned=(other,))
+    fails(r"There is no weight file .*nope.pth: check --tuned", tuned=(tmp_path / "nope.pth",))
     empty = tmp_path / "empty"
     empty.mkdir()
-    fails(r"empty holds 0 .safetensors files: name one with --tuned", tuned=empty)
-    fails(r"http://.* is no https address", tuned="http://example.org/tuned.pth")
-    fails(r"no fine-tuned backbone was published under that name: check --tuned", tuned="dinov2_small")
+    fails(r"empty holds 0 .safetensors files: name one with --tuned", tuned=(empty,))
+    fails(r"http://.* is no https address", tuned=("http://example.org/tuned.pth",))
+    fails(r"no fine-tuned backbone was published under that name: check --tuned", tuned=("dinov2_small",))
     for name in ("backbone_fp16", "backbone"):
         (empty / f"{name}.safetensors").write_bytes(weights["tuned"].read_bytes())
     (empty / "card.json").write_text("{}")
-    fails(r"card.json is damaged, or fit3d-distill did not write it", tuned=empty)
+    fails(r"card.json is damaged, or fit3d-distill did not write it", tuned=(empty,))
     fails("There is no folder", data=tmp_path / "nothing")
     fails("--learning-rates", learning_rates=(0.0,))
     fails("--seeds", seeds=(1, 1))
@@ -278,7 +279,7 @@ def test_published_checkpoint_layouts_load(make_config, weights, tmp_path):
     torch.save({"model": state}, tmp_path / "checkpoint.pth")
     results = []
     for name in ("dinov2_small_finetuned.pth", "checkpoint.pth"):
-        config = make_config(name[:4], tuned=tmp_path / name, assemblies=("tuned",), fast=True, iterations=3)
+        config = make_config(name[:4], tuned=(tmp_path / name,), assemblies=("tuned",), protocol="fast", iterations=3)
         run_trained_probe(config, "segmentation")
         results.append(_rows(tmp_path / name[:4])["tuned"]["miou"]["mean"])
     assert results[0] == results[1]
@@ -287,7 +288,9 @@ def test_published_checkpoint_layouts_load(make_config, weights, tmp_path):
 def test_normals_are_probed_on_a_room(weights, tmp_path):
     room = Path(__file__).parents[1] / "data" / "tiny_room"
     arguments = f"normals --dataset rooms --data {room} --backbone {TINY} --backbone-weights {weights['original']}"
-    arguments += f" --tuned {weights['tuned']} --fast --iterations 4 --workers 0 --device cpu --output-dir {tmp_path}"
+    arguments += (
+        f" --tuned {weights['tuned']} --protocol fast --iterations 4 --workers 0 --device cpu --output-dir {tmp_path}"
+    )
     main(arguments.split())
     rows = _rows(tmp_path)
     assert {"original", "duplicate", "tuned", "concat"} <= set(rows)

@@ -17,10 +17,11 @@ from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+
+from fit3d_ns.support.processes import sum_over_processes
 
 Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
 """Starts a pass over training patches: tokens [P, C] of any floating type with class ids int64 [P], any P."""
@@ -31,7 +32,7 @@ RIDGE_DECAYS = tuple(10.0**power for power in range(-7, 0))
 """Weights of the squared norm of the map beside the mean squared error."""
 
 _CHUNK = 32_768
-"""Patches standardised and multiplied at once: 50 MB a copy at 384 channels."""
+"""Patches multiplied at once on a CPU, 50 MB at 384 channels; a GPU takes whole batches."""
 _CURVATURE_STRIDE = 8
 """One patch of this many is looked at for the curvature, which only steers."""
 _ABSENT = -1e4
@@ -89,9 +90,8 @@ class GramSums:
             tokens: Of any floating type.
             targets: Numbers [P, T], or class ids int64 [P], which count as one-hot.
         """
-        for start in range(0, len(tokens), _CHUNK):
-            x = tokens[start : start + _CHUNK].double()  # [p, C]
-            y = targets[start : start + _CHUNK]
+        for piece in _pieces(tokens):
+            x, y = tokens[piece].double(), targets[piece]  # [p, C]
             y = (F.one_hot(y, self.y.shape[0]) if y.ndim == 1 else y).double()  # [p, T]
             self.count += len(x)
             self.x += x.sum(0)
@@ -107,7 +107,7 @@ class GramSums:
     def all_reduce(self) -> None:
         """Replaces the sums by those over the patches of all processes."""
         for one in fields(self):
-            _all_reduce(getattr(self, one.name))
+            sum_over_processes(getattr(self, one.name))
 
     def of(self, matrix: Float[Tensor, "C2 C"]) -> GramSums:
         """Returns the sums of linearly mapped tokens, such as one half of them or the sum of two halves."""
@@ -242,11 +242,11 @@ def fit_logistic(
     seen = sums.y > 0  # [K]
     place = torch.cumsum(seen, 0) - 1  # class id -> number among the k that occur
     shares = sums.y[seen] / sums.count  # [k]
-    axes = _principal_axes(sums.covariance()[0])
+    variances, axes = torch.linalg.eigh(sums.covariance()[0])  # [C], [C, C] columns
     if start is None:
         weight, bias = mean.new_zeros(len(shares), len(mean)), shares.log()
         bias_curvature = shares * (1 - shares)  # [k]
-        curvature = torch.outer(bias_curvature, axes.variances)  # [k, C]
+        curvature = torch.outer(bias_curvature, variances.clamp_min(0))  # [k, C]
     else:
         raw = start.weight.to(mean)[seen]
         weight = torch.where(scale > 0, raw / scale, 0.0)
@@ -254,12 +254,12 @@ def fit_logistic(
         curvature, bias_curvature = _curvature(batches, weight, bias, mean, scale, axes)
     stretch = (curvature + decay).rsqrt()  # [k, C]
     bias_stretch = bias_curvature.clamp_min(1e-12).rsqrt()  # [k]
-    unknowns = torch.cat([weight @ axes.vectors / stretch, (bias / bias_stretch)[:, None]], 1).requires_grad_()
+    unknowns = torch.cat([weight @ axes / stretch, (bias / bias_stretch)[:, None]], 1).requires_grad_()
     evaluations = 0
 
     def maps() -> tuple[Tensor, Tensor]:
         values = unknowns.detach()
-        return (values[:, :-1] * stretch) @ axes.vectors.T, values[:, -1] * bias_stretch  # [k, C], [k]
+        return (values[:, :-1] * stretch) @ axes.T, values[:, -1] * bias_stretch  # [k, C], [k]
 
     def closure() -> Tensor:
         nonlocal evaluations
@@ -268,9 +268,7 @@ def fit_logistic(
         loss = loss / sums.count + decay / 2 * weight.square().sum()
         weight_gradient = weight_gradient / sums.count + decay * weight
         bias_gradient = bias_gradient / sums.count
-        unknowns.grad = torch.cat(
-            [weight_gradient @ axes.vectors * stretch, (bias_gradient * bias_stretch)[:, None]], 1
-        )
+        unknowns.grad = torch.cat([weight_gradient @ axes * stretch, (bias_gradient * bias_stretch)[:, None]], 1)
         evaluations += 1
         advance()
         return loss
@@ -339,35 +337,25 @@ def choose_logistic(
     return Choice(fit.linear, decay, scores)
 
 
-class _Axes(NamedTuple):
-    variances: Tensor  # [C]
-    vectors: Tensor  # [C, C], columns
-
-
-def _principal_axes(covariance: Tensor) -> _Axes:
-    variances, vectors = torch.linalg.eigh(covariance)
-    return _Axes(variances.clamp_min(0), vectors)
-
-
 def _curvature(
-    batches: Batches, weight: Tensor, bias: Tensor, mean: Tensor, scale: Tensor, axes: _Axes
+    batches: Batches, weight: Tensor, bias: Tensor, mean: Tensor, scale: Tensor, axes: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Estimates the diagonal of the mean cross-entropy's Hessian, [k, C] along the axes and [k] of the biases."""
     linear = _unstandardized(weight, bias, mean, scale)
     weight32, bias32 = linear.weight.float().T.contiguous(), linear.bias.float()
-    turn = (scale[:, None] * axes.vectors).float()  # [C, C]
-    offset = (mean * scale @ axes.vectors).float()
+    turn = (scale[:, None] * axes).float()  # [C, C]
+    offset = (mean * scale @ axes).float()
     total, bias_total, count = torch.zeros_like(weight), torch.zeros_like(bias), weight.new_zeros(1)
     for tokens, _ in batches():
-        for start in range(0, len(tokens), _CHUNK):
-            x = tokens[start : start + _CHUNK : _CURVATURE_STRIDE].float()  # [p, C]
+        for piece in _pieces(tokens):
+            x = tokens[piece][::_CURVATURE_STRIDE].float()  # [p, C]
             shares = torch.addmm(bias32, x, weight32).softmax(1)  # [p, k]
             slopes = shares * (1 - shares)
             total += slopes.T @ (x @ turn - offset).square()
             bias_total += slopes.double().sum(0)
             count += len(x)
     flat = torch.cat([total.flatten(), bias_total, count])
-    _all_reduce(flat)
+    sum_over_processes(flat)
     total, bias_total, count = flat.split([weight.numel(), bias.numel(), 1])
     return total.view_as(weight) / count, bias_total / count
 
@@ -382,9 +370,9 @@ def _cross_entropy(
     linear = _unstandardized(weight, bias, mean, scale)
     weight32, bias32 = linear.weight.float().T.contiguous(), linear.bias.float()
     for tokens, labels in batches():
-        for start in range(0, len(tokens), _CHUNK):
-            x = tokens[start : start + _CHUNK].float()  # [p, C]
-            label = place[labels[start : start + _CHUNK]][:, None]  # [p, 1]
+        for piece in _pieces(tokens):
+            x = tokens[piece].float()  # [p, C]
+            label = place[labels[piece]][:, None]  # [p, 1]
             log_shares = F.log_softmax(torch.addmm(bias32, x, weight32), 1)  # [p, k]
             total -= log_shares.gather(1, label).double().sum()
             residual = log_shares.exp_().scatter_add_(1, label, x.new_full((), -1).expand(label.shape))
@@ -392,17 +380,17 @@ def _cross_entropy(
             bias_gradient += residual.double().sum(0)
     weight_gradient = (weight_gradient - torch.outer(bias_gradient, mean)) * scale
     flat = torch.cat([total, weight_gradient.flatten(), bias_gradient])
-    _all_reduce(flat)
+    sum_over_processes(flat)
     total, weight_gradient, bias_gradient = flat.split([1, weight.numel(), bias.numel()])
     return total[0], weight_gradient.view_as(weight), bias_gradient
+
+
+def _pieces(tokens: Tensor) -> list[slice]:
+    size = len(tokens) if tokens.is_cuda else _CHUNK
+    return [slice(start, start + size) for start in range(0, len(tokens), max(1, size))]
 
 
 def _unstandardized(weight: Tensor, bias: Tensor, mean: Tensor, scale: Tensor) -> LinearMap:
     """Turns a map [K, C] of standardised tokens into one of raw tokens."""
     weight = weight * scale
     return LinearMap(weight, bias - weight @ mean)
-
-
-def _all_reduce(value: Tensor) -> None:
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(value)

@@ -1,0 +1,71 @@
+"""What the exact protocol keeps of each row: its map, and the sums of every test photo."""
+
+import json
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fit3d_ns.support.files import atomic_path
+from probe.exact.solver import Choice, LinearMap
+from probe.report import ResultFolder
+
+
+class SolvedRows:
+    """Files of solved rows below an output folder, by key; those of another question are not seen."""
+
+    def __init__(self, results: ResultFolder) -> None:
+        """Takes the output folder."""
+        self._results = results
+        self._folder = results.folder / "rows"
+
+    def has_map(self, key: str) -> bool:
+        """Returns whether a row is solved."""
+        return self.read_facts(key) is not None
+
+    def write_map(self, key: str, choice: Choice, seconds: float) -> None:
+        """Writes a row's map, how it was chosen, and the time that took."""
+        facts = {
+            "decay": choice.decay,
+            "held_out": {f"{decay:g}": score for decay, score in choice.scores.items()},
+            "seconds": seconds,
+        }
+        tensors = {"weight": choice.linear.weight.float(), "bias": choice.linear.bias.float()}
+        self._write(f"{key}.safetensors", tensors, facts)
+
+    def read_facts(self, key: str) -> dict[str, Any] | None:
+        """Returns how a row's map was chosen; None if there is none."""
+        found = self._read(f"{key}.safetensors")
+        return None if found is None else found[1]
+
+    def read_map(self, key: str, device: torch.device) -> LinearMap:
+        """Returns a row's map."""
+        found = self._read(f"{key}.safetensors")
+        assert found is not None
+        return LinearMap(found[0]["weight"].to(device), found[0]["bias"].to(device))
+
+    def write_sums(self, key: str, sums: Tensor) -> None:
+        """Writes the sums [photos, S] of a row on the test photos."""
+        self._write(f"{key}.sums.safetensors", {"sums": sums}, {})
+
+    def read_sums(self, key: str) -> Tensor | None:
+        """Returns those sums; None if there are none."""
+        found = self._read(f"{key}.sums.safetensors")
+        return None if found is None else found[0]["sums"]
+
+    def _write(self, name: str, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        metadata = {"fingerprint": self._results.fingerprint, "facts": json.dumps(facts)}
+        with atomic_path(self._folder / name) as temporary:
+            save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, temporary, metadata)
+
+    def _read(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        try:
+            with safe_open(self._folder / name, framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("fingerprint") != self._results.fingerprint:
+                    return None
+                return {key: file.get_tensor(key) for key in file.keys()}, json.loads(metadata["facts"])
+        except (OSError, SafetensorError):
+            return None  # not there, or torn by a kill: made anew
