@@ -149,7 +149,7 @@ class DistillConfig:
     validate_every: int = 500
     """Steps between two measurements of the validation scenes."""
     report_views: int = 24
-    """Held-out views per scene that are measured before and after, and while it trains."""
+    """Held-out views per scene that are measured before and after, and of a validation scene while it trains."""
     report_scenes: int = 6
     """Scenes that the report shows pictures of."""
     half: bool = False

@@ -39,7 +39,7 @@ class SceneResult:
     scene: str
     """Its name."""
     held_out: bool
-    """Whether the views were held out from lifting and from distillation."""
+    """Whether the views were held out from distillation; those of scenes that were trained on, also from lifting."""
     num_views: int
     """Views measured."""
     metrics: dict[str, float]
@@ -62,6 +62,7 @@ class HeldOutViews:
         geometry: Renders depth, by which points are found again in other views.
         photos: Where photos are.
         num_views: Most held-out views that are taken.
+        unseen: Whether the student never sees this scene.
     """
 
     @torch.no_grad()
@@ -74,11 +75,12 @@ class HeldOutViews:
         geometry: LiftedTargets,
         photos: PhotoStore,
         num_views: int,
+        unseen: bool = False,
     ):
         self.scene = scenes[index]
         self._index = index
         self._photos = photos
-        self.views, self.held_out = self.scene.report_views(num_views)
+        self.views, self.held_out = self.scene.report_views(num_views, unseen)
         made = [targets.make(index, [view]) for view in self.views]
         # In half precision, as they are trained on: a validation scene's stay while training goes on.
         self.targets = [target.maps[0].half() for target in made]  # each [C, h, w]

@@ -205,7 +205,7 @@ def _add_interpolation(report: Report, card: Mapping[str, Any], findings: Findin
     report.add_heading("How much of the student")
     report.add_text(
         "The weights can be averaged with the original's to any degree, without training: 0 is the original, 1 the "
-        f"student, and this folder's backbone.safetensors is {card['interpolate']:g}. Change it in a second with\n"
+        f"student, and what this page measures as the result is {card['interpolate']:g}. Change it in a second with\n"
         "fit3d-distill --average-only path/to/this/folder --interpolate 0.5"
     )
     for what, results in (("Held-out views", findings.scenes), ("Validation scenes", findings.validation)):

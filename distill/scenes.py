@@ -51,11 +51,18 @@ class Scene:
         grids = tuple(self.info.patch_grid(view) for view in views)
         return SceneViews(tuple(views), grids, self.bundle.num_bytes())
 
-    def report_views(self, count: int) -> tuple[list[int], bool]:
+    def report_views(self, count: int, unseen: bool = False) -> tuple[list[int], bool]:
         """Returns up to ``count`` evenly spaced held-out views, and whether they are held out indeed.
 
         A scene that was trained on all its views has none; training views are taken then.
+
+        Args:
+            count: Most views returned.
+            unseen: Whether the student never sees this scene: then all views are held out from it, and so many more
+                pairs of them share surface.
         """
+        if unseen:
+            return evenly_spaced(range(len(self.info.views)), count), True
         held_out = self.info.indices("eval")
         views = held_out or self.info.indices("train")
         return evenly_spaced(views, count), bool(held_out)

@@ -147,7 +147,8 @@ class Session:
 
     def _views(self, index: int) -> HeldOutViews:
         every, num_views = [*self.scenes, *self.validation], self.config.report_views
-        return HeldOutViews(every, index, self.original, self.targets, self.lifted, self.photos, num_views)
+        unseen = index >= len(self.scenes)
+        return HeldOutViews(every, index, self.original, self.targets, self.lifted, self.photos, num_views, unseen)
 
     def _validation(self) -> Validation | None:
         if not self.validation:

@@ -38,6 +38,8 @@ def refused(config, sentence):
 
 def test_nothing_to_distil(make_config, tmp_path):
     refused(make_config(), "name trained runs with --runs, or scene bundles with --bundles")
+    refused(make_config(average_only=tmp_path / "nowhere"), "There is no folder .*nowhere")
+    refused(make_config(average_only=tmp_path), "holds no card.json: name a folder that fit3d-distill wrote")
     refused(make_config(runs=(tmp_path / "nowhere",)), "neither a folder nor a run's config.yml")
     (tmp_path / "empty").mkdir()
     refused(make_config(runs=(tmp_path / "empty",)), "No finished run of fit3d-splat below")
@@ -134,6 +136,10 @@ def test_values_that_make_no_sense(make_scene, make_config, tmp_path):
         ("scene_memory", -1.0, "--scene-memory -1.0: give a number above 0"),
         ("photo_memory", -1.0, "--photo-memory -1.0: give at least 0"),
         ("save_every", 0, "--save-every 0: give at least 1"),
+        ("validate_every", 0, "--validate-every 0: give at least 1"),
+        ("interpolate", 1.5, "--interpolate 1.5: give a number from 0"),
+        ("interpolate", -0.1, "--interpolate -0.1: give a number from 0"),
+        ("interpolate", math.nan, "--interpolate nan: give a number from 0"),
     ):
         refused(make_config(folder, **{field: value}), sentence)
     refused(make_config(folder, data_root=tmp_path / "nowhere"), "--data-root .* is no folder")

@@ -90,8 +90,12 @@ def test_measures_are_those_of_the_features_themselves(make_scene, teacher_weigh
 
 def test_validation_scenes_are_measured_while_it_trains(make_scene, make_config, tmp_path):
     folders, other = [make_scene("a"), make_scene("b", seed=1)], make_scene("other", seed=2)
-    config = make_config(*folders, validation_bundles=(other,), validate_every=4, steps=10, interpolate=0.5)
+    config = make_config(
+        *folders, validation_bundles=(other,), validate_every=4, steps=10, interpolate=0.5, report_views=5
+    )
     distil(config)
+    scenes = metrics_of(config)["validation"]["scenes"]
+    assert [(scene["views"], scene["held_out"]) for scene in scenes.values()] == [(5, True)]  # of six, trained on four
     watched = metrics_of(config)["validation"]["while_training"]
     assert watched["step"] == [0, 4, 8, 10]
     assert watched["drift"][0] == pytest.approx(1.0) and watched["drift"] == sorted(watched["drift"], reverse=True)
