@@ -12,7 +12,6 @@ from distill.config import DistillConfig, check_choices
 from distill.recipes import INTERPOLATE
 from distill.result import check_hub
 from distill.scenes import Scene, make_all_bundles, open_scenes
-from distill.session import Session
 from fit3d_ns.backbones.averaging import average_result
 from fit3d_ns.support.command_line import run_command
 from fit3d_ns.support.processes import World, join_world
@@ -44,6 +43,8 @@ def distil(config: DistillConfig) -> None:
         _check(config, world)
         scenes, validation = _scenes(config, world)
         if not config.bundles_only:
+            from distill.session import Session  # here, since averaging alone needs nothing of it
+
             Session(config, scenes, validation, world).run()
 
 
