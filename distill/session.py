@@ -163,6 +163,11 @@ class Session:
         student, original = plain_state_dict(result.model), plain_state_dict(self.original.model)
         start = self.start.identity["weights_sha256"]
         card = make_card(config, self.recipe, self.scenes, self.validation, self.original.identity, start, result)
+        if isinstance(self.targets, ControlTargets) and self.targets.blurs:
+            blurs = self.targets.blurs
+            card["blur_patches"] = [
+                round(blurs[index], 3) if index in blurs else None for index in range(len(self.scenes))
+            ]
         averaged = interpolate(student, original, amount)
         files = write_weights(config.output_dir, student, averaged, card, config.half, config.dinov2_layout)
         _LOGGER.info(f"Weights: {files[0]}")

@@ -113,6 +113,8 @@ def test_a_control_learns_from_the_teacher_alone(make_scene, make_config, teache
     views = len(open_scenes([folder], None)[0].info.indices("train"))
     assert len(made) == (views if kind == "control-blur" else 0)  # only to match the blur
     metrics = json.loads((config.output_dir / "metrics.json").read_text())
+    card = json.loads((config.output_dir / "card.json").read_text())
+    assert ("blur_patches" in card) == (kind == "control-blur")
     assert metrics["targets"] == kind and metrics["mean"]["l1_after"] < metrics["mean"]["l1_before"]
     assert "without 3D" in (config.output_dir / "report.html").read_text()
 
