@@ -1,5 +1,7 @@
 """Poses as a set: what is taken, what is mended with a remark, and what is refused by the frame's name."""
 
+import json
+
 import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
@@ -108,3 +110,28 @@ def test_views_at_one_place_are_refused(place):
 def test_two_and_three_views_may_stand_as_they_like():
     for count in (1, 2, 3):
         judge(ring()[:count], NAMES[:count])
+
+
+def path_of_the_viewer(tmp_path, *matrices):
+    frames = [{"camera_to_world": matrix, "fov": 60, "aspect": 1.5} for matrix in matrices]
+    path = tmp_path / "camera_path.json"
+    path.write_text(json.dumps({"render_height": 6, "render_width": 9, "seconds": 1.0, "camera_path": frames}))
+    return path
+
+
+def test_camera_paths_are_read_by_the_same_rules(tmp_path):
+    from fit3d_ns.commands.export.camera_path import path_from_file
+
+    here = np.eye(4, dtype=int).ravel().tolist()  # whole numbers, and twice at one place
+    poses = path_from_file(path_of_the_viewer(tmp_path, here, here)).cameras.camera_to_worlds
+    assert poses.shape == (2, 3, 4) and poses.dtype.is_floating_point
+    for damage, said in (
+        (np.diag([-1, 1, 1, 1]), "frame 1 .*camera_path.json is mirrored"),
+        (np.diag([1, 2, 1, 1]), "frame 1 .*camera_path.json is no rotation"),
+        (np.full((4, 4), np.nan), "frame 1 .*camera_path.json is not finite"),
+    ):
+        with pytest.raises(UserError, match=said):
+            path_from_file(path_of_the_viewer(tmp_path, here, damage.ravel().tolist()))
+    for damage in ([1, 2], "a", None, [[1]] * 4, {}):
+        with pytest.raises(UserError, match="camera_path.json"):
+            path_from_file(path_of_the_viewer(tmp_path, here, damage))

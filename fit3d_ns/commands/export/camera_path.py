@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from nerfstudio.cameras.camera_paths import get_path_from_json
@@ -13,6 +14,7 @@ from nerfstudio.cameras.camera_utils import focus_of_attention
 from nerfstudio.cameras.cameras import Cameras, CameraType
 from torch import Tensor
 
+from fit3d_ns.data.poses import check_poses
 from fit3d_ns.runs.bundle import BundleCameras, BundleView
 from fit3d_ns.support.errors import UserError
 
@@ -126,8 +128,12 @@ def path_from_file(path: Path) -> CameraPath:
                 f"The cameras of {path} are {stored['camera_type']}, and Gaussians are rendered in perspective: save "
                 "the path again with perspective cameras."
             )
+        frames = stored["camera_path"]
+        names = [f"frame {number}" for number in range(len(frames))]
+        matrices = [np.reshape(frame["camera_to_world"], (4, 4)) for frame in frames]
+        for frame, pose in zip(frames, check_poses(matrices, names, str(path), spread=False).matrices):
+            frame["camera_to_world"] = pose.ravel().tolist()
         cameras = get_path_from_json(stored)
-        names = [f"frame {number}" for number in range(len(stored["camera_path"]))]
         seconds = None if stored.get("seconds") is None else float(stored["seconds"])
         whole = bool(torch.isfinite(cameras.camera_to_worlds).all()) and bool(torch.isfinite(cameras.fx).all())
         usable = whole and (seconds is None or seconds > 0)
