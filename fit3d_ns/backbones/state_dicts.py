@@ -3,7 +3,7 @@
 import inspect
 import pickle
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,13 @@ from torch import Tensor, nn
 from fit3d_ns.support.command_line import BACKBONE_FLAG, WEIGHTS_FLAG
 from fit3d_ns.support.errors import UserError
 
-WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 """Files that `read_state_dict` reads."""
-_WRAPPERS = ("model", "state_dict", "encoder")
-_PREFIXES = ("module.", "_orig_mod.", "backbone.")
+_WRAPPERS = ("model.", "state_dict.", "encoder.")
+"""Where the weights lie in a file that also holds other copies of them, the first of these that is there."""
+_PREFIXES = (*_WRAPPERS, "module.", "_orig_mod.", "backbone.")
+_ANCHOR = "patch_embed.proj.weight"
+"""A parameter that every ViT of timm and of facebookresearch has once."""
 _CLASSIFIERS = ("head.", "head_dist.")
 
 
@@ -26,11 +29,11 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     """Reads tensors from a weight file, running no code from it.
 
     Args:
-        path: A .safetensors file, or a .pth, .pt or .bin file that holds nothing but tensors.
+        path: A .safetensors file, or a .pth, .pt, .bin or .ckpt file that holds tensors and plain values alone.
 
     Returns:
-        Tensors by key on the CPU, freed of wrappers (``model``, ``state_dict``, ``encoder``) and of a prefix that
-        all keys share (``module.``, ``_orig_mod.``, ``backbone.``).
+        Tensors by key on the CPU, of the backbone alone: wrappers (``model``, ``teacher``), prefixes of keys
+        (``module.``, ``backbone.``), heads beside it and the state of an optimizer are left out.
 
     Raises:
         UserError: If the file is missing, damaged, of another kind, or holds more than tensors.
@@ -44,7 +47,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
             content = torch.load(path, map_location="cpu", weights_only=True)
         else:
             raise UserError(
-                f"{path} is no weight file that can be read: give a .safetensors, .pth or .pt file to {WEIGHTS_FLAG}."
+                f"{path} is no weight file that can be read: give a {', '.join(WEIGHT_SUFFIXES)} to {WEIGHTS_FLAG}."
             )
     except pickle.UnpicklingError:
         raise UserError(
@@ -115,19 +118,33 @@ def _check_fit(state_dict: Mapping[str, Tensor], expected: Mapping[str, Tensor],
 
 
 def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:
-    while isinstance(content, Mapping):
-        wrapper = next((key for key in _WRAPPERS if isinstance(content.get(key), Mapping)), None)
-        if wrapper is None:
-            break
-        content = content[wrapper]
-    if not isinstance(content, Mapping) or not content:
-        raise UserError(f"{path} holds no state dict: give weights of the backbone to {WEIGHTS_FLAG}.")
-    state_dict = dict(content)
-    if not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in state_dict.items()):
-        raise UserError(f"{path} holds no plain state dict of tensors: give weights of the backbone to {WEIGHTS_FLAG}.")
-    while prefix := next((p for p in _PREFIXES if all(key.startswith(p) for key in state_dict)), None):
-        state_dict = {key[len(prefix) :]: value for key, value in state_dict.items()}
-    return state_dict
+    """Finds the backbone by its patch embedding, however its tensors are grouped and whatever lies beside it."""
+    tensors = dict(_tensors(content))
+    if not tensors:
+        raise UserError(f"{path} holds no state dict of tensors: give weights of the backbone to {WEIGHTS_FLAG}.")
+    roots = [name.removesuffix(_ANCHOR) for name in tensors if name.endswith(_ANCHOR)]
+    if len(roots) > 1:  # such as copies of the weights averaged over training
+        roots = next((found for wrapper in _WRAPPERS if (found := [r for r in roots if r.startswith(wrapper)])), roots)
+    if len(roots) > 1:
+        raise UserError(
+            f"{path} holds {len(roots)} backbones ({', '.join(roots)}): save one of them alone and give it to "
+            f"{WEIGHTS_FLAG}."
+        )
+    if roots:
+        return {name.removeprefix(roots[0]): value for name, value in tensors.items() if name.startswith(roots[0])}
+    # Another layout, which timm's filters may know: only what all names share is taken off.
+    while prefix := next((p for p in _PREFIXES if all(name.startswith(p) for name in tensors)), None):
+        tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
+    return tensors
+
+
+def _tensors(content: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Yields the tensors of nested mappings under their joined names."""
+    if isinstance(content, Tensor) and prefix:
+        yield prefix, content
+    elif isinstance(content, Mapping):
+        for key, value in content.items():
+            yield from _tensors(value, f"{prefix}.{key}" if prefix else str(key))
 
 
 def _run_timm_filter(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

@@ -77,6 +77,39 @@ def test_every_layout_gives_the_same_features(registers, layout, tmp_path):
     assert torch.allclose(other.forward_features(images), model.forward_features(images), atol=1e-5)
 
 
+NAMED = {
+    "teacher with a head": lambda w: {
+        "teacher": {**_named("backbone.", w), "dino_head.last.weight": torch.zeros(8, 8)}
+    },
+    "levels in names": lambda w: {"model": _named("teacher.backbone.", w), "optimizer": {"state": {0: torch.zeros(3)}}},
+    "lightning": lambda w: {"state_dict": _named("model.net._orig_mod.", w), "epoch": 3, "callbacks": {"a": [1]}},
+    "average beside": lambda w: {"model": w, "model_ema": {k: v + 1 for k, v in w.items()}},
+    "plain": lambda w: w,
+}
+
+
+def _named(prefix, weights):
+    return {prefix + name: value for name, value in weights.items()}
+
+
+@pytest.mark.parametrize("grouping", NAMED)
+@pytest.mark.parametrize("layout", ["timm", "facebook"])
+def test_the_backbone_is_found_however_it_is_grouped(grouping, layout, tmp_path):
+    model, path = small_dinov2(0), tmp_path / ("weights.ckpt" if grouping == "lightning" else "weights.pth")
+    weights = facebook_layout(model) if layout == "facebook" else dict(model.state_dict())
+    torch.save(NAMED[grouping](weights), path)
+    converted = to_timm_layout(read_state_dict(path), model, path, "small")
+    assert converted.keys() == model.state_dict().keys()
+    assert all(torch.equal(converted[name], value) for name, value in model.state_dict().items())
+
+
+def test_several_backbones_are_not_chosen_among(tmp_path):
+    weights = dict(small_dinov2(0).state_dict())
+    torch.save({"model": {**_named("student.", weights), **_named("teacher.", weights)}}, tmp_path / "two.pth")
+    with pytest.raises(UserError, match=r"two.pth holds 2 backbones \(model.student., model.teacher.\): save one"):
+        read_state_dict(tmp_path / "two.pth")
+
+
 def test_half_precision_files_and_classifiers_load(tmp_path):
     state_dict = timm.create_model(TINY, num_classes=7).state_dict()
     path = tmp_path / "half.safetensors"
