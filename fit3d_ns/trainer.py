@@ -55,6 +55,14 @@ def check_same_configuration(config: Any) -> None:
         raise UserError(f"The run {path.parent} was trained with {changes}: use the same flags, or start a new run.")
 
 
+def _check_one_gpu(machine: Any) -> None:
+    if machine.num_devices * machine.num_machines > 1:
+        raise UserError(
+            "One scene trains on one GPU: drop --machine.num-devices and run one ns-train per scene and GPU "
+            "(CUDA_VISIBLE_DEVICES=0 ns-train fit3d-splat ..., CUDA_VISIBLE_DEVICES=1 ...)."
+        )
+
+
 def _flags(model: Any) -> dict[str, Any]:
     """The flags of the model that decide which parameters there are and how they are trained."""
     return {
@@ -96,12 +104,14 @@ class Fit3DTrainerConfig(TrainerConfig):
                 trained with other flags.
         """
         # Here, since nerfstudio starts a process for each GPU next, and their errors arrive as tracebacks.
-        if self.machine.num_devices * self.machine.num_machines > 1:
-            raise UserError(
-                "One scene trains on one GPU: drop --machine.num-devices and run one ns-train per scene and GPU "
-                "(CUDA_VISIBLE_DEVICES=0 ns-train fit3d-splat ..., CUDA_VISIBLE_DEVICES=1 ...)."
-            )
+        _check_one_gpu(self.machine)
         check_same_configuration(self)
+        self._make_paths_absolute()
+        path = self.get_base_dir() / CONFIG
+        CONSOLE.log(f"Saving config to: {path}")
+        atomic_write_text(path, yaml.dump(self))
+
+    def _make_paths_absolute(self) -> None:
         datamanager: Any = self.pipeline.datamanager
         paths = [
             (self, "output_dir"),
@@ -116,9 +126,6 @@ class Fit3DTrainerConfig(TrainerConfig):
             path = getattr(holder, name)
             if path is not None and path != Path():  # an empty path means that none was given
                 setattr(holder, name, path.expanduser().absolute())
-        path = self.get_base_dir() / CONFIG
-        CONSOLE.log(f"Saving config to: {path}")
-        atomic_write_text(path, yaml.dump(self))
 
 
 class Fit3DTrainer(Trainer):

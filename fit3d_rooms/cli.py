@@ -75,7 +75,7 @@ def make_rooms(config: RoomsConfig) -> list[Path]:
     """Makes the rooms that are not there yet.
 
     Args:
-        config: see :class:`RoomsConfig`.
+        config: see `RoomsConfig`.
 
     Returns:
         Folders of all rooms asked for.

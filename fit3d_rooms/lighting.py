@@ -1,6 +1,6 @@
 """Light, baked once per room: soft direct light from windows, sun and lamps, and three bounces between all surfaces.
 
-Light lives on the nodes of :class:`~fit3d_rooms.geometry.PackedScene`, so every view sees exactly the same shading.
+Light lives on the nodes of `fit3d_rooms.geometry.PackedScene`, so every view sees exactly the same shading.
 Values are irradiance divided by pi: times a surface's albedo they give its radiance.
 """
 
@@ -260,7 +260,7 @@ def _coarse_nodes(scene: PackedScene) -> np.ndarray:
 
 
 def _spread(scene: PackedScene, values: np.ndarray) -> None:
-    """Fills the nodes between those of :func:`_coarse_nodes` linearly, in place."""
+    """Fills the nodes between those of `_coarse_nodes` linearly, in place."""
     for (ns, nt), start in zip(scene.nodes, scene.node_start):
         grid = values[start : start + ns * nt].reshape(ns, nt, 3)
         if nt > 8:

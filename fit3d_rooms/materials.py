@@ -12,7 +12,7 @@ class Surface:
     """A texture and how it lies on a patch.
 
     Attributes:
-        texture: index in the :class:`TextureBank`.
+        texture: index in the `TextureBank`.
         size: metres that one tile of the texture covers along s and t; None stretches it over the whole patch.
         tint: linear RGB factor.
         glow: light given off, as a factor on the texture, in display units (0: only reflects).

@@ -1,6 +1,6 @@
 """Surfaces that rooms are built of: smooth grids with a place for texture and light.
 
-Every solid is a list of :class:`Patch`: a grid of vertices whose parameters (s, t) in [0, 1] address both its texture
+Every solid is a list of `Patch`: a grid of vertices whose parameters (s, t) in [0, 1] address both its texture
 and its light map. Units are metres, z is up, and the outside of a patch is where ``dP/ds x dP/dt`` points.
 """
 
@@ -177,7 +177,7 @@ def lathe(
         profile: (radius, z) pairs; going up shows the outside, going down the inside, radius growing the underside.
         surface: what it is made of.
         segments: facets around.
-        two_sided: see :class:`Patch`.
+        two_sided: see `Patch`.
     """
     curve = np.asarray(profile, dtype=float)
     slope = np.gradient(curve, axis=0)

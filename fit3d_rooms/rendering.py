@@ -75,7 +75,7 @@ class Renderer:
 
     Args:
         scene: the room.
-        light: on its nodes, from :func:`fit3d_rooms.lighting.bake`, float32 [M, 3].
+        light: on its nodes, from `fit3d_rooms.lighting.bake`, float32 [M, 3].
         camera: of all views.
     """
 

@@ -1,4 +1,4 @@
-"""Frozen or fine-tuned vision transformers as dense feature extractors; the only room that knows timm.
+"""Frozen or fine-tuned vision transformers as dense feature extractors; the only package that imports timm.
 
 Importing this package imports no timm: the functions do, when called.
 """

@@ -14,12 +14,12 @@ learned 2C -> C layer that makes it an assembly of its own is trained with whate
 
 
 def needs_tuned(assembly: Assembly) -> bool:
-    """Tells whether an assembly takes the fine-tuned backbone's features."""
+    """Returns whether an assembly takes the fine-tuned backbone's features."""
     return assembly not in ("original", "duplicate")
 
 
 def needs_original(assembly: Assembly) -> bool:
-    """Tells whether an assembly takes the original backbone's features."""
+    """Returns whether an assembly takes the original backbone's features."""
     return assembly != "tuned"
 
 

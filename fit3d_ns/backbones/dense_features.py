@@ -95,7 +95,7 @@ class DenseFeatures(nn.Module):
         return f"assembly={self.assembly}, width={self.width}, patch_size={self.patch_size}, max_size={self.max_size}"
 
     def _check_range(self, images: Tensor) -> None:
-        # Once: it makes a GPU wait, and who normalises does so from the first batch on.
+        # Checked on the first batch only: min() synchronises, and a caller that normalises does so from the start.
         if self._range_is_known or torch.compiler.is_compiling() or not images.numel():
             return
         low, high = float(images.min()), float(images.max())
@@ -201,7 +201,7 @@ def load_published(name: str, weights: str | Path | None = None, device: str | t
 
 
 def _names_original(path_or_name: str | Path) -> bool:
-    """Tells whether the user names a backbone that was not fine-tuned."""
+    """Returns whether the user names a backbone that was not fine-tuned."""
     if isinstance(path_or_name, Path) or path_or_name in PUBLISHED_BACKBONES:
         return False
     if find_named(path_or_name) is not None:

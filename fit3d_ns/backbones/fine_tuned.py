@@ -164,7 +164,7 @@ def check_original(fine_tuned: FineTuned, spec: BackboneSpec) -> None:
 
 
 def looks_like_path(text: str) -> bool:
-    """Tells whether a text can only mean a place on this machine, no ``user/repo`` and no backbone's name."""
+    """Returns whether a text can only mean a place on this machine, no ``user/repo`` and no backbone's name."""
     path = Path(text)
     return path.suffix in WEIGHT_SUFFIXES or path.is_absolute() or text[:1] in (".", "~") or text.count("/") > 1
 

@@ -28,7 +28,7 @@ _WIDTH = 384
 
 
 def focus_available() -> bool:
-    """Tells whether the weights are converted already, or can be without any network."""
+    """Returns whether the weights are converted already, or can be without any network."""
     return is_complete_safetensors(_converted_path()) or (
         find_focus_graph() is not None and util.find_spec("onnx") is not None
     )

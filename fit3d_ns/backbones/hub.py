@@ -102,7 +102,7 @@ def download_url(url: str) -> Path:
 
 
 def hash_matches(path: Path, sha256: str) -> bool:
-    """Tells whether a file has a SHA-256."""
+    """Returns whether a file has a SHA-256."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

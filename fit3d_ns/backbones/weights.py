@@ -39,7 +39,7 @@ def find_weights(spec: BackboneSpec) -> Path:
 
 
 def weights_available(spec: BackboneSpec, reach_network: bool = False) -> bool:
-    """Tells whether `load_backbone` would find the weights; never downloads them.
+    """Returns whether `load_backbone` would find the weights; never downloads them.
 
     Args:
         spec: The user's choice.

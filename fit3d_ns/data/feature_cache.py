@@ -167,7 +167,7 @@ class FeatureCache:
         return keys
 
     def has(self, key: str) -> bool:
-        """Tells whether the map of this key lies on disk, whole."""
+        """Returns whether the map of this key lies on disk, whole."""
         return self._find(key) is not None
 
     def load(self, key: str) -> Float16[Tensor, "C h w"]:

@@ -1,4 +1,4 @@
-"""How the project's own commands end."""
+"""Entry of the commands: what they log is shown, errors of the user become one sentence and an exit status."""
 
 import sys
 from collections.abc import Callable, Iterator

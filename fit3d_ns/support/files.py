@@ -86,7 +86,7 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
         The temporary folder, empty.
 
     Raises:
-        UserError: as :func:`atomic_path`.
+        UserError: as `atomic_path`.
     """
     path = Path(path)
     old = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
@@ -107,18 +107,18 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
 
 
 def atomic_write_bytes(path: Path | str, data: bytes) -> None:
-    """Writes ``data`` to ``path`` as one step; see :func:`atomic_path` for what is promised and raised."""
+    """Writes ``data`` to ``path`` as one step; see `atomic_path` for what is promised and raised."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(data)
 
 
 def atomic_write_text(path: Path | str, text: str) -> None:
-    """Writes ``text`` as UTF-8 to ``path`` as one step; see :func:`atomic_path` for what is promised and raised."""
+    """Writes ``text`` as UTF-8 to ``path`` as one step; see `atomic_path` for what is promised and raised."""
     atomic_write_bytes(path, text.encode("utf-8"))
 
 
 def atomic_write_json(path: Path | str, data: Any) -> None:
-    """Writes ``data`` as indented JSON to ``path`` as one step; see :func:`atomic_path` for what is raised.
+    """Writes ``data`` as indented JSON to ``path`` as one step; see `atomic_path` for what is raised.
 
     JSON knows no NaN and no infinity, so such numbers become ``null``.
 
@@ -152,7 +152,7 @@ def user_cache_directory() -> Path:
 
 
 def is_complete_safetensors(path: Path) -> bool:
-    """Tells whether ``path`` is a safetensors file whose size agrees with its header (reads the header only)."""
+    """Returns whether ``path`` is a safetensors file whose size agrees with its header (reads the header only)."""
     try:
         with safe_open(path, framework="pt"):
             return True

@@ -128,7 +128,7 @@ class Task(ABC, Generic[RecipeType]):
         return values
 
     def is_better(self, score: float, other: float) -> bool:
-        """Tells whether a value of the headline metric beats another; NaN beats nothing."""
+        """Returns whether a value of the headline metric beats another; NaN beats nothing."""
         if np.isnan(other):
             return not np.isnan(score)
         return score > other if self.higher_is_better else score < other
