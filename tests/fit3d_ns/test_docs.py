@@ -253,7 +253,9 @@ def test_flags_in_the_text_exist(monkeypatch):
     known = set().union(*(_flags_of(*program) for programs in TABLES.values() for program in programs))
     for program in (("ns-train", "splatfacto"), ("ns-process-data", "images"), ("demo",), ("benchmarks.evidence",)):
         known |= _flags_of(*program)
-    known |= _flags_of("ns-train", "fit3d-splat", "nerfstudio-data") | {
+    for dataparser in ("nerfstudio-data", "colmap"):
+        known |= _flags_of("ns-train", "fit3d-splat", dataparser)
+    known |= {
         "--nproc-per-node",
         "--find-links",
         "--no-index",
