@@ -1,11 +1,11 @@
-"""Measures the host memory of what reads photos without training: lifts, bundles, distillation, evaluation.
+"""Measures the host memory of what reads photos without training: the teacher's maps of a lift, bundles, distillation.
 
     python benchmarks/photo_memory.py --folder memory --photos 100 300
 
-Makes a scene of large photos around coloured Gaussians (renders, enlarged, with grain, as JPEG), lifts features into
-those Gaussians, bundles the run, distils two steps and evaluates it. Each command runs in a process of its own, whose
-largest resident set and time are taken as ``/usr/bin/time -v`` takes them, and written to a JSON file. Photos beyond
-``--distinct`` are further files of the same content and pose, so that a large scene is made quickly.
+Makes a scene of large photos around coloured Gaussians (renders, enlarged, with grain, as JPEG) and a run lifted from
+small copies of them, and puts the large photos in their place. Each measured command runs in a process of its own,
+whose largest resident set and time are taken as ``/usr/bin/time -v`` takes them, and written to a JSON file. Photos
+beyond ``--distinct`` are further files of the same content and pose, so that a large scene is made quickly.
 """
 
 import json
@@ -21,13 +21,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import timm
 import torch
 import tyro
 from PIL import Image
+from safetensors.torch import save_file
 
 from fit3d_ns.data.ply import rgb_to_sh, write_splat_ply
 from fit3d_ns.rasterization import rasterize
-from fit3d_ns.runs.names import CONFIG
+from fit3d_ns.runs.config_reader import read_config
+from fit3d_ns.scenes.views import streamed_scene
 from fit3d_ns.support.console import CONSOLE
 from fit3d_ns.support.files import atomic_write_json
 from fit3d_ns.support.progress import progress
@@ -35,10 +38,11 @@ from fit3d_ns.support.progress import progress
 GAUSSIANS = 400
 SMALLER = 20
 """Photos are rendered smaller by this factor, and enlarged."""
-_MADE = {"lift": ["lifted"], "bundle": ["bundles"], "distill": ["student", "photos"]}
-_MADE["evaluate"] = []
+SMALL = 10
+"""The run is lifted from photos that are smaller by this factor."""
+MADE = {"teacher": ["scene/.fit3d_cache"], "bundle": ["bundles"], "distill": ["student", "photos"]}
 """What a command makes, for it to be made anew."""
-LAUNCH = "import sys; from {module} import {function} as main; sys.argv[0] = '{name}'; sys.exit(main())"
+LAUNCH = "import sys; from {module} import {function} as main; sys.argv[0] = '{function}'; sys.exit(main())"
 
 
 @dataclass
@@ -53,10 +57,8 @@ class Benchmark:
     """Width and height of a photo, pixels."""
     distinct: int = 100
     """Most photos that are made; the others are links to them."""
-    empty_cache: bool = True
-    """Whether the teacher's maps are made anew by the lift."""
-    commands: tuple[str, ...] = ("lift", "bundle", "distill", "evaluate")
-    """What is measured; each needs what those before it made."""
+    commands: tuple[str, ...] = ("teacher", "bundle", "distill")
+    """What is measured; `distill` needs the bundles."""
     output: Path = Path("benchmarks/results/photo_memory.json")
     """The JSON file; other rows in it are kept."""
 
@@ -70,8 +72,8 @@ def make_scene(folder: Path, count: int, distinct: int, size: tuple[int, int]) -
         distinct: Most of them that differ.
         size: Width and height of a photo, pixels.
     """
-    if (folder / "transforms.json").is_file():
-        return
+    if (folder / "transforms.json").is_file() or (folder.parent / "scene" / "transforms.json").is_file():
+        return  # there, or in its place already
     (folder / "images").mkdir(parents=True, exist_ok=True)
     random = torch.Generator().manual_seed(0)
     means = torch.nn.functional.normalize(torch.randn(GAUSSIANS, 3, generator=random), dim=-1)
@@ -129,11 +131,38 @@ def _pose(angle: float, rise: float) -> torch.Tensor:
     return pose
 
 
-def measure(name: str, module: str, function: str, arguments: Sequence[str], log: Path) -> dict[str, Any]:
+def make_run(folder: Path) -> None:
+    """Lifts a run from small copies of the photos in ``folder/large``, and puts the large ones in their place.
+
+    Args:
+        folder: Where the run goes; nothing is done if it is there.
+    """
+    scene, large = folder / "scene", folder / "large"
+    if any((folder / "lifted").rglob("lift.json")):
+        return
+    shutil.rmtree(scene, ignore_errors=True)
+    (scene / "images").mkdir(parents=True)
+    content = json.loads((large / "transforms.json").read_text())
+    for frame in content["frames"]:
+        with Image.open(large / frame["file_path"]) as photo:
+            photo.draft("RGB", (photo.width // SMALL, photo.height // SMALL))
+            photo.resize((content["w"] // SMALL, content["h"] // SMALL)).save(scene / frame["file_path"])
+    content.update({name: content[name] / SMALL for name in ("fl_x", "fl_y", "cx", "cy")})
+    content.update({name: content[name] // SMALL for name in ("w", "h")})
+    atomic_write_json(scene / "transforms.json", content)
+    torch.manual_seed(0)
+    save_file(timm.create_model("test_vit", num_classes=0).state_dict(), folder / "teacher.safetensors")
+    lift = ["--ply", str(large / "splat.ply"), "--data", str(scene), "--output-dir", str(folder / "lifted")]
+    lift += ["--backbone", "test_vit", "--backbone-weights", str(folder / "teacher.safetensors")]
+    measure("fit3d_ns.commands.lift.cli", "main", [*lift, "--feature-dim", "8", "--no-evaluate"], folder / "lift.log")
+    shutil.rmtree(scene)
+    large.rename(scene)
+
+
+def measure(module: str, function: str, arguments: Sequence[str], log: Path) -> dict[str, Any]:
     """Runs a command in a process of its own.
 
     Args:
-        name: As it is called on a command line.
         module: Where its function is.
         function: The function.
         arguments: Its arguments.
@@ -142,43 +171,23 @@ def measure(name: str, module: str, function: str, arguments: Sequence[str], log
     Returns:
         ``peak_gigabytes``, the largest resident set, and ``seconds``.
     """
-    command = [sys.executable, "-c", LAUNCH.format(name=name, module=module, function=function), *arguments]
+    command = [sys.executable, "-c", LAUNCH.format(module=module, function=function), *arguments]
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path}
     start = time.perf_counter()
     with open(log, "w") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
         _, status, usage = os.wait4(process.pid, 0)
     if status:
-        raise SystemExit(f"{name} failed, see {log}")
+        raise SystemExit(f"{module} failed, see {log}")
     return {"peak_gigabytes": usage.ru_maxrss / 2**20, "seconds": time.perf_counter() - start}
 
 
-def commands_of(folder: Path) -> dict[str, tuple[str, str, str, list[str]]]:
-    """Returns name, module, function and arguments of what is measured on a scene.
-
-    Args:
-        folder: Where the scene is, and runs go.
-    """
-    teacher = folder / "teacher.safetensors"
-    if not teacher.is_file():
-        import timm
-        from safetensors.torch import save_file
-
-        torch.manual_seed(0)
-        save_file(timm.create_model("test_vit", num_classes=0).state_dict(), teacher)
-    scene, lifted = folder / "scene", folder / "lifted"
-    lift = ["--ply", str(scene / "splat.ply"), "--data", str(scene), "--output-dir", str(lifted)]
-    lift += ["--backbone", "test_vit", "--backbone-weights", str(teacher), "--feature-dim", "8", "--no-evaluate"]
-    bundle = ["--runs", str(lifted), "--bundle-dir", str(folder / "bundles"), "--bundles-only"]
-    distill = ["--bundles", str(folder / "bundles"), "--steps", "2", "--cache-dir", str(folder / "photos")]
-    distill += ["--output-dir", str(folder / "student")]
-    config = next(iter(sorted(lifted.rglob(CONFIG))), lifted / CONFIG)
-    evaluate = ["--load-config", str(config), "--output-path", str(folder / "eval.json")]
-    return {
-        "lift": ("fit3d-lift", "fit3d_ns.commands.lift.cli", "main", lift),
-        "bundle": ("fit3d-distill", "distill.cli", "main", bundle),
-        "distill": ("fit3d-distill", "distill.cli", "main", distill),
-        "evaluate": ("ns-eval", "nerfstudio.scripts.eval", "entrypoint", evaluate),
-    }
+def read_for_a_lift() -> None:
+    """Reads all photos as a lift does, and makes the teacher's maps of them; argument: the run's config.yml."""
+    config = read_config(Path(sys.argv[1]))
+    pipeline = config.pipeline.setup(device="cuda" if torch.cuda.is_available() else "cpu", test_mode="test")
+    streamed_scene(pipeline.datamanager, pipeline.model)
 
 
 def main() -> None:
@@ -188,15 +197,22 @@ def main() -> None:
     stored = json.loads(settings.output.read_text()) if settings.output.is_file() else {}
     for count in settings.photos:
         folder = settings.folder / f"{count}_photos"
-        folder.mkdir(parents=True, exist_ok=True)
-        make_scene(folder / "scene", count, settings.distinct, settings.size)
+        make_scene(folder / "large", count, settings.distinct, settings.size)
+        make_run(folder)
+        config = next((folder / "lifted").rglob("config.yml"))
+        bundle = ["--runs", str(folder / "lifted"), "--bundle-dir", str(folder / "bundles"), "--bundles-only"]
+        distill = ["--bundles", str(folder / "bundles"), "--output-dir", str(folder / "student"), "--steps", "2"]
+        commands = {
+            "teacher": ("photo_memory", "read_for_a_lift", [str(config)]),
+            "bundle": ("distill.cli", "main", bundle),
+            "distill": ("distill.cli", "main", [*distill, "--cache-dir", str(folder / "photos")]),
+        }
         for name in settings.commands:
-            for made in [*_MADE[name], *(["scene/.fit3d_cache"] if name == "lift" and settings.empty_cache else [])]:
+            for made in MADE[name]:
                 shutil.rmtree(folder / made, ignore_errors=True)
-            row = measure(*commands_of(folder)[name], folder / f"{name}.log")
-            row |= {"command": name, "photos": count, "size": list(settings.size), "device": device}
-            row |= {"distinct": min(count, settings.distinct), "empty_cache": settings.empty_cache}
-            stored[f"{name} {count} {device}"] = row
+            row = measure(*commands[name], folder / f"{name}.log")
+            facts = {"command": name, "photos": count, "distinct": min(count, settings.distinct), "device": device}
+            stored[f"{name} {count} {device}"] = {**facts, "size": list(settings.size), **row}
             atomic_write_json(settings.output, stored)
             CONSOLE.print(f"{name}, {count} photos: {row['peak_gigabytes']:.2f} GB, {row['seconds']:.0f} s")
 
