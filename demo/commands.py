@@ -75,7 +75,7 @@ def _train(words: Sequence[str]) -> None:
     trainer = config.setup()
     trainer.setup()
     trainer.pipeline.fit3d_model.strategy.verbose = False
-    trainer.pipeline.datamanager.teacher_map("train", 0)  # fills the cache, under its own progress bar
+    trainer.pipeline.datamanager.prepare_teacher_maps()  # under their own progress bar
     with ExitStack() as bar:
         advance = bar.enter_context(progress("Training", steps, done))
 

@@ -38,10 +38,6 @@ class DemoConfig:
     """Training steps of each splat."""
     distill_steps: int | None = None
     """Training steps of the backbone."""
-    probe_steps: int | None = None
-    """Training steps of the linear heads."""
-    probe_seeds: tuple[int, ...] = (0, 1, 2)
-    """Seeds of the heads; the tables show mean and spread over them."""
     control: bool = True
     """Whether a control is distilled without 3D, which tells what fine-tuning alone brings."""
     seed: int = 1
@@ -60,7 +56,7 @@ def complete(config: DemoConfig, cuda: bool) -> DemoConfig:
     """
     sizes = _GPU_SIZES if cuda else _CPU_SIZES
     config = replace(config, **{name: size for name, size in sizes.items() if getattr(config, name) is None})
-    for name, least in (("rooms", 1), ("views", 6), ("splat_steps", 10), ("distill_steps", 1), ("probe_steps", 1)):
+    for name, least in (("rooms", 1), ("views", 6), ("splat_steps", 10), ("distill_steps", 1)):
         if getattr(config, name) < least:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)} is too small: at least {least}.")
     check_size(config.width or 0, config.height or 0)
@@ -77,7 +73,6 @@ def complete(config: DemoConfig, cuda: bool) -> DemoConfig:
 def settings(config: DemoConfig) -> dict[str, Any]:
     """Returns everything that decides the outcome, as JSON values."""
     values = {name: value for name, value in asdict(config).items() if name != "output_dir"}
-    values["probe_seeds"] = list(config.probe_seeds)
     weights = config.backbone_weights
     values["backbone_weights"] = None if weights is None else str(weights.expanduser().absolute())
     return values
@@ -90,7 +85,6 @@ _CPU_SIZES = {
     "height": 210,
     "splat_steps": 400,
     "distill_steps": 200,
-    "probe_steps": 400,
 }
 _GPU_SIZES = {
     "views": 40,
@@ -98,5 +92,4 @@ _GPU_SIZES = {
     "height": 300,
     "splat_steps": 1500,
     "distill_steps": 800,
-    "probe_steps": 800,
 }

@@ -7,7 +7,7 @@ from typing import Any
 
 from demo.config import DemoConfig
 from demo.pictures import evaluation_views, feature_pictures, panels, photos
-from demo.results import Comparison, DemoResults, comparisons, read_results
+from demo.results import DemoResults, comparisons, read_results, write_metrics
 from demo.runner import Record
 from demo.stages import EVAL_INTERVAL, Places, places
 from fit3d_ns.support.html_report import Report
@@ -21,7 +21,7 @@ _WARNING = (
 
 
 def write_report(config: DemoConfig, records: Sequence[Record]) -> Path:
-    """Writes ``report.html``.
+    """Writes ``report.html``, and its numbers as ``metrics.json``.
 
     Args:
         config: Of a demo whose stages are all done.
@@ -34,6 +34,7 @@ def write_report(config: DemoConfig, records: Sequence[Record]) -> Path:
         UserError: If a result is missing, or the page cannot be written.
     """
     where, results = places(config), read_results(config)
+    write_metrics(config, results)
     report = Report("From photos to a probe table")
     _add_summary(report, config, records, results)
     _add_rooms(report, where)
@@ -74,36 +75,33 @@ def _add_summary(report: Report, config: DemoConfig, records: Sequence[Record], 
         for name in segmentation
     ]
     report.add_table(rows, ("features", "what they are", "found again", "mIoU", "RMSE (m)"))
-    seeds = len(results.segmentation["seeds"])
     report.add_text(
         "Found again: share of points of a photo that the features find in another view, to 10 pixels; nothing is "
         "trained for it, and duplicate features find what the original's do. mIoU: segmentation. RMSE: depth, lower "
-        f"is better. {f'Mean ± standard deviation over {seeds} seeds' if seeds > 1 else 'A single seed'} of the linear "
-        "heads."
+        "is better. Linear probes are solved exactly, so duplicate features score what the original's do."
     )
     compared = [
         (measure, comparison)
-        for measure, metric, rows_, higher in (("mIoU", "miou", segmentation, True), ("RMSE", "rmse", depth, False))
-        for comparison in comparisons(rows_, metric, higher)
+        for measure, probed, higher in (("mIoU", results.segmentation, True), ("RMSE", results.depth, False))
+        for comparison in comparisons(probed["differences"], higher)
     ]
     report.add_table(
-        [(measure, c.row, c.baseline, _difference(c), c.verdict) for measure, c in compared],
-        ("measure", "features", "against", "gain (negative: loss)", "in words"),
+        [(m, c.row, c.baseline, f"{c.gain:+.4f}", f"{c.low:+.4f} to {c.high:+.4f}", c.verdict) for m, c in compared],
+        ("measure", "features", "against", "gain (negative: loss)", "95 % interval", "in words"),
     )
-    report.add_text(
-        "Against original and duplicate: what fine-tuning on these rooms brought, at the same width. Against the "
-        "control: what of it is owed to 3D. The spread covers the heads only, since splats and backbone were trained "
-        "once; differences within twice the spread are called none."
-        if config.control
-        else "The spread covers the heads only, since splats and backbone were trained once; differences within twice "
-        "the spread are called none. No control was distilled (--no-control), so whether a gain comes from 3D or from "
-        "fine-tuning on these rooms cannot be told."
+    text = (
+        "Against original and duplicate: what fine-tuning on these rooms brought, at the same width. The interval is "
+        "over draws of the held-out room's photos, the same for both rows; it says nothing of other rooms or another "
+        "training."
     )
-
-
-def _difference(comparison: Comparison) -> str:
-    spread = "" if comparison.spread is None else f" ± {comparison.spread:.4f}"
-    return f"{comparison.gain:+.4f}{spread}"
+    if config.control:
+        text += " Against the control: what of it is owed to 3D."
+    else:
+        text += (
+            " No control was distilled (--no-control), so whether a gain comes from 3D or from fine-tuning on these "
+            "rooms cannot be told."
+        )
+    report.add_text(text)
 
 
 def _add_rooms(report: Report, where: Places) -> None:
@@ -202,7 +200,7 @@ def _add_probe(report: Report, where: Places, metrics: dict[str, Any], kind: str
     report.add_heading(f"{number}. Probe: {kind}")
     report.add_text(
         f"A linear head on frozen features, trained on {data['train']} photos of the lifted rooms and tested on "
-        f"{data['test']} photos of {where.held_out_room.name}. Fast protocol: rows can be compared with each other, "
+        f"{data['test']} photos of {where.held_out_room.name}. Exact protocol: rows can be compared with each other, "
         "not with published numbers."
     )
     columns = COLUMNS[kind]

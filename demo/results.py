@@ -1,17 +1,15 @@
 """What the commands wrote, read back for the report; every number of the page comes from here."""
 
 import json
-import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from demo.config import DemoConfig
 from demo.stages import Places, places
 from fit3d_ns.support.errors import UserError
-
-_CLEAR = 2.0
-"""Differences above this many standard deviations of a difference are called differences."""
+from fit3d_ns.support.files import atomic_write_json
 
 
 @dataclass(frozen=True)
@@ -27,22 +25,21 @@ class RoomResult:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A row of a probe beside one that it should beat."""
+    """A row of a probe beside one that it should beat, over the same test photos."""
 
     row: str
     baseline: str
     gain: float
-    """Difference of the means, positive where the row is better."""
-    spread: float | None
-    """Standard deviation of that difference over the seeds of the heads; None for a single seed."""
+    """Difference of the scores, positive where the row is better."""
+    low: float
+    """Of the interval that holds 95 % of the draws of test photos."""
+    high: float
 
     @property
     def verdict(self) -> str:
         """One or two words."""
-        if self.spread is None:
-            return "spread unknown"
-        if abs(self.gain) <= _CLEAR * self.spread:
-            return "no clear difference"
+        if self.low <= 0 <= self.high:
+            return "not told apart"
         return "better" if self.gain > 0 else "worse"
 
 
@@ -81,29 +78,38 @@ def read_results(config: DemoConfig) -> DemoResults:
     )
 
 
-def comparisons(rows: dict[str, Any], metric: str, higher_is_better: bool) -> list[Comparison]:
-    """Compares each fine-tuned row with the untuned one of the same width, and with its control.
+def comparisons(differences: Sequence[dict[str, Any]], higher_is_better: bool) -> list[Comparison]:
+    """Turns a probe's paired differences into gains.
 
     Args:
-        rows: Of a probe's metrics.json.
-        metric: Key of the number that is compared.
+        differences: Of a probe's metrics.json.
         higher_is_better: What is a gain.
 
     Returns:
-        Comparisons of the rows that are there.
+        One for each of them.
     """
-    pairs = [("tuned", "original"), ("tuned", "control"), ("concat", "duplicate"), ("concat", "control_concat")]
     found = []
-    for row, baseline in pairs:
-        if row not in rows or baseline not in rows:
-            continue
-        a, b = rows[row][metric], rows[baseline][metric]
-        if a["mean"] is None or b["mean"] is None:
-            continue
-        gain = (a["mean"] - b["mean"]) * (1 if higher_is_better else -1)
-        known = a["spread"] is not None and b["spread"] is not None
-        found.append(Comparison(row, baseline, gain, math.hypot(a["spread"], b["spread"]) if known else None))
+    for one in differences:
+        value, low, high = one["value"], one["low"], one["high"]
+        if not higher_is_better:
+            value, low, high = -value, -high, -low
+        found.append(Comparison(one["row"], one["baseline"], value, low, high))
     return found
+
+
+def write_metrics(config: DemoConfig, results: DemoResults) -> Path:
+    """Writes ``metrics.json``: every number of the page.
+
+    Args:
+        config: Of a demo whose stages are done.
+        results: What the commands wrote.
+
+    Returns:
+        Its path.
+    """
+    path = config.output_dir / "metrics.json"
+    atomic_write_json(path, asdict(results))
+    return path
 
 
 def _read_room(where: Places, room: Path) -> RoomResult:

@@ -125,8 +125,7 @@ def _distill(config: DemoConfig, where: Places, targets: str, title: str) -> Sta
     folder = where.distilled(targets)
     command = (
         f"fit3d-distill --runs {_quoted(where.root / 'runs')} --output-dir {_quoted(folder)} --resume "
-        f"--targets {targets} --recipe paper --accumulation weight --steps {steps} --lr 3e-5 --seed {config.seed} "
-        f"--save-every {max(steps // 5, 1)} "
+        f"--targets {targets} --steps {steps} --seed {config.seed} --save-every {max(steps // 5, 1)} "
         f"--keep-checkpoints 1 --cache-dir {_quoted(where.root / 'photos')}"
     )
     return _stage(folder.name, title, command, 95)
@@ -142,16 +141,14 @@ def _correspondence(config: DemoConfig, where: Places) -> Stage:
 
 
 def _probe(config: DemoConfig, where: Places, kind: str) -> Stage:
-    steps, seeds = config.probe_steps or 0, " ".join(map(str, config.probe_seeds))
     # Photos are small and features are cached once: processes that read ahead would cost more than they bring.
     command = (
         f"fit3d-probe {kind} --dataset rooms --data {_quoted(where.root / 'rooms')} {_backbone(config)} "
-        f"{_distilled(config, where)} --assemblies original duplicate tuned concat --protocol fast "
-        f"--iterations {steps} --batch-size 4 --learning-rates 3e-3 --seeds {seeds} "
-        f"--checkpoint-every {max(steps // 3, 1)} --workers 0 "
+        f"{_distilled(config, where)} --assemblies original duplicate tuned concat "
+        f"--long-side {max(config.width or 0, config.height or 0)} --workers 0 "
         f"--output-dir {_quoted(where.probe(kind))}"
     )
-    return _stage(kind, f"Probe {kind} on the held-out room", command, 90)
+    return _stage(kind, f"Probe {kind} on the held-out room", command, 60)
 
 
 def _stage(name: str, title: str, command: str, seconds: float) -> Stage:

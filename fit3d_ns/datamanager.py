@@ -137,8 +137,7 @@ class Fit3DDataManager(FullImageDatamanager[PhotoDataset]):
 
     def next_train(self, step: int) -> tuple[Cameras, dict[str, Any]]:
         """Returns the next training view; the first call fills the feature cache."""
-        if not self._keys:
-            self._fill_feature_cache("train", "eval")
+        self.prepare_teacher_maps()
         camera, batch = super().next_train(step)
         return camera, self._with_teacher("train", camera, batch)
 
@@ -176,6 +175,11 @@ class Fit3DDataManager(FullImageDatamanager[PhotoDataset]):
         if split not in self._readers:
             self._readers[split] = PhotoReader(self._dataset(split), self.config.cache_images_type)
         return self._readers[split]
+
+    def prepare_teacher_maps(self) -> None:
+        """Makes the teacher's maps of all views, or finds them on disk; nothing where that was done before."""
+        if not self._keys:
+            self._fill_feature_cache("train", "eval")
 
     def teacher_map(self, split: Split, index: int) -> Float[Tensor, "C h w"]:
         """Returns the teacher's map of a view, in half precision, on the data manager's device.

@@ -85,16 +85,18 @@ def test_two_demos_do_not_share_a_folder(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("gain", "spread", "verdict"),
+    ("higher_is_better", "low", "high", "verdict"),
     [
-        (0.05, 0.01, "better"),
-        (-0.05, 0.01, "worse"),
-        (0.02, 0.01, "no clear difference"),
-        (0.05, None, "spread unknown"),
+        (True, 0.01, 0.05, "better"),
+        (True, -0.01, 0.05, "not told apart"),
+        (True, -0.05, -0.01, "worse"),
+        (False, 0.01, 0.05, "worse"),
+        (False, -0.05, -0.01, "better"),
     ],
 )
-def test_only_differences_above_the_spread_are_called_such(gain, spread, verdict):
-    means = {"original": 1.0, "tuned": 1.0 - gain}
-    rows = {name: {"rmse": {"mean": mean, "spread": spread}} for name, mean in means.items()}
-    (comparison,) = comparisons(rows, "rmse", higher_is_better=False)
-    assert comparison.gain == pytest.approx(gain) and comparison.verdict == verdict
+def test_only_an_interval_without_zero_is_a_difference(higher_is_better, low, high, verdict):
+    value = (low + high) / 2
+    difference = {"row": "tuned", "baseline": "original", "value": value, "low": low, "high": high}
+    (comparison,) = comparisons([difference], higher_is_better)
+    assert comparison.verdict == verdict and comparison.low < comparison.gain < comparison.high
+    assert comparison.gain == pytest.approx(value if higher_is_better else -value)
