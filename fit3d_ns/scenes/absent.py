@@ -54,6 +54,9 @@ class AbsentSceneConfig(Fit3DDataManagerConfig):
     """Why there are no photos."""
 
 
+_ABSENT = ("dataparser", "train_dataparser_outputs")
+
+
 class AbsentScene(Fit3DDataManager):
     """A data manager without photos, enough for the viewer, for exports and for renders along a camera path.
 
@@ -79,8 +82,12 @@ class AbsentScene(Fit3DDataManager):
         self._keys = {}
         DataManager.__init__(self)
 
+    def __dir__(self) -> list[str]:
+        """Leaves out what is not there: nerfstudio's viewer reads every attribute that is listed."""
+        return [name for name in super().__dir__() if name not in _ABSENT]
+
     def __getattr__(self, name: str) -> Any:
-        if name in ("dataparser", "train_dataparser_outputs"):
+        if name in _ABSENT:
             raise AbsentPhotos(self.absent)
         return super().__getattr__(name)
 

@@ -4,7 +4,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from fit3d_ns.support.console import show_log
 from fit3d_ns.support.errors import UserError
 
 
@@ -14,6 +13,8 @@ def run_command(command: Callable[[], None]) -> None:
     Args:
         command: The command, arguments bound.
     """
+    from fit3d_ns.support.console import show_log  # needs rich, which a backbone on its own does without
+
     show_log()
     try:
         command()
