@@ -77,8 +77,8 @@ def _add_summary(report: Report, config: DemoConfig, records: Sequence[Record], 
     report.add_table(rows, ("features", "what they are", "found again", "mIoU", "RMSE (m)"))
     report.add_text(
         "Found again: share of points of a photo that the features find in another view, to 10 pixels; nothing is "
-        "trained for it, and duplicate features find what the original's do. mIoU: segmentation. RMSE: depth, lower "
-        "is better. Linear probes are solved exactly, so duplicate features score what the original's do."
+        "trained for it. mIoU: segmentation. RMSE: depth, lower is better. The linear probes are solved, so no row "
+        "gains or loses by how long its probe was trained."
     )
     compared = [
         (measure, comparison)
@@ -90,7 +90,7 @@ def _add_summary(report: Report, config: DemoConfig, records: Sequence[Record], 
         ("measure", "features", "against", "gain (negative: loss)", "95 % interval", "in words"),
     )
     text = (
-        "Against original and duplicate: what fine-tuning on these rooms brought, at the same width. The interval is "
+        "Against original: what fine-tuning on these rooms brought. The interval is "
         "over draws of the held-out room's photos, the same for both rows; it says nothing of other rooms or another "
         "training."
     )

@@ -144,7 +144,7 @@ def _probe(config: DemoConfig, where: Places, kind: str) -> Stage:
     # Photos are small and features are cached once: processes that read ahead would cost more than they bring.
     command = (
         f"fit3d-probe {kind} --dataset rooms --data {_quoted(where.root / 'rooms')} {_backbone(config)} "
-        f"{_distilled(config, where)} --assemblies original duplicate tuned concat "
+        f"{_distilled(config, where)} --assemblies original tuned concat "
         f"--long-side {max(config.width or 0, config.height or 0)} --workers 0 "
         f"--output-dir {_quoted(where.probe(kind))}"
     )
