@@ -171,8 +171,12 @@ def test_every_page_with_commands_is_read():
 
 
 @pytest.fixture
-def all_programs_installed(monkeypatch):
-    """ns-process-data leaves at once where FFmpeg or COLMAP are missing; `make setup` installs neither."""
+def all_programs_installed(tmp_path, monkeypatch):
+    """ns-process-data leaves at once where FFmpeg or COLMAP are missing; `make setup` installs neither.
+
+    It also makes its output folder while it reads its arguments.
+    """
+    monkeypatch.chdir(tmp_path)
     from nerfstudio.utils import install_checks
 
     for name in ("check_ffmpeg_installed", "check_colmap_installed"):
