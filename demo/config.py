@@ -16,8 +16,8 @@ _MOST_ROOMS = 4
 class DemoConfig:
     """Lifts rooms, distils them, probes the result on a further room, and writes OUTPUT_DIR/report.html.
 
-    Stopped at any moment and started again, it goes on where it was. Sizes that are not given suit the machine: about
-    ten minutes on two CPU cores.
+    Stopped at any moment and started again, it goes on where it was. Sizes that are not given suit the machine:
+    about 1,100 seconds of processor time on a CPU.
     """
 
     output_dir: Path = Path("outputs/demo")
@@ -78,7 +78,7 @@ def settings(config: DemoConfig) -> dict[str, Any]:
     return values
 
 
-# Measured so that two idle cores need about ten minutes (docs/benchmarks.md).
+# Chosen so that two idle cores need about ten minutes with the fast probes (docs/benchmarks.md).
 _CPU_SIZES = {
     "views": 30,
     "width": 280,
