@@ -33,13 +33,15 @@ from safetensors.torch import save_file
 
 from fit3d_ns.backbones import Backbone, BackboneSpec, FineTuned, describe_backbone
 from fit3d_ns.backbones.architecture import build_model, resolve_architecture
+from fit3d_ns.support.console import rank
 from fit3d_ns.support.files import atomic_write_json
-from fit3d_ns.support.processes import join_world, rank, wait_for_all, world_size
+from fit3d_ns.support.processes import join_world, wait_for_all, world_size
 from probe.augment import crop_size
 from probe.config import DepthConfig, SegmentationConfig
-from probe.data import DataChoice, LabelRule, ProbeData, load_data, read_image
+from probe.data.base import LabelRule, ProbeData, read_image
 from probe.data.batches import training_batches
-from probe.data.choice import DatasetName
+from probe.data.choice import DataChoice, DatasetName
+from probe.data.loading import load_data
 from probe.features import FrozenBackbones, Row, choose_rows
 from probe.partners import Partner
 from probe.protocols import SegmentationRecipe, choose_recipe

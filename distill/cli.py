@@ -3,18 +3,17 @@
 import logging
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 import tyro
 
-from distill.checkpoint import check_writable
 from distill.config import DistillConfig, check_choices
 from distill.recipes import INTERPOLATE
-from distill.result import check_hub
-from distill.scenes import Scene, make_all_bundles, open_scenes
-from fit3d_ns.backbones.averaging import average_result
 from fit3d_ns.support.command_line import run_command
-from fit3d_ns.support.processes import World, join_world
+
+if TYPE_CHECKING:  # torch comes with them, which --help does without
+    from distill.scenes import Scene
+    from fit3d_ns.support.processes import World
 
 _LOGGER = logging.getLogger("distill.cli")  # not __main__, which `python -m` makes of __name__
 
@@ -35,10 +34,14 @@ def distil(config: DistillConfig) -> None:
         SystemExit: After SIGTERM; a checkpoint was saved.
     """
     if config.average_only is not None:
+        from fit3d_ns.backbones.averaging import average_result
+
         amount = INTERPOLATE if config.interpolate is None else config.interpolate
         files = average_result(config.average_only, amount, config.original_weights)
         _LOGGER.info(f"Weights: {files[0]}, {amount:g} x student + {1 - amount:g} x original")
         return
+    from fit3d_ns.support.processes import join_world
+
     with join_world(config.device, "start again with --resume") as world:
         _check(config, world)
         scenes, validation = _scenes(config, world)
@@ -48,8 +51,11 @@ def distil(config: DistillConfig) -> None:
             Session(config, scenes, validation, world).run()
 
 
-def _check(config: DistillConfig, world: World) -> None:
+def _check(config: DistillConfig, world: "World") -> None:
     """Refuses what cannot be carried out, as far as that can be known before any scene is opened."""
+    from distill.checkpoint import check_writable
+    from distill.result import check_hub
+
     check_choices(config, world.size)
     if world.is_main and not config.bundles_only:
         check_writable(config.output_dir)
@@ -57,11 +63,16 @@ def _check(config: DistillConfig, world: World) -> None:
             check_hub(config.push_to_hub)
 
 
-def _scenes(config: DistillConfig, world: World) -> tuple[list[Scene], list[Scene]]:
+def _scenes(config: DistillConfig, world: "World") -> "tuple[list[Scene], list[Scene]]":
     """Makes bundles in the first process, opens them in all; those to train on, and those to validate on."""
+    import torch.distributed
+
+    from distill.scenes import make_all_bundles, open_scenes
+
     folders: tuple[list[Path], list[Path]] = ([], [])
     if world.is_main:
         folders = make_all_bundles(config)
+        _LOGGER.info("Distillation into %s: %d scenes", config.output_dir, len(folders[0]))
     if world.size > 1:
         shared = [folders]
         torch.distributed.broadcast_object_list(shared, src=0)

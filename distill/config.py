@@ -7,7 +7,6 @@ from typing import Annotated, Literal
 
 import tyro
 
-from fit3d_ns.backbones.averaging import check_amount
 from fit3d_ns.support.errors import UserError
 
 PAPER_BATCH = 2
@@ -191,6 +190,8 @@ def check_choices(config: DistillConfig, num_processes: int) -> None:
         if value is not None and not (math.isfinite(value) and lowest <= value <= highest):
             raise UserError(f"--{name.replace('_', '-')} {value}: give {wanted}.")
     if config.interpolate is not None:
+        from fit3d_ns.backbones.averaging import check_amount  # needs torch, which --help does without
+
         check_amount(config.interpolate)
     batch_size = config.batch_size or (PAPER_BATCH if config.recipe == "paper" else None)
     parts = num_processes * config.accumulate

@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor
-from torchvision.transforms.v2.functional import gaussian_blur
 
 from distill.config import TargetKind
 from distill.photo_store import PhotoStore
@@ -143,6 +142,8 @@ def blur(maps: Float[Tensor, "V C h w"], weights: Float[Tensor, "V h w"], sigma:
     # Reflected at the border, so at most the map's own size; beyond three deviations there is nothing.
     radius = [max(min(math.ceil(3 * sigma), side - 1), 0) for side in _grid(maps)[::-1]]
     size = [2 * side + 1 for side in radius]
+    from torchvision.transforms.v2.functional import gaussian_blur  # torchvision takes seconds to import
+
     counted = gaussian_blur(weights[:, None], size, [sigma, sigma])  # [V, 1, h, w]
     return gaussian_blur(maps * weights[:, None], size, [sigma, sigma]) / counted.clamp_min(1e-6)
 

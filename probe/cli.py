@@ -1,5 +1,7 @@
 """The command ``fit3d-probe``: what features are worth, with the controls that keep the answer honest."""
 
+import logging
+import os
 from collections.abc import Sequence
 from functools import partial
 
@@ -10,10 +12,13 @@ from probe.config import (
     Command,
     CorrespondenceConfig,
     DepthConfig,
+    FeatureConfig,
     NormalsConfig,
     RetrievalConfig,
     SegmentationConfig,
 )
+
+_LOGGER = logging.getLogger("probe.cli")  # not __main__, which `python -m` makes of __name__
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -22,8 +27,10 @@ def main(args: Sequence[str] | None = None) -> None:
     run_command(partial(_run, config))
 
 
-def _run(config: object) -> None:
-    # Imported here, so that --help needs neither torch nor a second.
+def _run(config: FeatureConfig) -> None:
+    # Imports are here, so that --help needs neither torch nor a second, and the first line no more than that.
+    if os.environ.get("RANK", "0") == "0":  # the first of those that torchrun started; they join each other later
+        _LOGGER.info("%s on %s", type(config).__name__.removesuffix("Config"), config.data)
     if isinstance(config, CorrespondenceConfig):
         from probe.zero_shot.correspondence import run_correspondence
 

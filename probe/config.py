@@ -2,15 +2,16 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from fit3d_ns.backbones import Assembly, BackboneSpec
 from fit3d_ns.support.errors import UserError
-from probe.data.base import Kind
-from probe.data.choice import DataChoice, DatasetName
-from probe.partners import Partner, choose_spec, find_partners
+from probe.data.choice import DataChoice, DatasetName, Kind
+
+if TYPE_CHECKING:  # these need torch, which --help does without
+    from probe.partners import Partner
 
 
 @dataclass
@@ -47,7 +48,7 @@ class FeatureConfig:
 
     def find_backbones(
         self, norm: bool | None, default_norm: bool | None = None
-    ) -> tuple[BackboneSpec, tuple[Partner, ...], str]:
+    ) -> "tuple[BackboneSpec, tuple[Partner, ...], str]":
         """Finds the fine-tuned backbones, and decides how features are taken.
 
         Args:
@@ -60,6 +61,8 @@ class FeatureConfig:
         Raises:
             UserError: If a backbone cannot be found, or a card contradicts a flag.
         """
+        from probe.partners import choose_spec, find_partners
+
         partners = find_partners(self.tuned, self.control)
         spec, sentence = choose_spec(
             self.backbone, self.backbone_weights, self.layer, norm, self.normalization, partners, default_norm

@@ -13,12 +13,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fit3d_ns.backbones import BackboneOutput
+from fit3d_ns.support.console import rank
 from fit3d_ns.support.errors import UserError
 from fit3d_ns.support.files import atomic_path, is_complete_safetensors
-from fit3d_ns.support.processes import rank, wait_for_all, world_size
+from fit3d_ns.support.processes import wait_for_all, world_size
 from fit3d_ns.support.progress import progress
-from probe.data import Sample
-from probe.data.base import file_stamp
+from probe.data.base import Sample, file_stamp
 from probe.data.batches import ordered_samples
 from probe.features import FrozenBackbones
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from fit3d_ns.support.errors import UserError
-from probe.data.base import Kind
+from probe.data.choice import Kind
 from probe.exact.solver import LOGISTIC_DECAYS, RIDGE_DECAYS
 
 

@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from PIL import Image
 
+from fit3d_ns.support.console import rank
 from fit3d_ns.support.errors import UserError
 from fit3d_ns.support.files import atomic_path, atomic_write_json, atomic_write_text
 from fit3d_ns.support.html_report import Report
-from fit3d_ns.support.processes import rank, world_size
+from fit3d_ns.support.processes import world_size
 from probe.features import Row, row_width
 from probe.metrics import DEPTH_METRICS, NORMAL_METRICS
 from probe.tasks.task import Task

@@ -10,14 +10,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from fit3d_ns.support.console import rank
 from fit3d_ns.support.errors import UserError
-from fit3d_ns.support.processes import World, gather_objects, join_world, rank, wait_for_all, world_size
+from fit3d_ns.support.processes import World, gather_objects, join_world, wait_for_all, world_size
 from fit3d_ns.support.progress import progress
 from probe.augment import training_crop_size
 from probe.config import DepthConfig, TrainedProbeConfig
-from probe.data import Kind, check_data, load_data
-from probe.data.base import check_crops, data_identity
+from probe.data.base import check_crops, check_data, data_identity
 from probe.data.batches import check_batch_size
+from probe.data.choice import Kind
+from probe.data.loading import load_data
 from probe.exact.run import run_exact
 from probe.features import FrozenBackbones, Row, choose_rows, load_backbones, row_features
 from probe.partners import require_one_each

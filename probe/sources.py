@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from fit3d_ns.backbones import BackboneOutput, input_size
-from fit3d_ns.support.processes import rank, world_size
+from fit3d_ns.support.console import rank
+from fit3d_ns.support.processes import world_size
 from fit3d_ns.support.samples import evenly_spaced
 from probe.augment import resize_nearest
-from probe.data import Sample
+from probe.data.base import Sample
 from probe.data.batches import (
     NumberedSamples,
     local_numbers,

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from fit3d_ns.backbones import BackboneOutput
+from fit3d_ns.support.console import rank
 from fit3d_ns.support.errors import UserError
 from fit3d_ns.support.files import atomic_path
-from fit3d_ns.support.processes import average_gradients, gather_objects, rank, wait_for_all
+from fit3d_ns.support.processes import average_gradients, gather_objects, wait_for_all
 from probe.features import Row, row_features, row_width
 from probe.heads import LossFunction
 from probe.protocols import Optimization

@@ -1,12 +1,11 @@
 """Ways to put the features of an original and a fine-tuned backbone together."""
 
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 
 from fit3d_ns.backbones.backbone import BackboneOutput
-
-Assembly = Literal["original", "duplicate", "tuned", "add", "linear", "concat"]
+from fit3d_ns.backbones.spec import Assembly
 
 ASSEMBLIES: tuple[Assembly, ...] = get_args(Assembly)
 """`duplicate` is the original beside itself: the control for what width alone brings. `linear` is fed as `concat`; the

@@ -5,7 +5,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from fit3d_ns.backbones.assembly import Assembly
 from fit3d_ns.backbones.identity import hash_state_dict, load_weights, spec_of_identity
 from fit3d_ns.backbones.result_folder import (
     DINOV2_NAME,
@@ -15,6 +14,7 @@ from fit3d_ns.backbones.result_folder import (
     read_card,
     write_weights,
 )
+from fit3d_ns.backbones.spec import Assembly
 from fit3d_ns.backbones.state_dicts import read_state_dict
 from fit3d_ns.backbones.weights import find_weights
 from fit3d_ns.support.command_line import flags_named

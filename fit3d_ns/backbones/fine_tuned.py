@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 import torch
 
 from fit3d_ns.backbones.architecture import describe_backbone
-from fit3d_ns.backbones.assembly import ASSEMBLIES, Assembly
+from fit3d_ns.backbones.assembly import ASSEMBLIES
 from fit3d_ns.backbones.backbone import Backbone, load_backbone
 from fit3d_ns.backbones.hub import DownloadError, cached_file, download_file, download_url, hash_matches
 from fit3d_ns.backbones.identity import backbone_identity, spec_of_identity
@@ -26,7 +26,7 @@ from fit3d_ns.backbones.result_folder import (
     damaged_card,
     read_card,
 )
-from fit3d_ns.backbones.spec import BackboneSpec
+from fit3d_ns.backbones.spec import Assembly, BackboneSpec
 from fit3d_ns.backbones.state_dicts import WEIGHT_SUFFIXES
 from fit3d_ns.support.command_line import BACKBONE_FLAG
 from fit3d_ns.support.errors import UserError

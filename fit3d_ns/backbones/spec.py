@@ -4,6 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+Assembly = Literal["original", "duplicate", "tuned", "add", "linear", "concat"]
+"""How features of an original and a fine-tuned backbone are put together."""
+
 
 @dataclass(frozen=True)
 class BackboneSpec:

@@ -5,15 +5,20 @@ commands, and the method inside nerfstudio's, show it on standard error, which l
 """
 
 import logging
+import sys
 
 from rich.console import Console
-
-from fit3d_ns.support.processes import rank
 
 CONSOLE = Console(stderr=True)
 """Where everything is shown that is meant for people: sentences, progress, headings."""
 
 _PACKAGES = ("fit3d_ns", "fit3d_rooms", "distill", "probe", "demo")
+
+
+def rank() -> int:
+    """Returns the number of this process among those that ``torchrun`` started; 0 before it has joined them."""
+    dist = sys.modules.get("torch.distributed")  # not imported for this: a command's --help does without torch
+    return dist.get_rank() if dist is not None and dist.is_initialized() else 0
 
 
 class _ConsoleHandler(logging.Handler):

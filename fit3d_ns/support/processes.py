@@ -116,11 +116,6 @@ def _choose_device(name: str, local_rank: int | None) -> torch.device:
     return torch.device("cuda", number)
 
 
-def rank() -> int:
-    """Returns the number of this process."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
 def world_size() -> int:
     """Returns the number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1

@@ -8,8 +8,7 @@ from typing import Protocol, TypeVar
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from fit3d_ns.support.console import CONSOLE
-from fit3d_ns.support.processes import rank
+from fit3d_ns.support.console import CONSOLE, rank
 
 _LOGGER = logging.getLogger(__name__)
 _SECONDS_BETWEEN_LINES = 30.0

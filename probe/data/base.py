@@ -12,11 +12,10 @@ from PIL import Image
 from fit3d_ns.data.pictures import open_depth, open_labels, open_photo, over_black, picture_size
 from fit3d_ns.support.errors import UserError
 from fit3d_ns.support.samples import evenly_spaced
+from probe.data.choice import Kind
 
 IGNORE = 255
 """Label of pixels that count neither in a loss nor in a metric."""
-
-Kind = Literal["segmentation", "depth", "normals"]
 
 
 @dataclass(frozen=True)

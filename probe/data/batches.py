@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from fit3d_ns.support.console import rank
 from fit3d_ns.support.errors import UserError
-from fit3d_ns.support.processes import rank, world_size
+from fit3d_ns.support.processes import world_size
 
 
 @lru_cache(maxsize=4)

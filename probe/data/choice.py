@@ -4,8 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from probe.data.base import Kind
-
+Kind = Literal["segmentation", "depth", "normals"]
 DatasetName = Literal["scannetpp", "nyuv2", "scannet", "ade20k", "voc", "kitti", "folder", "rooms"]
 
 

@@ -12,8 +12,6 @@ from probe.data import segmentation as segmentation_sets
 from probe.data.base import ProbeData
 from probe.data.choice import DataChoice, DatasetName
 
-__all__ = ["DATASETS", "DataChoice", "load_data"]
-
 DATASETS: tuple[str, ...] = get_args(DatasetName)
 
 _LOADERS: dict[tuple[str, str], Callable[[DataChoice], ProbeData]] = {

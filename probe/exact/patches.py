@@ -9,7 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fit3d_ns.backbones import Assembly, BackboneOutput, assemble
-from fit3d_ns.support.processes import rank, world_size
+from fit3d_ns.support.console import rank
+from fit3d_ns.support.processes import world_size
 from probe.data.base import IGNORE
 from probe.exact.solver import Batches, GramSums
 from probe.feature_store import FeatureStore

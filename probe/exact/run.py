@@ -13,14 +13,16 @@ from PIL import Image
 from torch import Tensor
 
 from fit3d_ns.backbones import needs_tuned
+from fit3d_ns.support.console import rank
 from fit3d_ns.support.errors import UserError
-from fit3d_ns.support.processes import World, gather_objects, rank, sum_over_processes, wait_for_all, world_size
+from fit3d_ns.support.processes import World, gather_objects, sum_over_processes, wait_for_all, world_size
 from fit3d_ns.support.progress import progress
 from fit3d_ns.support.samples import evenly_spaced
 from probe.config import TrainedProbeConfig
-from probe.data import Kind, ProbeData, Sample, check_data, load_data
-from probe.data.base import data_identity
+from probe.data.base import ProbeData, Sample, check_data, data_identity
 from probe.data.batches import ordered_samples
+from probe.data.choice import Kind
+from probe.data.loading import load_data
 from probe.exact.patches import ORIGINAL, TrainingPatches, Unit, row_matrix, row_tokens
 from probe.exact.report import write_exact_report
 from probe.exact.solved_rows import SolvedRows

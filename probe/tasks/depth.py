@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from fit3d_ns.backbones import BackboneOutput
 from fit3d_ns.support.errors import UserError
 from probe.augment import augment_depth, augment_normals, change_colors, depth_window, draw_color_change
-from probe.data import Sample
+from probe.data.base import Sample
 from probe.heads import TokenAndClassHead, expected_depth, resize_maps
 from probe.losses import fused, log_gradient, normal_distance, scale_invariant
 from probe.metrics import (

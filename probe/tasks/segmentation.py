@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from fit3d_ns.backbones import BackboneOutput
 from probe.augment import augment_segmentation, distort, draw_distortion, resize_image, scaled_size
-from probe.data import IGNORE, ProbeData, Sample
+from probe.data.base import IGNORE, ProbeData, Sample
 from probe.heads import SegmentationHead, resize_maps
 from probe.losses import cross_entropy, full_resolution_cross_entropy
 from probe.metrics import SegmentationMetric, segmentation_scores, segmentation_sums

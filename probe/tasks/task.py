@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fit3d_ns.backbones import BackboneOutput
 from fit3d_ns.support.samples import evenly_spaced
 from probe.augment import resize_image
-from probe.data import ProbeData, Sample, read_sample
+from probe.data.base import ProbeData, Sample, read_sample
 
 RecipeType = TypeVar("RecipeType")
 Batch = dict[str, Tensor]

@@ -19,8 +19,9 @@ from fit3d_ns.support.progress import progress
 from fit3d_ns.support.samples import evenly_spaced
 from probe.augment import resize_image
 from probe.config import RetrievalConfig
-from probe.data import IGNORE, ProbeData, Sample, check_data, load_data, read_sample
+from probe.data.base import IGNORE, ProbeData, Sample, check_data, read_sample
 from probe.data.batches import ordered_samples
+from probe.data.loading import load_data
 from probe.features import FrozenBackbones, Row, choose_untrained_rows, load_backbones, row_features
 from probe.heads import resize_maps
 from probe.partners import require_one_each

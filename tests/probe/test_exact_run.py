@@ -116,7 +116,8 @@ def test_depth_is_found_and_duplicate_is_original(make_config, tmp_path):
 def test_normals_are_better_than_the_best_constant_guess(weights, tmp_path):
     arguments = f"normals --dataset rooms --data {ROOM} --backbone {TINY} --backbone-weights {weights['original']}"
     main([*arguments.split(), "--workers", "0", "--device", "cpu", "--output-dir", str(tmp_path / "out")])
-    from probe.data import DataChoice, load_data
+    from probe.data.choice import DataChoice
+    from probe.data.loading import load_data
     from probe.tasks import TASKS
 
     task = TASKS["normals"](load_data(DataChoice("rooms", ROOM, "normals")), None)

@@ -11,7 +11,7 @@ import probe.feature_store as module
 from fit3d_ns.backbones import BackboneSpec, load_backbone
 from fit3d_ns.support.errors import UserError
 from probe.config import DataChoice
-from probe.data import load_data
+from probe.data.loading import load_data
 from probe.feature_store import SHARD, FeatureStore
 from probe.features import FrozenBackbones
 

@@ -8,7 +8,9 @@ import pytest
 from probe_files import save_photo, save_png
 
 from fit3d_ns.support.errors import UserError
-from probe.data import DataChoice, Kind, LabelRule, check_data, load_data, read_sample
+from probe.data.base import LabelRule, check_data, read_sample
+from probe.data.choice import DataChoice, Kind
+from probe.data.loading import load_data
 from probe.data.own import read_posed_scene
 
 LABELS = np.array([[0, 1, 2, 3], [4, 5, 12, 255]], np.uint8)

@@ -11,8 +11,9 @@ from probe_files import save_photo, save_png
 
 from fit3d_ns.data.pictures import open_photo, over_black
 from fit3d_ns.support.errors import UserError
-from probe.data import DataChoice, Kind, check_data, load_data, read_sample
-from probe.data.base import read_image
+from probe.data.base import check_data, read_image, read_sample
+from probe.data.choice import DataChoice, Kind
+from probe.data.loading import load_data
 
 
 def load(root: Path, kind: Kind = "segmentation", **options):

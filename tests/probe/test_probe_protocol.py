@@ -22,7 +22,7 @@ from probe.augment import (
     resize_nearest,
     scaled_size,
 )
-from probe.data import LabelRule, ProbeData
+from probe.data.base import LabelRule, ProbeData
 from probe.data.batches import sample_index, sample_rng
 from probe.protocols import DepthRecipe, SegmentationRecipe, choose_recipe
 from probe.tasks.normals import normals_from_depth

@@ -16,7 +16,7 @@ from fit3d_ns.support.errors import UserError
 from probe import run as run_module
 from probe.cli import main
 from probe.config import DepthConfig, SegmentationConfig
-from probe.data import Kind
+from probe.data.choice import Kind
 from probe.protocols import choose_recipe
 from probe.run import run_trained_probe
 

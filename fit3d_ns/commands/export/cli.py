@@ -7,13 +7,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 import tyro
 
 from fit3d_ns.support.command_line import run_command
 from fit3d_ns.support.errors import UserError
-from fit3d_ns.support.files import atomic_write_json
-from fit3d_ns.support.progress import tracked
 
 _LOGGER = logging.getLogger("fit3d_ns.commands.export.cli")  # not __main__, which `python -m` makes of __name__
 INDEX = "export.json"
@@ -78,7 +75,6 @@ def main(args: list[str] | None = None) -> None:
     run_command(command)
 
 
-@torch.no_grad()
 def run_export(command: ExportCommand) -> list[Path]:
     """Writes what a command asks for; each file is whole or absent.
 
@@ -93,6 +89,14 @@ def run_export(command: ExportCommand) -> list[Path]:
     """
     folder, targets = command.output_dir.expanduser(), command.targets()
     _check(command, folder, targets)
+    _LOGGER.info("Exporting %s to %s", command.load_config, folder)
+    import torch  # not before the choices are checked: --help and a wrong flag need none of it
+
+    with torch.no_grad():
+        return _export(command, folder, targets)
+
+
+def _export(command: ExportCommand, folder: Path, targets: dict[str, list[str]]) -> list[Path]:
     from fit3d_ns.commands.export.trained_run import open_run
 
     trained = open_run(command.load_config)
@@ -185,6 +189,10 @@ def _read_path(command: ExportCommand, trained: Any, folder: Path) -> Any:
 
 
 def _render(command: ExportCommand, trained: Any, path: Any, folder: Path) -> None:
+    import torch
+
+    from fit3d_ns.support.progress import tracked
+
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = trained.build_model(device)
     if command.feature_maps:
@@ -205,6 +213,8 @@ def _render(command: ExportCommand, trained: Any, path: Any, folder: Path) -> No
 
 def _write_index(trained: Any, folder: Path) -> None:
     """Notes what the numbers in the files mean."""
+    from fit3d_ns.support.files import atomic_write_json
+
     atomic_write_json(
         folder / INDEX,
         {

@@ -11,11 +11,9 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import torch
 import tyro
 
-from fit3d_ns.backbones import BackboneSpec, backbone_identity, describe_backbone, student_spec
+from fit3d_ns.backbones import BackboneSpec
 from fit3d_ns.lifting.settings import LiftSettings
 from fit3d_ns.runs.names import CONFIG, REPORT
 from fit3d_ns.support.command_line import run_command
@@ -96,12 +94,16 @@ def run_lift(command: LiftCommand) -> list[Path]:
     named = [name for name in ("load_config", "runs", "ply") if getattr(command, name) is not None]
     if len(named) != 1:
         raise UserError("Name what to lift onto with one of --load-config, --runs and --ply.")
+    from fit3d_ns.backbones import student_spec  # needs torch, which --help does without
+
     student = None if command.backbone_weights is None else student_spec(command.backbone_weights, "--backbone-weights")
     command = _as_its_card_says(command, student)
     if command.runs is None:
         return [_lift(command, command.load_config)]
     if command.data is not None:
         raise UserError("--data names one scene, and --runs many: use --load-config for a run whose scene moved.")
+    import torch
+
     from fit3d_ns.commands.lift.sources import runs_below
 
     paths, notes = runs_below(command.runs, with_lifted=student is not None)
@@ -141,6 +143,8 @@ def lift_source(source: Any, command: LiftCommand) -> Path:
     Raises:
         UserError: If scene, teacher or geometry cannot be used, or the run cannot be written.
     """
+    import torch
+
     from fit3d_ns.commands.lift.run_writer import finished_request, write_run
     from fit3d_ns.scenes.lift import lift_report, lift_scene
     from fit3d_ns.scenes.views import streamed_scene
@@ -193,6 +197,8 @@ def _as_its_card_says(command: LiftCommand, student: BackboneSpec | None) -> Lif
     """
     if student is None:
         return replace(command, suffix=command.suffix or "lift")
+    from fit3d_ns.backbones import backbone_identity, describe_backbone
+
     fields_ = ("name", "layer", "norm", "normalization")
     flags = ("backbone", "backbone_layer", "backbone_norm", "backbone_normalization")
     for flag, field_name in zip(flags, fields_):
@@ -322,6 +328,9 @@ def _file_identity(weights: Path | None) -> dict[str, Any] | None:
 
 def _seed(seed: int) -> None:
     """Makes what a checkpoint keeps of random generators the same in every run of the command."""
+    import numpy as np
+    import torch
+
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
