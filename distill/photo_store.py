@@ -1,6 +1,7 @@
 """Photos at the student's resolution: decoded once, kept in 8 bits, ready on the device when a step needs them."""
 
 import errno
+import logging
 import os
 import shutil
 from collections.abc import Iterable, Sequence
@@ -10,19 +11,20 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from jaxtyping import UInt8
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from distill.scenes import Scene
 from fit3d_ns.data.photos import Photo, read_photo
 from fit3d_ns.support.errors import UserError
-from fit3d_ns.support.files import atomic_write_bytes, is_complete_safetensors, user_cache_directory
+from fit3d_ns.support.files import user_cache_directory
 from fit3d_ns.support.progress import progress
+from fit3d_ns.support.tensor_files import DamagedFile, TensorSpec, discard, read_tensors, write_tensors
+
+_LOGGER = logging.getLogger(__name__)
 
 _FILL = "Decoding photos"
 _TENSOR = "photo"
-_SCHEMA = 2
+_SCHEMA = 3
 """Raise it when the same photo comes to be stored in another way."""
 _DECODING_BYTES = 2**31
 """What photos may take together while they are decoded and resized."""
@@ -75,7 +77,7 @@ class PhotoStore:
         return sum(3 * height * width for height, width in sizes)
 
     def fill(self, rank: int = 0, num_processes: int = 1, show: bool = True) -> int:
-        """Decodes the photos that are not in the cache.
+        """Decodes the photos that are not in the cache, or damaged there.
 
         Args:
             rank: This process takes its share, counted from here.
@@ -90,7 +92,7 @@ class PhotoStore:
                 stay in the cache.
         """
         mine = self._all_views()[rank::num_processes]
-        share = [view for view in mine if not is_complete_safetensors(self._path(view))]
+        share = self._missing(mine)
         if not share:
             return 0
         self._check_space(share)
@@ -158,6 +160,26 @@ class PhotoStore:
         key = self._photo(view).content_key()
         return self._folder / f"v{_SCHEMA}-{height}x{width}" / f"{key}.safetensors"
 
+    def _spec(self, view: View) -> dict[str, TensorSpec]:
+        return {_TENSOR: TensorSpec(torch.uint8, (3, *self._size(view)))}
+
+    def _missing(self, views: Iterable[View]) -> list[View]:
+        """Returns the views without a whole file, and tells of those that were damaged."""
+        missing, damaged = [], []
+        for view in views:
+            path = self._path(view)
+            try:
+                read_tensors(path, self._spec(view))
+            except FileNotFoundError:
+                missing.append(view)
+            except DamagedFile as error:
+                missing.append(view)
+                damaged.append(f"{path}: {error}")
+                discard(path)
+        if damaged:
+            _LOGGER.warning(f"{len(damaged)} decoded photos are damaged and made anew, such as {damaged[0]}.")
+        return missing
+
     def _decode(self, view: View) -> None:
         image = read_photo(self._photo(view), self._data_root).permute(2, 0, 1)
         size = self._size(view)
@@ -165,7 +187,7 @@ class PhotoStore:
             resized = F.interpolate(image[None].float(), size, mode="bilinear", align_corners=False, antialias=True)
             image = resized[0].round().clamp(0, 255).to(torch.uint8)
         try:
-            atomic_write_bytes(self._path(view), save({_TENSOR: image.contiguous()}))
+            write_tensors(self._path(view), {_TENSOR: image}, sync=False)
         except UserError as error:
             cause = error.__cause__
             full = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -175,9 +197,8 @@ class PhotoStore:
     def _read(self, view: View) -> UInt8[Tensor, "3 H W"]:
         path = self._path(view)
         try:
-            with safe_open(path, framework="pt") as file:
-                image = file.get_tensor(_TENSOR)
-        except (OSError, SafetensorError) as error:
+            image = read_tensors(path, self._spec(view), values=False).tensors[_TENSOR]
+        except (FileNotFoundError, DamagedFile) as error:
             raise UserError(f"The decoded photo {path} is missing or damaged: start again with --resume.") from error
         if self._stream is None:
             return image.clone()  # so that nothing is read from disk later

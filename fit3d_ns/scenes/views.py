@@ -15,7 +15,6 @@ from jaxtyping import Float, UInt8
 from nerfstudio.cameras.cameras import Cameras
 from torch import Tensor
 
-from fit3d_ns.backbones import load_backbone
 from fit3d_ns.data.feature_cache import FeatureCache, image_key
 from fit3d_ns.data.masks import composite_on_black, patch_weights
 from fit3d_ns.data.photo_reader import PhotoReader, PreparedPhoto
@@ -96,11 +95,11 @@ def streamed_scene(datamanager: Fit3DDataManager, model: Fit3DSplatModel) -> Lif
     """
     splits = {name: _Split(datamanager.photo_reader(name), model.patch_grid) for name in SPLITS}
     positions = [(split, index) for split in splits.values() for index in range(len(split.reader))]
-    cache, spec = datamanager.open_feature_cache(), datamanager.config.backbone_spec()
+    cache = datamanager.open_feature_cache()
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         keys = cache.fill(
             [lambda split=split, index=index: split.source(index) for split, index in positions],
-            load_teacher=lambda: load_backbone(spec, datamanager.device),
+            load_teacher=datamanager.load_teacher,
             device=datamanager.device,
             batch_size=datamanager.config.feature_batch_size,
         )

@@ -20,7 +20,7 @@ _WRITE_FAILED = re.compile("PytorchStreamWriter|inline_container|[Ss]erializing"
 
 
 @contextmanager
-def atomic_path(path: Path | str) -> Iterator[Path]:
+def atomic_path(path: Path | str, sync: bool = True) -> Iterator[Path]:
     """Lends a temporary path beside ``path`` and renames it to ``path`` when the block ends well.
 
     A process killed at any moment leaves the old file, or none; at worst a hidden ``.*.tmp`` file remains beside it,
@@ -29,6 +29,8 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
 
     Args:
         path: where the file is to stand in the end.
+        sync: whether file and folder are synced to disk, so that neither is lost when the power fails right after;
+            False for what can be made again.
 
     Yields:
         The temporary path, in the same folder, not yet existing. The block must create a file there.
@@ -42,12 +44,39 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
         with explain_unwritable(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
+            if sync:
+                sync_to_disk(temporary)
             os.replace(temporary, path)
+            if sync:
+                sync_to_disk(path.parent, deep=False)
     finally:
         try:
             temporary.unlink(missing_ok=True)
         except OSError:
             pass  # the parent is no folder or cannot be written: the error that matters is on its way already
+
+
+def sync_to_disk(path: Path, deep: bool = True) -> None:
+    """Waits until the disk holds what was written to a file, or to a folder.
+
+    Args:
+        path: The file or folder.
+        deep: Whether for a folder everything below it is meant too, not its list of names alone.
+
+    Raises:
+        OSError: If the disk could not take it all.
+    """
+    if path.is_dir():
+        for child in path.iterdir() if deep else ():
+            sync_to_disk(child)
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError:
+        if not path.is_dir():  # some network file systems cannot sync folders
+            raise
+    finally:
+        os.close(handle)
 
 
 @contextmanager

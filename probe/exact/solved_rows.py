@@ -1,16 +1,20 @@
 """What the exact protocol keeps of each row: its map, and the sums of every test photo."""
 
 import json
+import logging
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from fit3d_ns.support.files import atomic_path
+from fit3d_ns.support.tensor_files import DamagedFile, TensorSpec, discard, read_tensors, write_tensors
 from probe.exact.solver import Choice, LinearMap
 from probe.report import ResultFolder
+
+_LOGGER = logging.getLogger(__name__)
+_MAP = {"weight": TensorSpec(torch.float32, ("K", "C")), "bias": TensorSpec(torch.float32, ("K",))}
+_SUMS = {"sums": TensorSpec(torch.float64, ("photos", "S"))}
 
 
 class SolvedRows:
@@ -37,12 +41,12 @@ class SolvedRows:
 
     def read_facts(self, key: str) -> dict[str, Any] | None:
         """Returns how a row's map was chosen; None if there is none."""
-        found = self._read(f"{key}.safetensors")
+        found = self._read(f"{key}.safetensors", _MAP)
         return None if found is None else found[1]
 
     def read_map(self, key: str, device: torch.device) -> LinearMap:
         """Returns a row's map."""
-        found = self._read(f"{key}.safetensors")
+        found = self._read(f"{key}.safetensors", _MAP)
         assert found is not None
         return LinearMap(found[0]["weight"].to(device), found[0]["bias"].to(device))
 
@@ -52,20 +56,23 @@ class SolvedRows:
 
     def read_sums(self, key: str) -> Tensor | None:
         """Returns those sums; None if there are none."""
-        found = self._read(f"{key}.sums.safetensors")
+        found = self._read(f"{key}.sums.safetensors", _SUMS)
         return None if found is None else found[0]["sums"]
 
     def _write(self, name: str, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         metadata = {"fingerprint": self._results.fingerprint, "facts": json.dumps(facts)}
-        with atomic_path(self._folder / name) as temporary:
-            save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, temporary, metadata)
+        discard(self._folder / name)
+        write_tensors(self._folder / name, tensors, metadata)
 
-    def _read(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    def _read(self, name: str, specs: Mapping[str, TensorSpec]) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        path = self._folder / name
         try:
-            with safe_open(self._folder / name, framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("fingerprint") != self._results.fingerprint:
-                    return None
-                return {key: file.get_tensor(key) for key in file.keys()}, json.loads(metadata["facts"])
-        except (OSError, SafetensorError):
-            return None  # not there, or torn by a kill: made anew
+            found = read_tensors(path, specs)
+            if found.metadata.get("fingerprint") != self._results.fingerprint:
+                return None
+            return found.tensors, json.loads(found.metadata["facts"])
+        except FileNotFoundError:
+            return None
+        except DamagedFile as error:
+            _LOGGER.warning(f"{path} is damaged and made anew: {error}.")
+            return None

@@ -1,5 +1,6 @@
 """Photos are decoded once, at the student's size, and nothing stale or broken is used."""
 
+import random
 import shutil
 from pathlib import Path
 
@@ -7,6 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks.faults.kinds import NotApplicable
+from benchmarks.faults.mutations import ANY, SAFETENSORS, apply
 from distill.photo_store import PhotoStore
 from distill.scenes import open_scenes
 from fit3d_ns.backbones import resize_to_patches
@@ -79,3 +82,29 @@ def test_moved_photos_are_found(scenes, tmp_path):
         open_scenes([scenes[0].bundle.folder], None)
     moved = open_scenes([scenes[0].bundle.folder], tmp_path / "elsewhere")
     assert PhotoStore(moved, 16, CPU, data_root=tmp_path / "elsewhere").fill(show=False) == 6
+
+
+@pytest.mark.parametrize("kind", [*ANY, *SAFETENSORS])
+def test_damaged_decoded_photos_heal(scenes, tmp_path, monkeypatch, caplog, kind):
+    monkeypatch.setenv("FIT3D_FAULTS_MARKER", str(tmp_path / "marker"))
+
+    def start() -> tuple[torch.Tensor, int]:
+        store = PhotoStore(scenes, 16, CPU, tmp_path / "photos")
+        decoded = store.fill(show=False)
+        images = store.get([(0, view) for view in range(6)])
+        store.close()
+        return images, decoded
+
+    expected, _ = start()
+    file = sorted((tmp_path / "photos").rglob("*.safetensors"))[2]
+    try:
+        apply(kind, file, random.Random(2))
+    except NotApplicable:
+        assert kind in ("NaN", "infinity"), "8-bit photos hold neither"
+        return
+    caplog.clear()
+    healed, decoded = start()
+    assert decoded == 1 and torch.equal(healed, expected) and start()[1] == 0
+    told = [record.getMessage() for record in caplog.records if "damaged" in record.getMessage()]
+    assert len(told) == (kind != "missing") and all(str(file) in line for line in told)
+    assert not (tmp_path / "marker").exists()

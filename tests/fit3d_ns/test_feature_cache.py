@@ -14,11 +14,13 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from fit3d_ns.backbones import Backbone, BackboneSpec, load_backbone, resize_to_patches
 from fit3d_ns.data import feature_cache
 from fit3d_ns.data.feature_cache import FeatureCache, image_key
+from fit3d_ns.support import tensor_files
 from fit3d_ns.support.errors import UserError
 
 FLAG = "--pipeline.datamanager.feature-cache-dir"
@@ -165,7 +167,7 @@ def test_folder_changes_with_each_ingredient_of_the_teacher(spec, teacher, tmp_p
         FeatureCache(tmp_path, spec, MAX_SIZE + 16),
         FeatureCache(tmp_path, spec, None),
     ]
-    monkeypatch.setattr(feature_cache, "CACHE_SCHEMA", 2)
+    monkeypatch.setattr(feature_cache, "CACHE_SCHEMA", 99)
     changed.append(FeatureCache(tmp_path, spec, MAX_SIZE))
     monkeypatch.undo()
     monkeypatch.setattr("fit3d_ns.backbones.identity.IDENTITY_SCHEMA", 2)
@@ -332,16 +334,16 @@ def test_no_writable_folder_is_one_sentence(spec, teacher, images, tmp_path):
 
 def test_disk_that_fills_up_is_one_sentence_and_keeps_what_was_made(spec, teacher, images, tmp_path, monkeypatch):
     cache = FeatureCache(tmp_path, spec, MAX_SIZE, tmp_path / "fallback")
-    write, written = Path.write_bytes, []
+    write, written = tensor_files.save_file, []
 
-    def write_bytes(self, data):
-        written.append(self)
-        if len(written) == 4:
-            write(self, data[:100])
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return write(self, data)
+    def save(tensors, path, metadata):
+        written.append(path)
+        if len(written) == 3:
+            path.write_bytes(b"half")
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        return write(tensors, path, metadata)
 
-    monkeypatch.setattr(Path, "write_bytes", write_bytes)
+    monkeypatch.setattr(tensor_files, "save_file", save)
     with pytest.raises(UserError, match="No space left on device") as caught:
         fill(cache, images, teacher)
     monkeypatch.undo()

@@ -199,7 +199,6 @@ def test_view_variance_is_that_of_the_lifting_solver(viewed_run):
 def test_no_teacher_is_run_for_looking(viewed_run, monkeypatch):
     """A run that is opened finds its maps in the cache; without the cache it says so."""
     monkeypatch.setattr("fit3d_ns.datamanager.load_backbone", lambda *_: pytest.fail("the teacher was loaded"))
-    monkeypatch.setattr("fit3d_ns.scenes.views.load_backbone", lambda *_: pytest.fail("the teacher was loaded"))
     monkeypatch.setattr("fit3d_ns.data.feature_cache.backbone_identity", lambda *_: pytest.fail("weights were read"))
     _, pipeline, _, _ = eval_setup(viewed_run.base_dir / "config.yml")
     camera = training_camera(pipeline, 2)

@@ -1,0 +1,141 @@
+"""Damage to files of tensors, as safetensors and torch write them."""
+
+import json
+import random
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.faults.kinds import HUGE, Mutation, NotApplicable, overwrite
+
+
+def _tensors(change: Callable[[dict, str, dict, bytearray], None], alone: bool = True) -> Mutation:
+    """Changes the header's entry, or the bytes, of one tensor of a safetensors file, or of each."""
+
+    def mutate(path: Path, rng: random.Random) -> None:
+        data = path.read_bytes()
+        length = int.from_bytes(data[:8], "little")
+        header, body = json.loads(data[8 : 8 + length]), bytearray(data[8 + length :])
+        names = [name for name in header if name != "__metadata__"]
+        before = json.dumps(header), bytes(body)
+        for name in [rng.choice(names)] if alone else names:
+            change(header, name, header[name], body)
+        if (json.dumps(header), bytes(body)) == before:
+            raise NotApplicable
+        text = json.dumps(header).encode()
+        path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(body))
+
+    return mutate
+
+
+_NUMBERS = {
+    "F64": (b"\0\0\0\0\0\0\xf8\x7f", b"\0\0\0\0\0\0\xf0\x7f"),
+    "F32": (b"\0\0\xc0\x7f", b"\0\0\x80\x7f"),
+    "F16": (b"\0\x7e", b"\0\x7c"),
+}
+
+
+def _number(which: int) -> Callable[[dict, str, dict, bytearray], None]:
+    def change(header: dict, name: str, entry: dict, body: bytearray) -> None:
+        if entry["dtype"] in _NUMBERS:
+            value, start = _NUMBERS[entry["dtype"]][which], entry["data_offsets"][0]
+            body[start : start + len(value)] = value
+
+    return change
+
+
+def _other_dtype(header: dict, name: str, entry: dict, body: bytearray) -> None:
+    other = {"F64": "I64", "F32": "I32", "F16": "I16", "U8": "I8", "I64": "F64"}
+    entry["dtype"] = other.get(entry["dtype"], entry["dtype"])
+
+
+def _flat(header: dict, name: str, entry: dict, body: bytearray) -> None:
+    entry["shape"] = [int(np.prod(entry["shape"])), 1]
+
+
+def _huge(header: dict, name: str, entry: dict, body: bytearray) -> None:
+    entry["shape"] = [HUGE, *entry["shape"][1:]]
+
+
+def _deep_header(path: Path, rng: random.Random) -> None:
+    text = b"[" * 100_000
+    path.write_bytes(len(text).to_bytes(8, "little") + text)
+
+
+SAFETENSORS: dict[str, Mutation] = {
+    "tensor renamed": _tensors(lambda header, name, entry, body: header.update({"x" + name: header.pop(name)})),
+    "all tensors renamed": _tensors(
+        lambda header, name, entry, body: header.update({"x" + name: header.pop(name)}), alone=False
+    ),
+    "another dtype": _tensors(_other_dtype, alone=False),
+    "another shape": _tensors(_flat, alone=False),
+    "NaN": _tensors(_number(0), alone=False),
+    "infinity": _tensors(_number(1), alone=False),
+    "huge count": _tensors(_huge),
+    "huge header": overwrite(lambda data, rng: HUGE.to_bytes(8, "little") + data[8:]),
+    "nested header": _deep_header,
+}
+
+
+def _in_torch_file(change: Callable[[Any], Any]) -> Mutation:
+    def walk(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return change(value)
+        return {key: walk(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+    def mutate(path: Path, rng: random.Random) -> None:
+        # Files of the harness's own making, just written by the command under test.
+        torch.save(walk(torch.load(path, weights_only=False)), path)
+
+    return mutate
+
+
+def _entry(change: Callable[[dict, random.Random], None]) -> Mutation:
+    def mutate(path: Path, rng: random.Random) -> None:
+        state = torch.load(path, weights_only=False)
+        change(state, rng)
+        torch.save(state, path)
+
+    return mutate
+
+
+def _nested_dicts(state: dict) -> list[dict]:
+    return [state, *(inner for value in state.values() if isinstance(value, dict) for inner in _nested_dicts(value))]
+
+
+def _drop_entry(state: dict, rng: random.Random) -> None:
+    holder = rng.choice([found for found in _nested_dicts(state) if found])
+    del holder[rng.choice(list(holder))]
+
+
+def _replace_entry(state: dict, rng: random.Random) -> None:
+    holder = rng.choice([found for found in _nested_dicts(state) if found])
+    holder[rng.choice(list(holder))] = rng.choice([None, "word", 7, [], {}, torch.zeros(3)])
+
+
+def _stored(path: Path, rng: random.Random) -> None:
+    """The bytes of one tensor inside the archive, with the archive's own checksum made right again."""
+    with zipfile.ZipFile(path) as archive:
+        parts = {info.filename: archive.read(info) for info in archive.infolist()}
+    name = rng.choice([name for name in parts if "/data/" in name and parts[name]])
+    data = bytearray(parts[name])
+    data[rng.randrange(len(data))] ^= 0x40
+    parts[name] = bytes(data)
+    with zipfile.ZipFile(path, "w") as archive:
+        for part, content in parts.items():
+            archive.writestr(part, content)
+
+
+TORCH: dict[str, Mutation] = {
+    "half of every tensor": _in_torch_file(lambda tensor: tensor.reshape(-1)[: max(1, tensor.numel() // 2)].clone()),
+    "NaN": _in_torch_file(lambda tensor: tensor * float("nan") if tensor.is_floating_point() else tensor),
+    "infinity": _in_torch_file(lambda tensor: tensor + float("inf") if tensor.is_floating_point() else tensor),
+    "another dtype": _in_torch_file(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor.float()),
+    "entry missing": _entry(_drop_entry),
+    "entry of another kind": _entry(_replace_entry),
+    "bit in a tensor": _stored,
+}
