@@ -2,8 +2,9 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,12 @@ from fit3d_ns.backbones.state_dicts import read_state_dict, to_timm_layout
 from fit3d_ns.backbones.weights import find_weights
 from fit3d_ns.support.errors import UserError
 from fit3d_ns.support.files import atomic_write_json, user_cache_directory
+from fit3d_ns.support.json_files import build
 
 IDENTITY_SCHEMA = 1
 """Raise it when the same choice of a backbone comes to give other features."""
+_LARGEST = 2**16
+"""Channels, pixels of a patch or layers of any backbone."""
 
 
 def hash_state_dict(state_dict: Mapping[str, Tensor]) -> str:
@@ -73,6 +77,46 @@ def make_identity(spec: BackboneSpec, info: BackboneInfo, weights_sha256: str) -
         "timm_major": int(metadata.version("timm").split(".")[0]),
         **{key: list(value) if isinstance(value, tuple) else value for key, value in asdict(info).items()},
     }
+
+
+@dataclass(frozen=True)
+class _Identity(BackboneInfo):
+    """An identity's fields, for `check_identity`."""
+
+    schema: int
+    norm: bool
+    weights_sha256: str
+    timm_major: int
+
+    def __post_init__(self) -> None:
+        if self.schema != IDENTITY_SCHEMA:
+            raise ValueError(f"schema is {self.schema}, this version reads {IDENTITY_SCHEMA}")
+        for name in ("width", "patch_size", "num_layers"):
+            if not 1 <= getattr(self, name) <= _LARGEST:
+                raise ValueError(f"{name} is {getattr(self, name)}, not from 1 to {_LARGEST}")
+        if not 0 <= self.layer < self.num_layers:
+            raise ValueError(f"layer is {self.layer}, not one of {self.num_layers}")
+        if not re.fullmatch("[0-9a-f]{64}", self.weights_sha256):
+            raise ValueError(f"weights_sha256 is {self.weights_sha256[:80]!r}, no SHA-256")
+        if min(self.std) <= 0:
+            raise ValueError(f"std is {list(self.std)}, not positive")
+
+
+def check_identity(identity: Any, name: str) -> dict[str, Any]:
+    """Checks what a file says that a backbone is, field by field.
+
+    Args:
+        identity: See `make_identity`; read from JSON or a checkpoint.
+        name: Of the entry, for the sentence.
+
+    Returns:
+        ``identity`` itself.
+
+    Raises:
+        DamagedFile: Naming the field that is missing, unknown, of another type or out of range.
+    """
+    build(_Identity, identity, name)
+    return identity
 
 
 def spec_of_identity(identity: Mapping[str, Any], weights: Path | None = None) -> BackboneSpec:

@@ -1,8 +1,8 @@
 """The folder that a training leaves: which files it holds, its card, and the layouts its weights are written in."""
 
-import json
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fit3d_ns.backbones.identity import hash_state_dict
+from fit3d_ns.backbones.identity import check_identity, hash_state_dict
 from fit3d_ns.support.errors import UserError
 from fit3d_ns.support.files import atomic_path, atomic_write_json
+from fit3d_ns.support.json_files import build, read_json
+from fit3d_ns.support.tensor_files import DamagedFile
 
 WEIGHTS_NAME = "backbone.safetensors"
 """The result: a plain timm state dict, averaged with the original's weights if the recipe says so."""
@@ -24,6 +26,25 @@ DINOV2_NAME = "backbone_dinov2.safetensors"
 """The result with the keys of facebookresearch/dinov2, on request."""
 CARD_NAME = "card.json"
 """Where the weights come from, beside them."""
+
+
+@dataclass(frozen=True)
+class _Card:
+    """The fields of a card that are used; it may hold others."""
+
+    student: dict[str, Any]
+    weights_sha256: str
+    student_sha256: str | None = None
+    assembly: str | None = None
+    interpolate: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("weights_sha256", "student_sha256"):
+            value = getattr(self, name)
+            if value is not None and not re.fullmatch("[0-9a-f]{64}", value):
+                raise ValueError(f"{name} is {value[:80]!r}, no SHA-256")
+        if self.interpolate is not None and not 0 <= self.interpolate <= 1:
+            raise ValueError(f"interpolate is {self.interpolate}, not from 0 to 1")
 
 
 def read_card(folder: Path) -> dict[str, Any]:
@@ -41,14 +62,12 @@ def read_card(folder: Path) -> dict[str, Any]:
     """
     path = folder / CARD_NAME
     try:
-        card: Any = json.loads(path.read_text(encoding="utf-8"))
-        student = card["student"]
-        texts = (student["name"], student["weights_sha256"], card["weights_sha256"])
-        if not all(isinstance(text, str) for text in texts) or not isinstance(student["layer"], int):
-            raise TypeError("student")
+        card = read_json(path)
+        build(_Card, {key: card[key] for key in _Card.__dataclass_fields__ if key in card})
+        check_identity(card["student"], "student")
     except FileNotFoundError:
         raise UserError(f"{folder} holds no {CARD_NAME}: name a folder that fit3d-distill wrote.") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (DamagedFile, TypeError) as error:
         raise damaged_card(folder, error) from None
     return card
 

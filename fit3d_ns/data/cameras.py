@@ -12,8 +12,12 @@ from fit3d_ns.compat import nerfstudio_needed
 
 _PERSPECTIVE = 1
 """nerfstudio's ``CameraType.PERSPECTIVE``."""
+_FISHEYE = 2
+"""nerfstudio's ``CameraType.FISHEYE``."""
 _FISHEYE624 = 9
 """nerfstudio's ``CameraType.FISHEYE624``."""
+_UNDISTORTED = {_PERSPECTIVE: 6, _FISHEYE: 6, _FISHEYE624: 12}
+"""The camera types that are undistorted, and their numbers of distortion parameters."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,20 @@ class Lens:
     """nerfstudio's distortion parameters."""
     fisheye_crop_radius: float | None = None
     """Only of nerfstudio's FISHEYE624 cameras, pixels."""
+
+    def __post_init__(self) -> None:
+        """Refuses what no lens can be."""
+        if self.camera_type not in _UNDISTORTED:
+            raise ValueError(f"camera_type is {self.camera_type}, none of {', '.join(map(str, _UNDISTORTED))}")
+        for name in ("fx", "fy", "width", "height"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, not positive")
+        count = _UNDISTORTED[self.camera_type]
+        if len(self.distortion) != count:
+            raise ValueError(f"distortion has {len(self.distortion)} numbers instead of {count}")
+        radius = self.fisheye_crop_radius
+        if self.camera_type == _FISHEYE624 and (radius is None or radius <= 0):
+            raise ValueError(f"fisheye_crop_radius is {radius}, not positive")
 
 
 def lenses_of(cameras: Any) -> list[Lens | None]:

@@ -1,9 +1,9 @@
 """Photos as a bundle describes them: found again after a move, checked against their hash, undistorted."""
 
 import hashlib
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +15,8 @@ from fit3d_ns.data.pictures import open_photo, over_black
 from fit3d_ns.support.errors import UserError
 
 DATA_ROOT_FLAG = "--data-root"
+_LARGEST = 2**17
+"""Pixels of the side of any photo."""
 
 
 @dataclass(frozen=True)
@@ -36,18 +38,24 @@ class Photo:
     alpha_color: tuple[float, float, float] | None = None
     """Colour in [0, 1] behind transparent parts where the scene asks for one; they are black otherwise."""
 
+    def __post_init__(self) -> None:
+        """Refuses what no photo can be."""
+        if not self.path or "\0" in self.path:
+            raise ValueError(f"path is {self.path!r}, no path")
+        if not re.fullmatch("[0-9a-f]{64}", self.sha256):
+            raise ValueError(f"sha256 is {self.sha256[:80]!r}, no SHA-256")
+        for name in ("height", "width"):
+            if not 1 <= getattr(self, name) <= _LARGEST:
+                raise ValueError(f"{name} is {getattr(self, name)}, not from 1 to {_LARGEST} pixels")
+        if not 0 < self.scale_factor <= _LARGEST:
+            raise ValueError(f"scale_factor is {self.scale_factor}, not positive")
+        if self.alpha_color is not None and not all(0 <= value <= 1 for value in self.alpha_color):
+            raise ValueError(f"alpha_color is {list(self.alpha_color)}, not from 0 to 1")
+
     def content_key(self) -> str:
         """Returns a hash of everything that decides what `read_photo` returns, the path excepted."""
         facts = (self.sha256, self.height, self.width, self.lens, self.scale_factor, self.alpha_color)
         return hashlib.blake2b(repr(facts).encode(), digest_size=16).hexdigest()
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "Photo":
-        """Reads what ``dataclasses.asdict`` made of a photo, after JSON turned tuples into lists."""
-        lens, alpha_color = values["lens"], values["alpha_color"]
-        if lens is not None:
-            lens = Lens(**{**lens, "distortion": tuple(lens["distortion"])})
-        return cls(**{**values, "lens": lens, "alpha_color": None if alpha_color is None else tuple(alpha_color)})
 
 
 def hash_file(path: Path) -> str:

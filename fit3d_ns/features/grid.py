@@ -20,8 +20,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fit3d_ns.support.errors import UserError
+from fit3d_ns.support.json_files import build
+from fit3d_ns.support.tensor_files import DamagedFile
 
 GridName = Literal["paper", "fast"]
+_LARGEST = 64
+"""Pixels of a tile's side, or rendered for a patch's."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,15 @@ class FeatureGrid:
     rasterize_mode: Literal["classic", "antialiased"]
     tile_size: int
     pooling: Literal["bilinear", "area"]
+
+    def __post_init__(self) -> None:
+        """Refuses sizes that no render can have."""
+        if self.supersample is not None and not 1 <= self.supersample <= _LARGEST:
+            raise ValueError(f"supersample is {self.supersample}, not from 1 to {_LARGEST}")
+        if not 1 <= self.tile_size <= _LARGEST:
+            raise ValueError(f"tile_size is {self.tile_size}, not from 1 to {_LARGEST}")
+        if self.supersample is None and self.pooling == "area":
+            raise ValueError("pooling is area, which needs a supersample factor")
 
     def render_size(self, image_size: tuple[int, int], grid: tuple[int, int]) -> tuple[int, int]:
         """Returns the height and width, in pixels, at which low-dimensional features are rendered.
@@ -89,8 +102,8 @@ class FeatureGrid:
             UserError: If a field is missing or unknown (a file of another version).
         """
         try:
-            return cls(**values)
-        except TypeError as error:
+            return build(cls, values)
+        except DamagedFile as error:
             raise UserError(f"The stored feature grid {values} is not one this version knows: {error}.") from error
 
 

@@ -2,36 +2,40 @@
 
 A folder with ``scene.safetensors`` (geometry in fp32, features in fp16, the decoder, the cameras, weights of masked
 patches) and ``scene.json`` (schema, teacher, feature grid, photos with their hashes, dataparser transform, versions).
-No pickle, and nothing of optimisers, colours or viewers. Both files carry the bundle's id, and the JSON is written
-last, so that a bundle is whole or does not open.
+No pickle, and nothing of optimisers, colours or viewers. The folder is replaced as a whole; both files carry the
+bundle's id, a hash of what the JSON says, and the tensors a checksum: a bundle is as it was made, or does not open.
 """
 
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
-from importlib.metadata import version
+from dataclasses import asdict, dataclass, field, fields
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Float16
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fit3d_ns.backbones import patch_grid
+from fit3d_ns.backbones.identity import check_identity
 from fit3d_ns.data.photos import Photo
 from fit3d_ns.features.grid import FeatureGrid
 from fit3d_ns.features.rendering import Geometry
 from fit3d_ns.support.errors import UserError
-from fit3d_ns.support.files import atomic_path, atomic_write_json
+from fit3d_ns.support.files import TEMPORARY, atomic_folder, atomic_write_json
+from fit3d_ns.support.json_files import build, damaged, read_json
+from fit3d_ns.support.tensor_files import DamagedFile, TensorFile, TensorSpec, read_tensors, write_tensors
 
-SCHEMA = 1
+SCHEMA = 2
 """Raise it when the meaning of a stored value changes."""
+_WITHOUT_CHECKSUM = 1
+"""The schema of version 0.1.0, which is read too."""
 TENSORS_NAME = "scene.safetensors"
 JSON_NAME = "scene.json"
 _PATCH_WEIGHTS = "patch_weights."
+_REMEDY = "make the bundle again."
 
 
 @dataclass(frozen=True)
@@ -64,15 +68,12 @@ class SceneTensors:
         return SceneTensors.of({name: change(tensor) for name, tensor in self.tensors().items()})
 
 
-_SCENE_TENSORS = (*(item.name for item in fields(Geometry)), "features", "decoder")
-
-
 @dataclass(frozen=True)
 class BundleView:
     """One view: its photo and which split it belongs to; its camera is a row of the bundle's ``cameras``."""
 
     name: str
-    """Short name for humans, unique in the scene."""
+    """Short name for humans."""
     split: Literal["train", "eval"]
     """``eval`` views were held out from lifting."""
     photo: Photo
@@ -101,10 +102,26 @@ class BundleInfo:
     """What the bundle was made from; equal for equal content."""
     views: list[BundleView]
     """All V views, in the order of ``cameras``."""
-    versions: dict[str, str] = field(default_factory=lambda: {name: version(name) for name in ("fit3d-ns", "torch")})
-    """Versions of what made the bundle."""
+    versions: dict[str, str] = field(default_factory=lambda: _versions("fit3d-ns", "torch", "timm", "gsplat"))
+    """Versions of what made the bundle: gsplat 1.4 and 1.5 render different opacities."""
+    teacher_precision: Literal["bf16", "fp32"] | None = None
+    """In which the teacher computed its maps; None where that is not known."""
     teacher_original: dict[str, Any] | None = None
     """Where the teacher is itself a student: the identity of the backbone that it was fine-tuned from."""
+
+    def __post_init__(self) -> None:
+        """Refuses what no scene can be."""
+        check_identity(self.teacher, "teacher")
+        if self.teacher_original is not None:
+            check_identity(self.teacher_original, "teacher_original")
+        if self.teacher_max_size is not None and not 1 <= self.teacher_max_size < 2**31:
+            raise ValueError(f"teacher_max_size is {self.teacher_max_size}, no number of pixels")
+        if [len(row) for row in self.dataparser_transform] != [4, 4, 4]:
+            raise ValueError("dataparser_transform is no 3x4 matrix")
+        if self.dataparser_scale <= 0:
+            raise ValueError(f"dataparser_scale is {self.dataparser_scale}, not positive")
+        if not self.views:
+            raise ValueError("views is empty")
 
     def patch_grid(self, view: int) -> tuple[int, int]:
         """Returns height and width, in patches, of the teacher's map of a view."""
@@ -127,66 +144,100 @@ class BundleCameras:
 
 
 class SceneBundle:
-    """A bundle on disk. Opening it reads the JSON and the header of the tensors; tensors are read when asked for.
+    """A bundle on disk. Opening it checks the JSON and the header of the tensors; tensors are read when asked for.
 
     Args:
         folder: The bundle's folder.
 
     Raises:
-        UserError: If it is no bundle, not whole, or of another version.
+        UserError: If it is no bundle, damaged, or of another version.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
         path = folder / JSON_NAME
         try:
-            stored = json.loads(path.read_text())
-        except OSError as error:
-            raise UserError(f"{folder} is no scene bundle: it holds no readable {JSON_NAME}.") from error
-        except ValueError as error:
-            raise UserError(f"{path} is damaged ({error}): make the bundle again.") from error
-        if not isinstance(stored, dict) or stored.get("schema") != SCHEMA:
-            found = stored.get("schema") if isinstance(stored, dict) else None
-            raise UserError(f"{path} has the schema {found}, this version reads {SCHEMA}: make the bundle again.")
+            stored = read_json(path)
+        except FileNotFoundError as error:
+            raise UserError(f"{folder} is no scene bundle: it holds no {JSON_NAME}.") from error
+        except DamagedFile as error:
+            raise damaged(path, error, _REMEDY) from error
+        schema = stored.get("schema") if isinstance(stored, dict) else None
+        if schema not in (SCHEMA, _WITHOUT_CHECKSUM) or isinstance(schema, bool):
+            raise UserError(f"{path} has the schema {schema}, this version reads 1 and {SCHEMA}: {_REMEDY}")
+        self._has_checksum = schema != _WITHOUT_CHECKSUM
         try:
-            self.id: str = stored["id"]
-            self.info = _info_from_dict(stored["info"])
-        except (KeyError, TypeError) as error:
-            raise UserError(f"{path} lacks or misnames an entry ({error}): make the bundle again.") from error
-        with self._open() as tensors:
-            if (tensors.metadata() or {}).get("id") != self.id:
-                raise UserError(f"{TENSORS_NAME} and {JSON_NAME} in {folder} do not belong together: make it again.")
-            self._names = set(tensors.keys())
-        needed = {*_SCENE_TENSORS, "viewmats", "Ks"}
-        if not needed <= self._names:
-            raise UserError(f"{folder / TENSORS_NAME} lacks {', '.join(sorted(needed - self._names))}: make it again.")
+            self.id = build(str, stored.get("id"), "id")
+            content = stored.get("info")
+            if self._has_checksum and isinstance(content, dict) and self.id != _hash(content):
+                raise DamagedFile("it is not as it was written: its hash differs from its id")
+            self.info = build(BundleInfo, content, "info")
+        except DamagedFile as error:
+            raise damaged(path, error, _REMEDY) from error
+        if self._read(values=False).metadata.get("id") != self.id:
+            raise UserError(f"{TENSORS_NAME} and {JSON_NAME} in {folder} do not belong together: {_REMEDY}")
+
+    def check(self) -> None:
+        """Reads all tensors once and checks them.
+
+        Raises:
+            UserError: If they are not as they were written, or a value is out of range.
+        """
+        tensors = self._read(values=True).tensors
+        for name, fits in (
+            ("scales", lambda: bool((tensors["scales"] > 0).all())),
+            ("opacities", lambda: bool(((tensors["opacities"] >= 0) & (tensors["opacities"] <= 1)).all())),
+            ("Ks", lambda: bool((tensors["Ks"][:, [0, 1], [0, 1]] > 0).all())),
+        ):
+            if not fits():
+                raise damaged(self._path, DamagedFile(f"{name} holds values out of range"), _REMEDY)
 
     def read_scene(self) -> SceneTensors:
         """Reads geometry, features and decoder, memory-mapped: pages are read from disk when touched."""
-        with self._open() as tensors:
-            return SceneTensors.of({name: tensors.get_tensor(name) for name in _SCENE_TENSORS})
+        return SceneTensors.of(self._read(values=False).tensors)
 
     def read_cameras(self) -> BundleCameras:
         """Reads the cameras of all views."""
-        with self._open() as tensors:
-            return BundleCameras(tensors.get_tensor("viewmats"), tensors.get_tensor("Ks"))
+        tensors = self._read(values=False).tensors
+        return BundleCameras(tensors["viewmats"], tensors["Ks"])
 
     def read_patch_weights(self) -> dict[int, Float[Tensor, "h w"]]:
         """Reads the share, in [0, 1], that masks leave valid of each patch, for the views that have a mask."""
-        with self._open() as tensors:
-            names = [name for name in self._names if name.startswith(_PATCH_WEIGHTS)]
-            return {int(name.removeprefix(_PATCH_WEIGHTS)): tensors.get_tensor(name).float() for name in names}
+        tensors = self._read(values=False).tensors
+        names = [name for name in tensors if name.startswith(_PATCH_WEIGHTS)]
+        return {int(name.removeprefix(_PATCH_WEIGHTS)): tensors[name].float() for name in names}
 
     def num_bytes(self) -> int:
         """Size of the tensors on disk, and in memory."""
-        return (self.folder / TENSORS_NAME).stat().st_size
+        return self._path.stat().st_size
 
-    def _open(self) -> Any:
-        path = self.folder / TENSORS_NAME
+    @property
+    def _path(self) -> Path:
+        return self.folder / TENSORS_NAME
+
+    def _read(self, values: bool) -> TensorFile:
+        """Reads the tensors, checked against what the JSON says of them."""
+        num_views, width = len(self.info.views), self.info.teacher["width"]
+        specs = {
+            "means": TensorSpec(torch.float32, ("N", 3)),
+            "quats": TensorSpec(torch.float32, ("N", 4)),
+            "scales": TensorSpec(torch.float32, ("N", 3)),
+            "opacities": TensorSpec(torch.float32, ("N",)),
+            "features": TensorSpec(torch.float16, ("N", "D")),
+            "decoder": TensorSpec(torch.float32, (width, "D", 3, 3)),
+            "viewmats": TensorSpec(torch.float32, (num_views, 4, 4)),
+            "Ks": TensorSpec(torch.float32, (num_views, 3, 3)),
+        }
+        weights = {
+            f"{_PATCH_WEIGHTS}{view}": TensorSpec(torch.float16, self.info.patch_grid(view))
+            for view in range(num_views)
+        }
         try:
-            return safe_open(path, framework="pt")
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{path} is missing or damaged: make the bundle again.") from error
+            return read_tensors(self._path, specs, weights, checksum=self._has_checksum, values=values)
+        except FileNotFoundError as error:
+            raise UserError(f"{self._path} is missing: {_REMEDY}") from error
+        except DamagedFile as error:
+            raise damaged(self._path, error, _REMEDY) from error
 
 
 def write_bundle(
@@ -214,16 +265,12 @@ def write_bundle(
     """
     _check_scene(info.scene, scene)
     content = _info_to_dict(info)
-    bundle_id = hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
+    bundle_id = _hash(content)
     tensors = {**scene.tensors(), **vars(cameras)}
     tensors.update({f"{_PATCH_WEIGHTS}{index}": weights.half() for index, weights in patch_weights.items()})
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with atomic_path(folder / TENSORS_NAME) as temporary:
-        try:
-            save_file(tensors, temporary, metadata={"id": bundle_id})
-        except SafetensorError as error:
-            raise OSError(str(error)) from error
-    atomic_write_json(folder / JSON_NAME, {"schema": SCHEMA, "id": bundle_id, "info": content})
+    with atomic_folder(folder) as temporary:
+        write_tensors(temporary / TENSORS_NAME, tensors, {"id": bundle_id})
+        atomic_write_json(temporary / JSON_NAME, {"schema": SCHEMA, "id": bundle_id, "info": content})
     return SceneBundle(folder)
 
 
@@ -243,7 +290,9 @@ def find_bundles(paths: list[Path]) -> list[Path]:
     for path in paths:
         if not path.is_dir():
             raise UserError(f"{path} is no folder: name scene bundles, or folders that hold some.")
-        folders = sorted(match.parent for match in path.rglob(JSON_NAME))
+        found_here = (match.parent for match in path.rglob(JSON_NAME))
+        # A process that was killed may have left half a bundle under a temporary name.
+        folders = sorted(found for found in found_here if not any(TEMPORARY.fullmatch(part) for part in found.parts))
         if not folders:
             raise UserError(f"{path} holds no scene bundle ({JSON_NAME}): make them with `fit3d-distill --runs`.")
         found.update(dict.fromkeys(folders))
@@ -264,9 +313,18 @@ def _check_scene(name: str, scene: SceneTensors) -> None:
 
 
 def _info_to_dict(info: BundleInfo) -> dict[str, Any]:
-    return {**asdict(replace(info, views=[])), "views": [asdict(view) for view in info.views]}
+    return json.loads(json.dumps(asdict(info)))  # tuples are lists there
 
 
-def _info_from_dict(values: dict[str, Any]) -> BundleInfo:
-    views = [BundleView(**{**view, "photo": Photo.from_dict(view["photo"])}) for view in values["views"]]
-    return BundleInfo(**{**values, "feature_grid": FeatureGrid.from_dict(values["feature_grid"]), "views": views})
+def _hash(content: dict[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _versions(*packages: str) -> dict[str, str]:
+    found = {}
+    for name in packages:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,5 +1,7 @@
 """Scene bundles from trained or lifted ``fit3d-splat`` runs."""
 
+import logging
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +40,7 @@ from fit3d_ns.runs.names import (
 )
 from fit3d_ns.support.errors import UserError
 
+_LOGGER = logging.getLogger(__name__)
 BUNDLE_FOLDER = "bundle"
 """Name of a run's bundle, below the run."""
 _METHOD_LINE = re.compile(r"^method_name: ['\"]?([^'\"\s]+)", re.MULTILINE)
@@ -158,9 +161,11 @@ def bundle_run(run: Run, folder: Path | None = None, data_root: Path | None = No
     try:
         existing = SceneBundle(folder)
         if existing.info.source == source:
+            existing.check()
             return existing, True
-    except UserError:
-        pass  # none there, or one of another version: it is made below
+    except UserError as error:
+        if os.path.lexists(folder):
+            _LOGGER.warning("%s It is made anew.", error)
     config = read_config(run.config_path)
     state = read_checkpoint(run.checkpoint)["pipeline"]
     scene = _read_scene(state, run.checkpoint)
@@ -182,6 +187,7 @@ def bundle_run(run: Run, folder: Path | None = None, data_root: Path | None = No
         dataparser_scale=float(outputs.dataparser_scale),
         source=source,
         views=views,
+        teacher_precision=extra.get("teacher_precision"),
         teacher_original=original_of(spec.weights, identity["weights_sha256"]),
     )
     return write_bundle(folder, info, scene, cameras, weights), False

@@ -17,6 +17,8 @@ from fit3d_ns.support.errors import UserError
 
 _WRITE_FAILED = re.compile("PytorchStreamWriter|inline_container|[Ss]erializing")
 """In what torch.save and safetensors say when the operating system refuses."""
+TEMPORARY = re.compile(r"\..*\.tmp")
+"""Names of files and folders that are being written, or that a killed process left."""
 
 
 @contextmanager

@@ -88,6 +88,7 @@ def test_a_student_that_cannot_be_had_names_this_commands_flags(make_scene, make
     refused(make_config(folder, student_weights=tmp_path / "gone.pth"), "gone.pth: check --student-weights")
     info = json.loads((folder / "scene.json").read_text())
     info["info"]["teacher_weights"] = str(tmp_path / "moved.safetensors")
+    info["schema"] = 1  # whose JSON is not hashed
     (folder / "scene.json").write_text(json.dumps(info))
     refused(make_config(folder), "moved.safetensors: check --student-weights")
 
@@ -156,7 +157,7 @@ def test_missing_photos_and_damaged_bundles(make_scene, make_config):
     photo.write_bytes(content)
     tensors = folder / "scene.safetensors"
     tensors.write_bytes(tensors.read_bytes()[:5000])
-    refused(make_config(folder), "scene.safetensors is missing or damaged: make the bundle again")
+    refused(make_config(folder), "scene.safetensors is damaged .*: make the bundle again")
     (folder / "scene.json").write_text("{")
     refused(make_config(folder), "scene.json is damaged")
 

@@ -268,11 +268,12 @@ def test_torn_and_foreign_bundles_do_not_open(scene, train, tmp_path):
     bundle, _ = bundle_run(choose_runs([outputs_of(trainer)])[0][0])
     assert find_bundles([outputs_of(trainer)]) == [bundle.folder]
     for name, break_it, sentence in (
-        ("tensors", lambda folder: (folder / "scene.safetensors").unlink(), "missing or damaged"),
+        ("tensors", lambda folder: (folder / "scene.safetensors").unlink(), "scene.safetensors is missing"),
         ("json", lambda folder: (folder / "scene.json").write_text("{"), "is damaged"),
         ("schema", lambda folder: _edit(folder, schema=99), "has the schema 99"),
-        ("id", lambda folder: _edit(folder, id="other"), "do not belong together"),
-        ("entry", lambda folder: _edit(folder, info={}), "lacks or misnames an entry"),
+        ("id", lambda folder: _edit(folder, id="other"), "hash differs from its id"),
+        ("old", lambda folder: _edit(folder, schema=1, id="other"), "do not belong together"),
+        ("entry", lambda folder: _edit(folder, schema=1, info={}), "info.scene is missing"),
     ):
         copy = Path(shutil.copytree(bundle.folder, tmp_path / name))
         break_it(copy)
