@@ -68,11 +68,13 @@ def _scenes(config: DistillConfig, world: "World") -> "tuple[list[Scene], list[S
     import torch.distributed
 
     from distill.scenes import make_all_bundles, open_scenes
+    from fit3d_ns.runs.bundle import check_bundles
 
     folders: tuple[list[Path], list[Path]] = ([], [])
     if world.is_main:
         folders = make_all_bundles(config)
         _LOGGER.info("Distillation into %s: %d scenes", config.output_dir, len(folders[0]))
+        check_bundles([*folders[0], *folders[1]])
     if world.size > 1:
         shared = [folders]
         torch.distributed.broadcast_object_list(shared, src=0)

@@ -94,8 +94,6 @@ def make_all_bundles(config: DistillConfig) -> tuple[list[Path], list[Path]]:
 
 def _make_bundles(runs_named: Sequence[Path], bundles: Sequence[Path], config: DistillConfig) -> list[Path]:
     folders = find_bundles(list(bundles)) if bundles else []
-    for folder in folders:  # once, in the first process: what others made is taken as it was made, or not at all
-        SceneBundle(folder).check()
     if runs_named:
         # Imported here: with --bundles alone nothing of nerfstudio is needed.
         from fit3d_ns.runs.bundling import bundle_run, choose_runs

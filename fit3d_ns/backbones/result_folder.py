@@ -11,10 +11,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fit3d_ns.backbones.identity import check_identity, hash_state_dict
-from fit3d_ns.support.errors import UserError
+from fit3d_ns.support.errors import DamagedFile, UserError
 from fit3d_ns.support.files import atomic_path, atomic_write_json
 from fit3d_ns.support.json_files import build, read_json
-from fit3d_ns.support.tensor_files import DamagedFile
 
 WEIGHTS_NAME = "backbone.safetensors"
 """The result: a plain timm state dict, averaged with the original's weights if the recipe says so."""

@@ -19,9 +19,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from fit3d_ns.support.errors import UserError
+from fit3d_ns.support.errors import DamagedFile, UserError
 from fit3d_ns.support.json_files import build
-from fit3d_ns.support.tensor_files import DamagedFile
 
 GridName = Literal["paper", "fast"]
 _LARGEST = 64

@@ -8,7 +8,7 @@ bundle's id, a hash of what the JSON says, and the tensors a checksum: a bundle 
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,10 +23,10 @@ from fit3d_ns.backbones.identity import check_identity
 from fit3d_ns.data.photos import Photo
 from fit3d_ns.features.grid import FeatureGrid
 from fit3d_ns.features.rendering import Geometry
-from fit3d_ns.support.errors import UserError
+from fit3d_ns.support.errors import DamagedFile, UserError
 from fit3d_ns.support.files import TEMPORARY, atomic_folder, atomic_write_json
 from fit3d_ns.support.json_files import build, damaged, read_json
-from fit3d_ns.support.tensor_files import DamagedFile, TensorFile, TensorSpec, read_tensors, write_tensors
+from fit3d_ns.support.tensor_files import TensorFile, TensorSpec, read_tensors, write_tensors
 
 SCHEMA = 2
 """Raise it when the meaning of a stored value changes."""
@@ -297,6 +297,19 @@ def find_bundles(paths: list[Path]) -> list[Path]:
             raise UserError(f"{path} holds no scene bundle ({JSON_NAME}): make them with `fit3d-distill --runs`.")
         found.update(dict.fromkeys(folders))
     return list(found)
+
+
+def check_bundles(folders: Iterable[Path]) -> None:
+    """Reads the tensors of bundles once: what others made is taken as it was made, or not at all.
+
+    Args:
+        folders: The bundles.
+
+    Raises:
+        UserError: Naming the file that is damaged.
+    """
+    for folder in folders:
+        SceneBundle(folder).check()
 
 
 def _check_scene(name: str, scene: SceneTensors) -> None:

@@ -1,4 +1,4 @@
-"""The one exception that a user's input can cause."""
+"""The one exception that a user's input can cause, and what readers of files raise on the way to it."""
 
 
 class UserError(RuntimeError):
@@ -6,6 +6,10 @@ class UserError(RuntimeError):
 
     Command-line entry points print the sentence and exit with status 1, without a traceback.
     """
+
+
+class DamagedFile(Exception):
+    """What is wrong with a file; its text is a clause that a sentence can go on with."""
 
 
 def first_line(error: BaseException) -> str:

@@ -10,8 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from fit3d_ns.support.errors import UserError, first_line
-from fit3d_ns.support.tensor_files import DamagedFile
+from fit3d_ns.support.errors import DamagedFile, UserError, first_line
 
 Made = TypeVar("Made")
 _SHOWN = 40

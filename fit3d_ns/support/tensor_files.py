@@ -17,16 +17,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fit3d_ns.support.errors import first_line
+from fit3d_ns.support.errors import DamagedFile, first_line
 from fit3d_ns.support.files import atomic_path
 
 _CHECKSUM = "crc32"
 _OS_ERROR = re.compile(r"os error (\d+)")
 """In what safetensors says when the operating system refuses."""
-
-
-class DamagedFile(Exception):
-    """What is wrong with a file; its text is a clause that a sentence can go on with."""
 
 
 @dataclass(frozen=True)

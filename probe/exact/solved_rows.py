@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fit3d_ns.support.tensor_files import DamagedFile, TensorSpec, discard, read_tensors, write_tensors
+from fit3d_ns.support.errors import DamagedFile
+from fit3d_ns.support.tensor_files import TensorSpec, discard, read_tensors, write_tensors
 from probe.exact.solver import Choice, LinearMap
 from probe.report import ResultFolder
 

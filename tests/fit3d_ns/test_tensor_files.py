@@ -9,7 +9,8 @@ from safetensors.torch import save_file
 from benchmarks.faults.mutations import ANY, SAFETENSORS, apply
 from fit3d_ns.backbones import BackboneSpec, load_backbone
 from fit3d_ns.data.feature_cache import FeatureCache
-from fit3d_ns.support.tensor_files import DamagedFile, TensorSpec, read_tensors, write_tensors
+from fit3d_ns.support.errors import DamagedFile
+from fit3d_ns.support.tensor_files import TensorSpec, read_tensors, write_tensors
 
 SPECS = {
     "map": TensorSpec(torch.float16, (4, "h", "w")),
