@@ -8,7 +8,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # mkdocs-material's announcements.
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: setup demo docs test clean
+.PHONY: setup demo docs test test-gsplat clean
 
 setup: $(VENV)/.complete
 
@@ -33,6 +33,14 @@ test: setup docs
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+
+# What is asked of gsplat, and training on the CPU, against every version; fetches them, so it needs a network.
+test-gsplat: setup
+	set -e; for version in 1.4.0 1.5.0 1.5.1 1.5.2 1.5.3; do \
+		$(BIN)/python -m pip install --quiet --no-deps --upgrade --target build/gsplat/$$version gsplat==$$version; \
+		PYTHONPATH=build/gsplat/$$version OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/fit3d_ns/test_gsplat.py \
+			tests/fit3d_ns/test_training.py tests/fit3d_ns/test_rasterization_forward.py; \
+	done
 
 clean:
 	rm -rf $(VENV) outputs build *.egg-info

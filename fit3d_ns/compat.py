@@ -25,19 +25,6 @@ from fit3d_ns.support.errors import UserError
 _LOGGER = logging.getLogger(__name__)
 
 
-def check_gsplat() -> None:
-    """Refuses the gsplat release whose strategy never resets opacities.
-
-    Raises:
-        UserError: For gsplat 1.5.3 (https://github.com/nerfstudio-project/gsplat/issues/797).
-    """
-    if version("gsplat").split("+")[0] == "1.5.3":
-        raise UserError(
-            "gsplat 1.5.3 never resets opacities while training (its issue 797): "
-            "run `pip install gsplat==1.4.0`, or another version than 1.5.3."
-        )
-
-
 @contextmanager
 def nerfstudio_needed(what: str) -> Iterator[None]:
     """Lets an import of nerfstudio fail in one sentence, where the rest of a command does without it.
@@ -225,6 +212,32 @@ def _splatfacto_by_device() -> None:
 
     setattr(splatfacto, "rasterization", rasterization)
     setattr(splatfacto, "get_viewmat", get_viewmat)
+
+
+def reset_opacities(strategy: Any) -> None:
+    """Lets gsplat 1.5.3 reset opacities while it trains, as all other versions do.
+
+    There ``step % self.reset_every == 0 & step > 0`` is a chain of comparisons that is never true
+    (https://github.com/nerfstudio-project/gsplat/issues/797); conda has no newer version.
+
+    Args:
+        strategy: gsplat's strategy, changed in place.
+    """
+    if not hasattr(strategy, "reset_every") or version("gsplat").split("+")[0] != "1.5.3":
+        return  # MCMC resets nothing
+    from gsplat.strategy.ops import reset_opa
+
+    refine = strategy.step_post_backward
+
+    @functools.wraps(refine)
+    def step_post_backward(
+        params: Any, optimizers: Any, state: Any, step: int, info: Any, packed: bool = False
+    ) -> None:
+        refine(params, optimizers, state, step, info, packed)
+        if 0 < step < strategy.refine_stop_iter and step % strategy.reset_every == 0:
+            reset_opa(params, optimizers, state, value=strategy.prune_opa * 2.0)
+
+    strategy.step_post_backward = step_post_backward
 
 
 def clamp_refinement_pause(strategy: Any) -> bool:

@@ -118,6 +118,7 @@ class Fit3DSplatModel(SplatfactoModel):
         device = torch.device(self.kwargs.get("device", "cpu"))
         with compat.lazy_lpips(), compat.splatfacto_on(device):
             super().populate_modules()
+        compat.reset_opacities(self.strategy)
         if compat.clamp_refinement_pause(self.strategy):
             _LOGGER.warning(
                 f"{self.num_train_data} training views would stop densification for good; the pause after each "

@@ -14,7 +14,7 @@ from nerfstudio.pipelines.base_pipeline import VanillaPipeline, VanillaPipelineC
 from nerfstudio.viewer.viewer_elements import ViewerButton
 
 from fit3d_ns.backbones import check_timm
-from fit3d_ns.compat import check_gsplat, resume_adds_steps
+from fit3d_ns.compat import resume_adds_steps
 from fit3d_ns.data.dataparsers import without_seed_points
 from fit3d_ns.data.dataparsers.base import SEED_REMARK
 from fit3d_ns.data.splits import HOLD_OUT
@@ -55,7 +55,6 @@ class Fit3DPipeline(VanillaPipeline):
     def __init__(self, config: Fit3DPipelineConfig, device: str, world_size: int = 1, **kwargs: Any):
         show_log()
         check_timm()
-        check_gsplat()
         check_backend(torch.device(device))
         if kwargs.get("test_mode", "val") != "val":
             # Not training: the checkpoint holds all geometry, and the run it once came from may be gone.

@@ -2,38 +2,95 @@
 
 import functools
 from collections.abc import Callable
+from importlib.metadata import version
 from typing import Any
 
+import torch
+import torch.nn.functional as F
+from packaging.version import Version
 from torch import Tensor
 
 from fit3d_ns.support.errors import UserError
 
 # Measured with 64 to 384 channels: launches of 64 are the fastest forward and backward; one of 128 or more is slower.
 _CHANNELS_PER_LAUNCH = 64
-_GSPLAT_DEFAULT = 32
+_COMPILED_CHANNELS = (1, 2, 3, 4, 5, 8, 9, 16, 17, 32, 33, 64, 65)
+"""Channels of one launch, up to 65, that every version has kernels for: 1.4 and 1.5 pad all others to a power of two,
+1.6 raises (`GSPLAT_NUM_CHANNELS` in its `cuda/csrc/Config.h`)."""
 
 
 def rasterize_on_cuda(
-    colors: Tensor, sh_degree: int | None, render_mode: str, channel_chunk: int | None, **arguments
+    colors: Tensor,
+    sh_degree: int | None,
+    render_mode: str,
+    channel_chunk: int | None,
+    tile_size: int,
+    **arguments: Any,
 ) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """Rasterises with gsplat; arguments and returns are those of `fit3d_ns.rasterization.rasterize`.
+
+    Channels are padded to a number that every version of gsplat has kernels for. Each channel is blended on its own,
+    so what is asked for comes out the same.
 
     Raises:
         UserError: gsplat or its CUDA kernels cannot be loaded.
     """
+    rasterization = load_gsplat()
+    num_values = 3 if sh_degree is not None else colors.shape[-1]
+    with_depth = render_mode == "RGB+ED"
+    padding = 0
     if channel_chunk is None:
-        channels = 3 if sh_degree is not None else colors.shape[-1]
-        channel_chunk = channels_per_launch(channels + (render_mode == "RGB+ED"))
-    return load_gsplat()(
-        colors=colors, sh_degree=sh_degree, render_mode=render_mode, channel_chunk=channel_chunk, **arguments
+        channel_chunk, padding = split_channels(num_values + with_depth)
+    if padding and sh_degree is None and render_mode != "ED":
+        colors = F.pad(colors, (0, padding))  # [(V,) N, X + padding]
+    render, alpha, info = rasterization(
+        colors=colors,
+        sh_degree=sh_degree,
+        render_mode=render_mode,
+        channel_chunk=channel_chunk,
+        tile_size=available_tile_size(tile_size),
+        **arguments,
     )
+    if padding and sh_degree is None and render_mode != "ED":
+        values, depth = render[..., :num_values], render[..., num_values + padding :]
+        render = torch.cat([values, depth], -1) if with_depth else values  # [V, H, W, X (+ 1)]
+    return render, alpha, info
 
 
-def channels_per_launch(channels: int) -> int:
-    """The channel chunk for so many channels: one launch up to 64 channels plus depth, launches of 64 above that."""
-    if channels <= _CHANNELS_PER_LAUNCH + 1:
-        return max(_GSPLAT_DEFAULT, channels)
-    return _CHANNELS_PER_LAUNCH
+def split_channels(channels: int) -> tuple[int, int]:
+    """Chooses launches: one up to 64 channels plus depth, launches of 64 above that.
+
+    Args:
+        channels: To render, depth included.
+
+    Returns:
+        The channels of a launch, and how many to add so that every launch has a number of `_COMPILED_CHANNELS`.
+    """
+    if channels <= _COMPILED_CHANNELS[-1]:
+        padded = _next_compiled(channels)
+        return padded, padded - channels
+    remainder = channels % _CHANNELS_PER_LAUNCH
+    return _CHANNELS_PER_LAUNCH, _next_compiled(remainder) - remainder if remainder else 0
+
+
+def _next_compiled(channels: int) -> int:
+    return next(number for number in _COMPILED_CHANNELS if number >= channels)
+
+
+@functools.cache
+def available_tile_size(tile_size: int) -> int:
+    """Returns the side of a tile, pixels, with which the installed gsplat renders what was asked for.
+
+    gsplat 1.6 has kernels for 4 and 16 only. From 1.5 on a Gaussian ends where its alpha falls below 1/255, so tiles of
+    another side give the same render; 1.4 cuts it off at three standard deviations, rounded up to tiles, and has
+    kernels for every side.
+
+    Args:
+        tile_size: As the feature grid says.
+    """
+    if tile_size in (4, 16) or Version(version("gsplat")).release < (1, 6):
+        return tile_size
+    return 4 if tile_size < 16 else 16
 
 
 @functools.cache

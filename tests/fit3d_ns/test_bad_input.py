@@ -222,14 +222,6 @@ def test_device_that_cannot_render(scene, make_config, monkeypatch, device):
         make_config(scene).pipeline.setup(device=device)
 
 
-def test_gsplat_with_the_opacity_bug(monkeypatch):
-    from fit3d_ns import compat
-
-    monkeypatch.setattr(compat, "version", lambda name: "1.5.3")
-    with pytest.raises(UserError, match="gsplat==1.4.0"):
-        compat.check_gsplat()
-
-
 def test_checkpoint_that_is_missing_or_torn(tmp_path):
     with pytest.raises(UserError, match="holds no checkpoint"):
         find_checkpoint(tmp_path)

@@ -72,10 +72,8 @@ class TrainedRun:
         from nerfstudio.data.scene_box import SceneBox
 
         from fit3d_ns.backbones import describe_backbone
-        from fit3d_ns.compat import check_gsplat
         from fit3d_ns.rasterization import check_backend
 
-        check_gsplat()
         check_backend(device)
         settings, datamanager = self.config.pipeline.model, self.config.pipeline.datamanager
         settings.init_from, settings.random_init = None, False
