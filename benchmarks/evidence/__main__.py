@@ -13,7 +13,7 @@ def main(config: EvidenceConfig) -> None:
     """Makes what is missing."""
     records = Records(config.output / "records")
     plan = Plan(config, records)
-    pieces = to_do(plan.pieces, records, config.only)
+    pieces = to_do(plan.pieces, records, config.only, config.pieces)
     places = {"scene": config.scene_jobs, "student": config.jobs, "light": 4, "measuring": 1}
     if config.plan:
         print_plan(pieces, places)

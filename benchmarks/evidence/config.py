@@ -41,11 +41,13 @@ class EvidenceConfig:
     rounds: int = 3
     """Rounds of lifting and distilling with all scenes, each with the averaged student of the one before as teacher."""
     control_rounds: int = 3
-    """Likewise of `control`."""
+    """Likewise of the controls."""
     kinds: tuple[Kind, ...] = ("lifted", "control", "control-blur", "control-shift")
     """Targets of the students; `lifted` must be among them."""
     curve: tuple[int, ...] = (1, 2, 4)
-    """Numbers of scenes, besides all of them, with which `lifted` and `control` are trained for one round."""
+    """Numbers of scenes, besides all of them, with which students are trained for one round."""
+    curve_kinds: tuple[Kind, ...] = ("lifted", "control-shift", "control")
+    """Targets of the students of that curve, as far as `kinds` has them."""
     other_steps: tuple[int, ...] = ()
     """Further lengths of training of `lifted`, one round, all scenes, the first seed."""
     geometry_steps: int = 5000
@@ -66,6 +68,9 @@ class EvidenceConfig:
 
     only: tuple[Stage, ...] = ()
     """Make these steps alone; all if not given."""
+    pieces: str | None = None
+    """Make only the steps in whose names this regular expression is found, as `--plan` prints them. Several commands
+    with parts of the steps may run beside each other in one output folder."""
     plan: bool = False
     """Print the steps that are still to be made, with their expected minutes, and stop."""
     jobs: int = 4
@@ -74,5 +79,7 @@ class EvidenceConfig:
     """Scenes that are trained, or lifted, side by side."""
     threads: int = 2
     """Processor threads of each."""
+    devices: int = 1
+    """GPUs that scenes and students are spread over; what is measured is measured on the first."""
     device: Literal["cuda", "cpu"] = "cuda"
     """Where to run."""

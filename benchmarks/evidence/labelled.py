@@ -181,9 +181,13 @@ def _depth(
     training: Tensor, held_out: Tensor, photos: LabelledPhotos, fit: list[int], scored: list[int]
 ) -> dict[str, float]:
     assert photos.depth is not None and photos.patch_log_depth is not None
-    width, cut = training.shape[1], len(fit) - len(fit) // 7  # the last seventh chooses the decay
-    sums = []
-    for part, chosen in ((training[:cut], fit[:cut]), (training[cut:], fit[cut:])):
+    width, sums = training.shape[1], []
+    # The decay is chosen on blocks all over the frames: one stretch of a video says little of the others.
+    block = max(1, min(DEVELOPMENT_BLOCK, len(fit) // (2 * DEVELOPMENT_SHARE)))
+    of_choice = [index // block % DEVELOPMENT_SHARE == DEVELOPMENT_SHARE - 1 for index in range(len(fit))]
+    for held in (False, True):
+        rows = [index for index, chosen in enumerate(of_choice) if chosen == held]
+        part, chosen = training[rows], [fit[row] for row in rows]
         targets = photos.patch_log_depth[chosen].flatten()
         known = targets.isfinite()
         sums.append(GramSums.zeros(width, 1, training.device))

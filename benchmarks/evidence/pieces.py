@@ -1,6 +1,7 @@
 """Pieces of work that depend on each other, each done once: its record is written last, and found by the next run."""
 
 import json
+import re
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -63,9 +64,29 @@ class Records:
         atomic_write_json(self.path(name), record)
 
 
-def to_do(pieces: Sequence[Piece], records: Records, stages: Sequence[str]) -> list[Piece]:
-    """Returns the pieces of some stages that have no record yet, in the order of their ranks."""
-    missing = [piece for piece in pieces if not records.has(piece.name) and (not stages or piece.stage in stages)]
+def to_do(
+    pieces: Sequence[Piece], records: Records, stages: Sequence[str] = (), pattern: str | None = None
+) -> list[Piece]:
+    """Returns the pieces that have no record yet, in the order of their ranks.
+
+    Args:
+        pieces: All there are.
+        records: Of those that are done.
+        stages: Which stages; all if empty.
+        pattern: Regular expression that is found in the names; any name if None.
+
+    Raises:
+        UserError: If the pattern is none.
+    """
+    try:
+        wanted = re.compile(pattern or "")
+    except re.error as error:
+        raise UserError(f"--pieces {pattern} is no regular expression: {error}.") from error
+    missing = [
+        piece
+        for piece in pieces
+        if not records.has(piece.name) and (not stages or piece.stage in stages) and wanted.search(piece.name)
+    ]
     return sorted(missing, key=lambda piece: piece.rank)
 
 

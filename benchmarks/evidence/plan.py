@@ -2,7 +2,9 @@
 
 import os
 import shutil
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,8 @@ class Plan:
         self._commands = Commands(config, self.scenes)
         self._measuring = Measuring(config, self._commands, tuple(self.scenes), records)
         self._environment = {**os.environ, "OMP_NUM_THREADS": str(config.threads)}
+        self._commands_on = [0] * config.devices  # running commands by GPU
+        self._choosing = threading.Lock()
         self.pieces: list[Piece] = []
         self._add_geometry()
         ranks = {student.name: 10 * (1 + number) for number, student in enumerate(self.students)}
@@ -68,7 +72,22 @@ class Plan:
         self.pieces.append(Piece(name, stage, lane, work, needs, seconds, rank))
 
     def _run(self, name: str, command: list[str | Path]) -> dict[str, Any]:
-        return run_command(command, self._commands.log(name), self._environment)
+        with self._least_busy_device() as device:
+            return run_command(command, self._commands.log(name), {**self._environment, **device})
+
+    @contextmanager
+    def _least_busy_device(self) -> Iterator[dict[str, str]]:
+        if self._config.devices == 1:
+            yield {}
+            return
+        with self._choosing:
+            device = self._commands_on.index(min(self._commands_on))
+            self._commands_on[device] += 1
+        try:
+            yield {"CUDA_VISIBLE_DEVICES": str(device)}
+        finally:
+            with self._choosing:
+                self._commands_on[device] -= 1
 
     def _add_geometry(self) -> None:
         seconds = self._config.geometry_steps * 0.06 / len(self.scenes)
@@ -94,22 +113,19 @@ class Plan:
     def _add_lift(self, student: Student, rank: int) -> None:
         lift = student.lift
         before = next(other for other in self.students if other == replace(student, round=student.round - 1))
-        names = []
-        for scene in student.scenes:
-            name = f"lifts/{lift}/{scene}"
+        name = f"lifts/{lift}"
 
-            def make(name: str = name, scene: str = scene) -> dict[str, Any]:
-                return self._run(name, self._commands.lift(scene, lift, self._commands.teacher(before)))
+        def make() -> dict[str, Any]:
+            return self._run(name, self._commands.lift(lift, self._commands.teacher(before)))
 
-            self._add(name, "lifts", "scene", make, (f"students/{before.name}",), 3, rank)
-            names.append(name)
+        self._add(name, "lifts", "scene", make, (f"students/{before.name}",), 12 + 3 * len(self.scenes), rank)
 
         def bundle() -> dict[str, Any]:
             made = self._run(f"bundles/{lift}", self._commands.bundles(lift))
             shutil.rmtree(self._config.output / "lifts" / lift)  # the bundles hold all that is needed from here on
             return made
 
-        self._add(f"bundles/{lift}", "lifts", "light", bundle, tuple(names), 20, rank)
+        self._add(f"bundles/{lift}", "lifts", "light", bundle, (name,), 20, rank)
 
     def _add_student(self, student: Student, rank: int) -> None:
         name = f"students/{student.name}"

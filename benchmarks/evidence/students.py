@@ -64,20 +64,18 @@ def all_students(config: EvidenceConfig, scenes: Sequence[str]) -> list[Student]
         return [Student(kind, every, number, seed) for number in range(first, last + 1) for seed in seeds]
 
     students = rounds("lifted", 1, config.rounds, config.seeds)
-    if "control" in config.kinds:
-        students += rounds("control", 1, 1, config.seeds)
-    kinds: list[Kind] = [kind for kind in ("lifted", "control") if kind in config.kinds]
+    controls: list[Kind] = [kind for kind in ("control-shift", "control", "control-blur") if kind in config.kinds]
+    for kind in controls:
+        students += rounds(kind, 1, min(1, config.control_rounds), config.seeds)
     for number in sorted({number for number in config.curve if number < len(every)}):
-        for kind in kinds:
-            for seed in config.seeds:
-                chosen = tuple(order_of_scenes(every, config.seeds, seed)[:number])
-                students.append(Student(kind, chosen, 1, seed))
-    for kind in ("control-blur", "control-shift"):
-        if kind in config.kinds:
-            students += rounds(kind, 1, 1, config.seeds)
+        for kind in config.curve_kinds:
+            if kind in config.kinds:
+                for seed in config.seeds:
+                    chosen = tuple(order_of_scenes(every, config.seeds, seed)[:number])
+                    students.append(Student(kind, chosen, 1, seed))
     students += [Student("lifted", every, 1, config.seeds[0], steps) for steps in config.other_steps]
-    if "control" in config.kinds:
-        students += rounds("control", 2, config.control_rounds, config.seeds)
+    for kind in controls:
+        students += rounds(kind, 2, config.control_rounds, config.seeds)
     return students
 
 
@@ -137,10 +135,10 @@ class Commands:
         """Returns the folder of a scene's run."""
         return self._root / "geometry" / scene / "fit3d-splat" / "geometry"
 
-    def lift(self, scene: str, lift: str, teacher: Path) -> list[str | Path]:
-        """Lifts the features of a student onto a scene's geometry."""
+    def lift(self, lift: str, teacher: Path) -> list[str | Path]:
+        """Lifts the features of a student onto all scenes' geometry."""
         command: list[str | Path] = [sys.executable, "-m", "fit3d_ns.commands.lift.cli"]
-        command += ["--load-config", self.geometry_run(scene) / "config.yml", "--suffix", lift]
+        command += ["--runs", self._root / "geometry", "--suffix", lift]
         command += ["--output-dir", self._root / "lifts" / lift, "--no-evaluate"]
         if not lift.startswith("lifted"):
             command += ["--refinements", "0"]  # of a control's lift only the basis is used

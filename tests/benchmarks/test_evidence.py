@@ -2,6 +2,7 @@
 
 import json
 import re
+import threading
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,30 @@ def test_pieces_run_in_the_order_of_what_they_need_and_once(tmp_path: Path) -> N
     assert order == ["first", "deep/second", "last", "last"]
 
 
+def test_some_of_the_pieces_are_chosen_by_their_names(tmp_path: Path) -> None:
+    pieces = [Piece(name, "stage", "one", dict) for name in ("test/a-seed1", "test/a-seed2", "students/a-seed1")]
+    chosen = to_do(pieces, Records(tmp_path), (), "^test/.*seed1$")
+    assert [piece.name for piece in chosen] == ["test/a-seed1"]
+    with pytest.raises(UserError, match=r"--pieces \( is no regular expression"):
+        to_do(pieces, Records(tmp_path), (), "(")
+
+
+def test_commands_are_spread_over_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    started = threading.Barrier(4)
+
+    def run(command: list, log: Path, environment: dict) -> dict:
+        seen.append(environment["CUDA_VISIBLE_DEVICES"])
+        started.wait(10)
+        return {}
+
+    monkeypatch.setattr("benchmarks.evidence.plan.run_command", run)
+    records = Records(tmp_path / "records")
+    plan = Plan(config(tmp_path, devices=2), records)
+    run_pieces(to_do(plan.pieces, records, ("geometry",)), records, {"scene": 4, "light": 1})
+    assert sorted(seen) == ["0", "0", "1", "1"]
+
+
 def test_ranks_decide_among_pieces_that_could_start(tmp_path: Path) -> None:
     order: list[int] = []
     pieces = [Piece(str(n), "stage", "one", lambda n=n: order.append(n) or {}, rank=-n) for n in range(5)]
@@ -93,10 +118,10 @@ def test_controls_go_through_the_recipe_of_what_they_control(tmp_path: Path) -> 
     students = all_students(plan, ("a", "b", "c", "d"))
     assert len({student.name for student in students}) == len(students)
     lifted = {(s.scenes, s.round, s.seed, s.steps) for s in students if s.kind == "lifted"}
-    control = {(s.scenes, s.round, s.seed, s.steps) for s in students if s.kind == "control"}
-    assert lifted == control and len(lifted) == 3 * (2 + 2)
-    for kind in ("control-blur", "control-shift"):
-        assert {(s.scenes, s.round, s.seed, s.steps) for s in students if s.kind == kind} <= lifted
+    assert len(lifted) == 3 * (2 + 2)
+    for kind in ("control", "control-shift"):
+        assert {(s.scenes, s.round, s.seed, s.steps) for s in students if s.kind == kind} == lifted
+    assert {(s.scenes, s.round, s.seed, s.steps) for s in students if s.kind == "control-blur"} <= lifted
 
 
 def test_every_step_needs_steps_that_exist_and_none_needs_itself(tmp_path: Path) -> None:
@@ -112,7 +137,7 @@ def test_every_step_needs_steps_that_exist_and_none_needs_itself(tmp_path: Path)
 
 def test_later_rounds_are_taught_by_the_round_before_of_their_own_seed(tmp_path: Path) -> None:
     pieces = {piece.name: piece for piece in Plan(config(tmp_path), Records(tmp_path / "records")).pieces}
-    lift = pieces["lifts/lifted-round3-seed2/a"]
+    lift = pieces["lifts/lifted-round3-seed2"]
     assert lift.needs == ("students/lifted-4scenes-round2-seed2",)
     assert pieces["students/lifted-4scenes-round3-seed2"].needs == ("bundles/lifted-round3-seed2",)
 
