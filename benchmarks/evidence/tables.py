@@ -117,7 +117,8 @@ def rules(students: Sequence[Row]) -> list[Row]:
     """
     lifted = [record for record in students if record["kind"] == "lifted" and len(record["rows"]) > 2]
     choices: dict[str, Callable[[Row], float | None]] = {}
-    for amount in sorted({row["amount"] for record in lifted for row in record["rows"]}):
+    measured = [{row["amount"] for row in record["rows"]} for record in lifted]
+    for amount in sorted(set.intersection(*measured)) if measured else ():
         choices[f"always {amount:g}"] = lambda record, amount=amount: amount
     for drift in DRIFTS:
         for part in ("training", "validation"):
@@ -160,7 +161,7 @@ def _measured(record: Row, part: str, measure: str) -> list[tuple[float, float]]
     """Pairs of share and mean over scenes of a measure without labels."""
     pairs = []
     for row in record["rows"]:
-        mean = _mean(values[measure] for values in row["unlabelled"][part].values())
+        mean = _mean(values.get(measure) for values in row["unlabelled"][part].values())
         if mean is not None:
             pairs.append((row["amount"], mean))
     return pairs

@@ -225,16 +225,53 @@ def test_the_page_says_what_the_records_say(tmp_path: Path) -> None:
     write_tables(RESULTS, tmp_path)
     summary = json.loads((tmp_path / "summary.json").read_text())
     page = (ROOT / "docs" / "gain.md").read_text()
-    names = {"control": "`control`", "control-shift": "`control-shift`", "lifted": "lifted, round"}
+    largest = max(row["scenes"] for row in summary["test"] if row["kind"] != "original")
     for row in summary["test"]:
-        label = "original" if row["kind"] == "original" else names[row["kind"]]
-        label += f" {row['round']}" if row["kind"] == "lifted" else ""
-        averaged = "" if row["kind"] == "original" else ", averaged" if row["amount"] < 1 else ", not averaged"
-        found = re.search(rf"^\| (\*\*)?{re.escape(label + averaged)}(\*\*)? \|(.*)\|$", page, re.MULTILINE)
-        assert found, label + averaged
+        label = "original"
+        if row["kind"] != label:
+            count, name = row["scenes"], row["kind"] if row["kind"] == "lifted" else f"`{row['kind']}`"
+            set_up = f"round {row['round']}" if count == largest else f"{count} scene{'s' if count > 1 else ''}"
+            label = f"{name}, {set_up}, {'averaged' if row['amount'] < 1 else 'not averaged'}"
+        found = re.search(rf"^\| (\*\*)?{re.escape(label)}(\*\*)? \|(.*)\|$", page, re.MULTILINE)
+        assert found, label
         cells = [re.findall(r"\d*\.\d+", cell) for cell in found[3].split("|")]
         for cell, name in zip(cells, ("nyu_miou", "nyu_rmse", "camvid_miou", "match"), strict=True):
             for text, value in zip(cell, row[name]):
                 places = len(text.split(".")[1])
                 assert float(text) == pytest.approx(value, abs=0.500001 * 10**-places), (label, name)
-    assert len(draw(summary).axes) == 2
+    assert len(draw(summary).axes) == 3
+
+
+VARIANTS = {
+    "weighted by disagreement": ("disagree", 0.6),
+    "weighted by agreement": ("agree", 0.6),
+    "renders divided by opacity": ("norm", 0.6),
+    "teacher sees photos 1.5 times as large, for lifting": ("x15", 0.6),
+    "twice as large": ("x2", 0.6),
+    "photos at three sizes": ("scales", 0.6),
+    "A from .75 at the first block to .45 at the last": ("depth", [0.75, 0.45]),
+    "A from .45 to .75": ("depth", [0.45, 0.75]),
+    "A from .9 to .3": ("depth", [0.9, 0.3]),
+    "A from .3 to .9": ("depth", [0.3, 0.9]),
+    "mean of three students (one)": ("soup-round1", 0.6),
+}
+
+
+def test_the_page_says_what_the_records_of_the_variants_say() -> None:
+    page = (ROOT / "docs" / "gain.md").read_text()
+    records = [json.loads(path.read_text()) for path in (RESULTS / "variants").glob("*.json")]
+    for label, (variant, amount) in VARIANTS.items():
+        found = re.search(rf"^\| {re.escape(label)} \|(.*)\|$", page, re.MULTILINE)
+        assert found, label
+        texts = [re.findall(r"\d*\.\d+", cell)[0] for cell in found[1].split("|")]
+        labelled = [r["labelled"] for r in records if (r["variant"], r["amount"]) == (variant, amount)]
+        assert len(labelled) == (1 if variant.startswith("soup") else 3)
+        scores = {
+            "miou": [100 * row["nyu"]["miou"] for row in labelled],
+            "rmse": [row["nyu"]["rmse"] for row in labelled],
+            "camvid": [100 * row["camvid"]["miou"] for row in labelled],
+            "match": [row["match"] for row in labelled],
+        }
+        for text, values in zip(texts, scores.values(), strict=True):
+            places = len(text.split(".")[1])
+            assert float(text) == pytest.approx(sum(values) / len(values), abs=0.500001 * 10**-places), label
