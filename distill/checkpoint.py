@@ -77,8 +77,7 @@ def save_checkpoint(output_dir: Path, state: Mapping[str, Any], keep: int) -> Pa
             torch.save({"schema": SCHEMA, **state}, temporary)
         except RuntimeError as error:  # torch's writer wraps the operating system's error
             raise OSError(first_line(error)) from error
-    # The temporary files are those of a process that was killed while it wrote: only one process writes here.
-    for old in [*list_checkpoints(output_dir)[: -max(keep, 1)], *path.parent.glob(".*.tmp")]:
+    for old in list_checkpoints(output_dir)[: -max(keep, 1)]:
         old.unlink(missing_ok=True)
     return path
 

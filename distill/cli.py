@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,10 +41,13 @@ def distil(config: DistillConfig) -> None:
         files = average_result(config.average_only, amount, config.original_weights)
         _LOGGER.info(f"Weights: {files[0]}, {amount:g} x student + {1 - amount:g} x original")
         return
+    from fit3d_ns.support.output_folders import held_folder
     from fit3d_ns.support.processes import join_world
 
-    with join_world(config.device, "start again with --resume") as world:
+    with join_world(config.device, "start again with --resume") as world, ExitStack() as stack:
         _check(config, world)
+        if world.is_main and not config.bundles_only:
+            stack.enter_context(held_folder(config.output_dir, "--output-dir"))
         scenes, validation = _scenes(config, world)
         if not config.bundles_only:
             from distill.session import Session  # here, since averaging alone needs nothing of it

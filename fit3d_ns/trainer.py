@@ -2,11 +2,10 @@
 
 import logging
 import os
-import shutil
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from nerfstudio.engine.trainer import Trainer, TrainerConfig
@@ -17,7 +16,8 @@ from fit3d_ns.runs.checkpoints import find_checkpoint, read_checkpoint, run_fold
 from fit3d_ns.runs.config_reader import read_config
 from fit3d_ns.runs.names import CONFIG, EXTRA_STATE, RECORD
 from fit3d_ns.support.errors import UserError
-from fit3d_ns.support.files import atomic_write_text, explain_unwritable
+from fit3d_ns.support.files import atomic_write_text, explain_unwritable, sync_to_disk
+from fit3d_ns.support.output_folders import hold_folder
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -82,10 +82,6 @@ def _is_lifted(run: Path) -> bool:
     return (run / RECORD).is_file()
 
 
-_TEMPORARY = ".checkpoint-"
-"""How the folders begin in which checkpoints are written; not beside them, where nerfstudio reads every name."""
-
-
 @dataclass
 class Fit3DTrainerConfig(TrainerConfig):
     """Configuration of ``ns-train fit3d-splat``."""
@@ -96,6 +92,7 @@ class Fit3DTrainerConfig(TrainerConfig):
     def save_config(self) -> None:
         """Writes ``config.yml`` with absolute paths, so that the run can be opened from any working directory.
 
+        Of a run that goes on from a checkpoint it is written once that is loaded: what fails before changes nothing.
         nerfstudio stores them as typed (https://github.com/nerfstudio-project/nerfstudio/issues/1829), in a file that
         a full disk leaves empty.
 
@@ -107,9 +104,21 @@ class Fit3DTrainerConfig(TrainerConfig):
         _check_one_gpu(self.machine)
         check_same_configuration(self)
         self._make_paths_absolute()
+        if self.load_dir is None and self.load_checkpoint is None:
+            self.write(yaml.dump(self))
+
+    def write(self, text: str) -> None:
+        """Writes ``config.yml``.
+
+        Args:
+            text: The configuration as YAML.
+
+        Raises:
+            UserError: If the folder cannot be written to.
+        """
         path = self.get_base_dir() / CONFIG
         CONSOLE.log(f"Saving config to: {path}")
-        atomic_write_text(path, yaml.dump(self))
+        atomic_write_text(path, text)
 
     def _make_paths_absolute(self) -> None:
         datamanager: Any = self.pipeline.datamanager
@@ -133,6 +142,18 @@ class Fit3DTrainer(Trainer):
 
     config: Fit3DTrainerConfig
 
+    def setup(self, test_mode: Literal["test", "val", "inference"] = "val") -> None:
+        """Builds everything; the run's folder is this process's from now on.
+
+        Args:
+            test_mode: See nerfstudio.
+
+        Raises:
+            UserError: If another process trains in the folder, or the run cannot be trained as asked.
+        """
+        hold_folder(self.base_dir, "--timestamp")
+        super().setup(test_mode)
+
     def _load_checkpoint(self) -> None:
         """Loads the checkpoint asked for by ``--load-dir`` or ``--load-checkpoint``.
 
@@ -141,19 +162,21 @@ class Fit3DTrainer(Trainer):
                 it already holds ``max_num_iterations`` steps.
         """
         wanted = self.config.load_dir or self.config.load_checkpoint
+        as_given = "" if wanted is None else yaml.dump(self.config)
         if wanted is not None:
             checkpoint = find_checkpoint(wanted, self.config.load_step)
             state = read_checkpoint(checkpoint)  # a damaged file is said in one sentence
             self.pipeline.check_resumes(checkpoint, state["pipeline"].get(EXTRA_STATE) or {})  # type: ignore[operator]
             self.config.load_dir, self.config.load_checkpoint = None, checkpoint
         super()._load_checkpoint()
-        if self._start_step == 0:
+        if wanted is None:
             return
         if self._start_step >= self.config.max_num_iterations:
             raise UserError(
                 f"{self.config.load_checkpoint} already holds {self._start_step} steps: "
                 "raise --max-num-iterations above that to train on."
             )
+        self.config.write(as_given)
         if resume_adds_steps(Trainer):
             self.config.max_num_iterations -= self._start_step
 
@@ -169,16 +192,16 @@ class Fit3DTrainer(Trainer):
         folder = self.checkpoint_dir
         with explain_unwritable(folder / f"step-{step:09d}.ckpt"):
             folder.mkdir(parents=True, exist_ok=True)
-            for left_by_a_kill in folder.parent.glob(f"{_TEMPORARY}*"):
-                shutil.rmtree(left_by_a_kill, ignore_errors=True)
-            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=_TEMPORARY) as temporary:
+            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".checkpoint-", suffix=".tmp") as temporary:
                 self.checkpoint_dir = Path(temporary)
                 try:
                     super().save_checkpoint(step)
                 finally:
                     self.checkpoint_dir = folder
                 for written in Path(temporary).glob("*.ckpt"):
+                    sync_to_disk(written)
                     os.replace(written, folder / written.name)
+                sync_to_disk(folder)
         if self.config.save_only_latest_checkpoint:
             for old in folder.glob("*.ckpt"):
                 if old.name != f"step-{step:09d}.ckpt":

@@ -19,6 +19,7 @@ from fit3d_ns.support.console import rank
 from fit3d_ns.support.errors import UserError
 from fit3d_ns.support.files import atomic_path, atomic_write_json, atomic_write_text
 from fit3d_ns.support.html_report import Report
+from fit3d_ns.support.output_folders import hold_folder
 from fit3d_ns.support.processes import world_size
 from probe.features import Row, row_width
 from probe.metrics import DEPTH_METRICS, NORMAL_METRICS
@@ -60,7 +61,12 @@ class ResultFolder:
                 )
 
     def start(self) -> None:
-        """Writes down the question."""
+        """Takes the folder for this process and writes down the question.
+
+        Raises:
+            UserError: If another process writes there, or it cannot be written to.
+        """
+        hold_folder(self.folder, "--output-dir")
         atomic_write_json(self.folder / "question.json", self._question)
 
     def checkpoint(self, seed: int) -> Path:

@@ -335,3 +335,18 @@ def test_runs_and_folders_that_cannot_be_used(make_run, scene, tmp_path, monkeyp
     change_checkpoint(run, lambda pipeline: pipeline["_model.gauss_params.opacities"].fill_(-9))
     refused("no visible Gaussian", load_config=run, output_dir=tmp_path / "x")
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    "content", [b'{"transform": [[1, 0', b"null", b"[]", b'{"transform": null, "scale": null}', b"\xff"]
+)
+def test_an_export_comes_whole_or_not_at_all(make_run, tmp_path, content):
+    """Whatever is found wrong last, such as the coordinates that the index is to tell."""
+    run = make_run(feature_init="random")
+    export(run, tmp_path / "out", **CHEAP)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    (run.parent / "dataparser_transforms.json").write_bytes(content)
+    for folder, left in ((tmp_path / "out", before), (tmp_path / "new", {})):
+        with pytest.raises(UserError, match="dataparser_transforms.json is damaged"):
+            export(run, folder, overwrite=True, **CHEAP)
+        assert {path.name: path.read_bytes() for path in folder.glob("*")} == left

@@ -1,5 +1,6 @@
 """What a full disk leaves behind, whoever writes."""
 
+import os
 import resource
 
 import pytest
@@ -34,3 +35,15 @@ def test_full_disk_is_one_sentence_and_keeps_the_old_file(tmp_path, writer):
 def test_other_errors_pass(tmp_path):
     with pytest.raises(RuntimeError, match="out of memory"), atomic_path(tmp_path / "file"):
         raise RuntimeError("CUDA out of memory")
+
+
+@pytest.mark.parametrize("sync", [True, False])
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch, sync):
+    """The power may fail at any moment: first the data, then the name, then the folder that holds the name."""
+    happened = []
+    monkeypatch.setattr(os, "fsync", lambda handle: happened.append(os.readlink(f"/proc/self/fd/{handle}")))
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda old, new: (happened.append("renamed"), replace(old, new)))
+    with atomic_path(tmp_path / "file", sync=sync) as temporary:
+        temporary.write_text("new")
+    assert happened == ([str(temporary), "renamed", str(tmp_path)] if sync else ["renamed"])

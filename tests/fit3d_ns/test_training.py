@@ -166,10 +166,13 @@ def test_kill_while_saving_leaves_the_previous_checkpoint(scene, make_config, ma
 
 
 def test_what_a_kill_left_is_removed_and_a_full_disk_is_one_sentence(scene, make_config, make_trainer):
-    trainer = make_trainer(make_config(scene, steps=1))
-    left = trainer.base_dir / ".checkpoint-killed"
+    config = make_config(scene, steps=1)
+    config.set_experiment_name()
+    left = config.get_base_dir() / ".checkpoint-killed.tmp"
     left.mkdir(parents=True)
     (left / "step-000000000.ckpt").write_bytes(b"half")
+    trainer = make_trainer(config)
+    assert not left.exists()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
@@ -270,6 +273,39 @@ def test_resume_with_other_model_flags_is_refused(scene, make_config, make_train
         with pytest.raises(UserError, match=f"trained with --pipeline.model.{flag}"):
             again.save_config()
         assert (first.base_dir / "config.yml").read_text() == stored
+
+
+@pytest.mark.parametrize("damage", ["half", "steps"])
+def test_a_resume_that_fails_leaves_the_configuration_as_it_was(scene, make_config, make_trainer, damage):
+    config = make_config(scene, steps=1)
+    config.save_config()
+    first = make_trainer(config)
+    first.train()
+    stored = (first.base_dir / "config.yml").read_text()
+    again = resumed(make_config, scene, first)
+    again.timestamp, again.steps_per_save = config.timestamp, 7
+    if damage == "half":
+        (checkpoint,) = first.checkpoint_dir.glob("*.ckpt")
+        checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    else:
+        again.max_num_iterations = 1
+    with pytest.raises(UserError):
+        again.save_config()
+        make_trainer(again)
+    assert (first.base_dir / "config.yml").read_text() == stored
+
+
+def test_a_resume_that_succeeds_writes_its_configuration(scene, make_config, make_trainer):
+    config = make_config(scene, steps=1)
+    config.save_config()
+    first = make_trainer(config)
+    first.train()
+    again = resumed(make_config, scene, first)
+    again.timestamp, again.steps_per_save, again.max_num_iterations = config.timestamp, 7, 3
+    again.save_config()
+    make_trainer(again)
+    text = (first.base_dir / "config.yml").read_text()
+    assert "steps_per_save: 7" in text and "max_num_iterations: 3" in text
 
 
 def test_resume_of_a_run_that_moved_with_other_settings_of_no_consequence(scene, make_config, make_trainer, tmp_path):

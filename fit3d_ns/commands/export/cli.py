@@ -76,7 +76,7 @@ def main(args: list[str] | None = None) -> None:
 
 
 def run_export(command: ExportCommand) -> list[Path]:
-    """Writes what a command asks for; each file is whole or absent.
+    """Writes what a command asks for, all of it or nothing.
 
     Args:
         command: The user's choices.
@@ -92,15 +92,20 @@ def run_export(command: ExportCommand) -> list[Path]:
     _LOGGER.info("Exporting %s to %s", command.load_config, folder)
     import torch  # not before the choices are checked: --help and a wrong flag need none of it
 
-    with torch.no_grad():
-        return _export(command, folder, targets)
-
-
-def _export(command: ExportCommand, folder: Path, targets: dict[str, list[str]]) -> list[Path]:
     from fit3d_ns.commands.export.trained_run import open_run
+    from fit3d_ns.support.output_folders import held_folder, staged_folder
 
     trained = open_run(command.load_config)
     _check_same_run(command, trained, folder)
+    with torch.no_grad(), held_folder(folder, "--output-dir"), staged_folder(folder) as staged:
+        _export(command, trained, staged)
+    written = [folder / name for names in targets.values() for name in names] + [folder / INDEX]
+    for path in written:
+        _LOGGER.info("Wrote %s", path)
+    return written
+
+
+def _export(command: ExportCommand, trained: Any, folder: Path) -> None:
     path = _read_path(command, trained, folder)  # first, since photos that moved are what fails most
     say_frame = f"Frame and features: {INDEX}"
     rgb: Any = None
@@ -108,25 +113,21 @@ def _export(command: ExportCommand, folder: Path, targets: dict[str, list[str]])
         from fit3d_ns.data.ply import write_splat_ply
 
         write_splat_ply(folder / "splat.ply", trained.gaussians, trained.features, [say_frame])
-        _say(folder / "splat.ply")
     if command.pca_splat or command.point_cloud:
         rgb = trained.colors.of_gaussians(trained.features)
     if command.pca_splat:
         from fit3d_ns.data.ply import write_colored_splat_ply
 
         write_colored_splat_ply(folder / "splat_pca.ply", trained.gaussians, rgb, [say_frame])
-        _say(folder / "splat_pca.ply")
     if command.point_cloud:
         from fit3d_ns.data.ply import sh_to_rgb, write_point_cloud
 
         photographic = sh_to_rgb(trained.gaussians["features_dc"])
         for name, color in (("points.ply", photographic), ("points_pca.ply", rgb)):
             write_point_cloud(folder / name, trained.gaussians, color, [say_frame])
-            _say(folder / name)
     if command.video or command.feature_maps:
         _render(command, trained, path, folder)
     _write_index(trained, folder)
-    return [folder / name for names in targets.values() for name in names] + [folder / INDEX]
 
 
 def _check(command: ExportCommand, folder: Path, targets: dict[str, list[str]]) -> None:
@@ -177,7 +178,6 @@ def _read_path(command: ExportCommand, trained: Any, folder: Path) -> Any:
     if command.bundle:
         bundle, _ = bundle_run(trained.run, folder / "bundle", command.data_root)
         views, cameras = bundle.info.views, bundle.read_cameras()
-        _say(bundle.folder)
     elif renders and generated:
         views, cameras = read_views(trained.run, trained.config, trained.state, command.data_root)
     if path is not None or not renders:
@@ -199,7 +199,6 @@ def _render(command: ExportCommand, trained: Any, path: Any, folder: Path) -> No
         from fit3d_ns.commands.export.feature_maps import write_feature_maps
 
         write_feature_maps(folder / "feature_maps", model, path, tracked(range(len(path)), "Feature maps", len(path)))
-        _say(folder / "feature_maps")
     if command.video:
         from fit3d_ns.commands.export.turntable import write_turntable
 
@@ -208,7 +207,6 @@ def _render(command: ExportCommand, trained: Any, path: Any, folder: Path) -> No
         write_turntable(
             file, model, colors, path, rate, command.video_size, tracked(range(len(path)), "Video", len(path))
         )
-        _say(file)
 
 
 def _write_index(trained: Any, folder: Path) -> None:
@@ -232,11 +230,6 @@ def _write_index(trained: Any, folder: Path) -> None:
             },
         },
     )
-    _say(folder / INDEX)
-
-
-def _say(path: Path) -> None:
-    _LOGGER.info("Wrote %s", path)
 
 
 if __name__ == "__main__":
