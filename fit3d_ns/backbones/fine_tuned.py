@@ -1,5 +1,6 @@
 """Fine-tuned backbones: the one place that knows what a result of fit3d-distill looks like and reads any of them."""
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -27,7 +28,7 @@ from fit3d_ns.backbones.result_folder import (
     read_card,
 )
 from fit3d_ns.backbones.spec import Assembly, BackboneSpec
-from fit3d_ns.backbones.state_dicts import WEIGHT_SUFFIXES
+from fit3d_ns.backbones.state_dicts import WEIGHT_SUFFIXES, weight_files
 from fit3d_ns.support.command_line import BACKBONE_FLAG
 from fit3d_ns.support.errors import UserError
 
@@ -137,7 +138,7 @@ def student_spec(path: Path, flag: str) -> BackboneSpec | None:
         return None
     found = find_fine_tuned(path, flag)
     if found.original is None:
-        if path.is_dir():
+        if path.is_dir() and found.weights.name == WEIGHTS_NAME:
             raise UserError(
                 f"{path} holds no {CARD_NAME}: name a folder that fit3d-distill wrote, or a file with {flag}."
             )
@@ -172,6 +173,8 @@ def looks_like_path(text: str) -> bool:
 def _weights_in(folder: Path, flag: str) -> Path:
     found = [folder / WEIGHTS_NAME]
     if not found[0].is_file():
+        with suppress(UserError):
+            return weight_files(folder)[0]  # as transformers or timm saves them
         found = sorted(folder.glob("*.safetensors"))
     if len(found) != 1:
         raise UserError(f"{folder} holds {len(found)} .safetensors files: name one with {flag}.")

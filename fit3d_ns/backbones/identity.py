@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fit3d_ns.backbones.architecture import describe_backbone, resolve_architecture, skeleton
 from fit3d_ns.backbones.spec import BackboneInfo, BackboneSpec
-from fit3d_ns.backbones.state_dicts import read_state_dict, to_timm_layout
+from fit3d_ns.backbones.state_dicts import read_state_dict, to_timm_layout, weight_files
 from fit3d_ns.backbones.weights import find_weights
 from fit3d_ns.support.errors import UserError
 from fit3d_ns.support.files import atomic_write_json, user_cache_directory
@@ -141,14 +141,15 @@ def load_weights(spec: BackboneSpec, path: Path) -> dict[str, Tensor]:
 
 
 def _hash_note(path: Path, info: BackboneInfo) -> Path | None:
-    """Returns where the hash of this very file for this very architecture is remembered."""
+    """Returns where the hash of these very files for this very architecture is remembered."""
     try:
-        status = path.stat()
-    except OSError:
+        files = [(file, file.stat()) for file in weight_files(path)]
+    except (OSError, UserError):
         return None
     # The hash is of converted tensors, so what converts them counts too.
     facts = [IDENTITY_SCHEMA, metadata.version("timm"), info.timm_id, info.num_layers]
-    facts += [str(path.resolve()), status.st_size, status.st_mtime_ns]
+    for file, status in files:
+        facts += [str(file.resolve()), status.st_size, status.st_mtime_ns]
     key = hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
     return user_cache_directory() / "weight-hashes" / f"{key}.json"
 

@@ -15,7 +15,8 @@ class BackboneSpec:
     name: str = "dinov2_small"
     """A name of `registry.NAMED_BACKBONES`, or any timm id of a vision transformer with patch tokens."""
     weights: Path | None = None
-    """A local .safetensors, .pth or .pt file in timm's, DINOv2's or FiT3D's key layout; None: the hub's weights."""
+    """Local weights in the key layout of timm, DINOv2, DINOv3, OpenCLIP, transformers or FiT3D, wrapped or sharded
+    (`state_dicts.weight_files`); None: the hub's weights."""
     layer: int | None = None
     """Block whose output is taken, from 0; negative counts from the end; None: the last."""
     norm: bool = True

@@ -8,6 +8,7 @@ from fit3d_ns.backbones.focus import focus_available, focus_weights
 from fit3d_ns.backbones.hub import DownloadError, cached_file, download_file, offered_file
 from fit3d_ns.backbones.registry import FOCUS_NAME, NamedBackbone
 from fit3d_ns.backbones.spec import BackboneSpec
+from fit3d_ns.backbones.state_dicts import weight_files
 from fit3d_ns.support.command_line import BACKBONE_FLAG, WEIGHTS_FLAG
 from fit3d_ns.support.errors import UserError
 
@@ -19,7 +20,7 @@ def find_weights(spec: BackboneSpec) -> Path:
         spec: The user's choice.
 
     Returns:
-        A file that `read_state_dict` reads.
+        What `read_state_dict` reads.
 
     Raises:
         UserError: If there are no such weights here and they cannot be downloaded: says how to get them.
@@ -53,7 +54,10 @@ def weights_available(spec: BackboneSpec, reach_network: bool = False) -> bool:
         UserError: If the backbone's name is unknown.
     """
     if spec.weights is not None:
-        return Path(spec.weights).expanduser().is_file()
+        try:
+            return bool(weight_files(Path(spec.weights).expanduser()))
+        except UserError:
+            return False
     architecture = resolve_architecture(spec.name)
     if architecture.offline:
         return focus_available()

@@ -187,9 +187,7 @@ def test_a_file_of_another_network_is_named_with_its_first_difference(teacher_we
         ({"norm.weight": torch.ones(65)}, r"'norm.weight' has shape \(65,\) instead of \(64,\)"),
     ):
         save_file({key: value for key, value in {**state_dict, **change}.items() if value is not None}, path)
-        with pytest.raises(
-            UserError, match=f"strict.safetensors holds weights of another architecture.*{said}"
-        ) as error:
+        with pytest.raises(UserError, match=f"strict.safetensors holds .*{said}") as error:
             load(path, "tuned", backbone=TINY)
         assert "give other weights to path_or_name" in one_sentence(error)
 
