@@ -92,7 +92,7 @@ class ExactRecipe:
 
     name: str
     decays: tuple[float, ...]
-    """One is chosen for each row on held-out training photos."""
+    """One is chosen for all rows, by the first of them, on held-out training photos."""
     long_side: int = 448
     """Every photo is resized to one size with this long side, pixels."""
     tolerance: float = 1e-5
@@ -149,8 +149,12 @@ def choose_fast_recipe(kind: Kind, long_side: int | None = None) -> FastRecipe:
 
 
 def choose_exact_recipe(kind: Kind, long_side: int | None = None) -> ExactRecipe:
-    """Returns the exact protocol of a probe, at another size of the photos if that is given, pixels."""
-    recipe = ExactRecipe(f"{kind}-exact-v1", LOGISTIC_DECAYS if kind == "segmentation" else RIDGE_DECAYS)
+    """Returns the exact protocol of a probe, at another size of the photos if that is given, pixels.
+
+    Version 1 chose a decay for each row, on single photos between the others: one student in three then came out 1.7
+    points of mIoU worse than its fellows by that choice alone.
+    """
+    recipe = ExactRecipe(f"{kind}-exact-v2", LOGISTIC_DECAYS if kind == "segmentation" else RIDGE_DECAYS)
     return replace(recipe, long_side=long_side or recipe.long_side)
 
 

@@ -62,8 +62,6 @@ def write_exact_report(
         numbers[row.name] |= {
             "channels": row_width(row, width),
             "students": [unit.partner for unit in units if unit.row == row and unit.partner],
-            "decays": [one.get("decay") for one in facts],
-            "held_out": [one.get("held_out") for one in facts],
             "seconds": [one.get("seconds") for one in facts],
         }
         if task.data.classes:
@@ -87,7 +85,16 @@ def write_exact_report(
             if numbers["original"][key]["mean"] is not None
         }
     facts = {**summary["facts"], **_facts_of_test(task, sums[rows[0].name][0])}
-    content = {**summary, "facts": facts, "convergence": meter, "rows": numbers, "differences": differences}
+    chosen = solved.read_facts(units[0].key) or {}
+    decay = {"chosen_by": units[0].key, "decay": chosen.get("decay"), "held_out": chosen.get("held_out")}
+    content = {
+        **summary,
+        "facts": facts,
+        "decay": decay,
+        "convergence": meter,
+        "rows": numbers,
+        "differences": differences,
+    }
     atomic_write_json(results.folder / "metrics.json", content)
     header = ["features", "channels", *(title for _, title in columns)]
     cells = [
@@ -117,14 +124,14 @@ def write_exact_report(
     add_pictures(report, results, task, list(numbers))
     if task.data.classes:
         add_class_table(report, task.data.classes, numbers)
-    report.add_heading("Decays")
+    report.add_heading("Decay")
     report.add_text(
-        f"Chosen for each row on {facts['held_out']} held-out training photos among "
-        f"{', '.join(f'{decay:g}' for decay in recipe.decays)}, then fitted to all training photos; the test photos "
-        "choose nothing."
+        f"{decay['decay']:g} for all rows, chosen by {decay['chosen_by']} on {facts['held_out']} held-out training "
+        "photos; every map is then fitted to all training photos. The test photos choose nothing."
     )
-    decays = [[name, ", ".join(f"{decay:g}" for decay in values["decays"])] for name, values in numbers.items()]
-    report.add_table(decays, ("features", "chosen, by student"))
+    measure = "mIoU of held-out patches" if task.data.kind == "segmentation" else "negative squared error"
+    tried = [[name, f"{score:.4g}"] for name, score in (decay["held_out"] or {}).items()]
+    report.add_table(tried, ("decay", measure))
     add_provenance(report, summary)
     report.write(results.folder / "report.html")
 

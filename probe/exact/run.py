@@ -26,7 +26,7 @@ from probe.data.loading import load_data
 from probe.exact.patches import ORIGINAL, TrainingPatches, Unit, row_matrix, row_tokens
 from probe.exact.report import write_exact_report
 from probe.exact.solved_rows import SolvedRows
-from probe.exact.solver import Choice, GramSums, LinearMap, choose_logistic, choose_ridge
+from probe.exact.solver import Choice, GramSums, LinearMap, approach_logistic, choose_logistic, choose_ridge, fit_ridge
 from probe.feature_store import FeatureStore
 from probe.features import FrozenBackbones, Row, choose_rows, load_backbones
 from probe.metrics import segmentation_scores, segmentation_sums
@@ -37,6 +37,8 @@ from probe.sources import whole_size
 from probe.tasks import TASKS, Task
 
 _LOGGER = logging.getLogger(__name__)
+_BLOCK = 10
+"""Photos that are held out together."""
 _TRAINED_ONLY = "is for heads that are trained: leave it out, or give --protocol fast or paper."
 
 
@@ -158,10 +160,15 @@ def _units_of(row: Row, partners: Sequence[Partner]) -> list[Unit]:
 
 
 def _hold_out(data: ProbeData, share: float, most: int) -> list[int]:
-    count = min(most, max(1, round(share * len(data.train))))
-    if len(data.train) - count < 1:
-        raise UserError(f"{len(data.train)} training samples are too few to hold some out: give more.")
-    return evenly_spaced(range(len(data.train)), count)
+    """Returns photos in blocks all over the training photos: neighbours in a video belong to one side."""
+    total = len(data.train)
+    count = min(most, max(1, round(share * total)))
+    if total - count < 1:
+        raise UserError(f"{total} training samples are too few to hold some out: give more.")
+    size = max(1, min(_BLOCK, total // 10))
+    blocks = [range(start, min(start + size, total)) for start in range(0, total, size)]
+    chosen = evenly_spaced(blocks, max(1, round(count / size)))
+    return [place for block in chosen for place in block]
 
 
 def _fill_stores(
@@ -213,7 +220,12 @@ def _fit_missing(setup: _Setup, stores: dict[str, dict[str, FeatureStore]], widt
     sum_over_processes(without)
     facts: dict[str, Any] = {"training_photos_without_truth": int(without), "seconds": {}}
     names = list(stores["train"])
+    first = setup.units[0]
+    # The first row, by default the original's, chooses the decay of all: chosen row by row, on held-out photos of which
+    # there are never many, it would add its own chance to every difference.
+    decay = (setup.solved.read_facts(first.key) or {}).get("decay")
     partners: list[str | None] = [None, *(name for name in names if name != ORIGINAL)]
+    partners.sort(key=lambda partner: partner != first.partner)
     class_counts: Tensor | None = None
     with progress("solving rows", len(missing)) as advance:
         for partner in partners:
@@ -228,7 +240,8 @@ def _fit_missing(setup: _Setup, stores: dict[str, dict[str, FeatureStore]], widt
             _check_sums(setup.task, kept, held)
             for unit in pending:
                 start = time.monotonic()
-                choice = _solve(setup, patches, unit, kept, held, width, len(pair) == 2)
+                choice = _solve(setup, patches, unit, kept, held, width, len(pair) == 2, decay)
+                decay = choice.decay
                 if rank() == 0:
                     setup.solved.write_map(unit.key, choice, time.monotonic() - start)
                 advance(1, unit.key)
@@ -253,15 +266,32 @@ def _check_sums(task: Task, kept: GramSums, held: GramSums) -> None:
 
 
 def _solve(
-    setup: _Setup, patches: TrainingPatches, unit: Unit, kept: GramSums, held: GramSums, width: int, paired: bool
+    setup: _Setup,
+    patches: TrainingPatches,
+    unit: Unit,
+    kept: GramSums,
+    held: GramSums,
+    width: int,
+    paired: bool,
+    decay: float | None,
 ) -> Choice:
     matrix = row_matrix(unit.row.assembly, width, paired)
     kept, held = kept.of(matrix), held.of(matrix)
     if setup.task.data.kind != "segmentation":
+        if decay is not None:
+            return Choice(fit_ridge(kept + held, decay), decay, {})
         return choose_ridge(kept, held, setup.recipe.decays)
-    held_batches = patches.batches(unit, held=True)
+    kept_batches, held_batches = (patches.batches(unit, one) for one in (False, True))
+    if decay is not None:
+
+        def everything() -> Iterable[tuple[Tensor, Tensor]]:
+            yield from kept_batches()
+            yield from held_batches()
+
+        fit = approach_logistic(everything, kept + held, decay, setup.recipe.decays, setup.recipe.tolerance)
+        return Choice(fit.linear, decay, {})
     return choose_logistic(
-        patches.batches(unit, held=False),
+        kept_batches,
         kept,
         held_batches,
         held,

@@ -317,24 +317,47 @@ def choose_logistic(
         advance: Called after every pass over the patches.
     """
     scores: dict[float, float] = {}
-    found: dict[float, LinearMap] = {}
     last: LinearMap | None = None
     for decay in sorted(decays, reverse=True):
         last = fit_logistic(training, training_sums, decay, last, 10 * tolerance, advance=advance).linear
-        found[decay], scores[decay] = last, score(last)
+        scores[decay] = score(last)
         if scores[decay] < max(scores.values()):
             break
     decay = max(scores, key=scores.__getitem__)
-    # A class that only held-out photos have is unknown to what was found without them.
-    new = bool(((training_sums.y == 0) & (held_out_sums.y > 0)).any())
 
     def everything() -> Iterable[tuple[Tensor, Tensor]]:
         yield from training()
         yield from held_out()
 
-    start = None if new else found[decay]
-    fit = fit_logistic(everything, training_sums + held_out_sums, decay, start, tolerance, advance=advance)
-    return Choice(fit.linear, decay, scores)
+    sums = training_sums + held_out_sums
+    return Choice(approach_logistic(everything, sums, decay, decays, tolerance, advance).linear, decay, scores)
+
+
+def approach_logistic(
+    batches: Batches,
+    sums: GramSums,
+    decay: float,
+    decays: Sequence[float] = LOGISTIC_DECAYS,
+    tolerance: float = 1e-5,
+    advance: Callable[[], None] = lambda: None,
+) -> LogisticFit:
+    """Fits to a given decay by way of the stronger ones, each from the last's classifier, roughly; then once more.
+
+    Far from the optimum the curvature says little. This way it is looked at anew where it counts, and rows that state
+    the same problem end at the same place.
+
+    Args:
+        batches: See `fit_logistic`.
+        sums: See `fit_logistic`.
+        decay: Of the result.
+        decays: To come by, as far as they are stronger.
+        tolerance: See `fit_logistic`.
+        advance: Called after every pass over the patches.
+    """
+    last: LinearMap | None = None
+    for rough in sorted({decay, *(one for one in decays if one > decay)}, reverse=True):
+        last = fit_logistic(batches, sums, rough, last, 10 * tolerance, advance=advance).linear
+    return fit_logistic(batches, sums, decay, last, tolerance, advance=advance)
 
 
 def _curvature(

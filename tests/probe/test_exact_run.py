@@ -5,12 +5,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from probe_files import TINY, save_png
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from fit3d_ns.backbones import BackboneSpec, backbone_identity, hash_state_dict, load
@@ -99,7 +101,7 @@ def test_students_and_controls_share_a_table(make_config, weights, tmp_path):
     assert one["low"] <= one["value"] <= one["high"] and one["low"] < one["high"]
     assert abs(found["convergence"]["miou"]) < 1e-3
     table, page = (folder / "table.md").read_text(), (folder / "report.html").read_text()
-    assert "segmentation-exact-v1" in table and "Convergence: duplicate - original" in table and "±" in table
+    assert "segmentation-exact-v2" in table and "Convergence: duplicate - original" in table and "±" in table
     assert "no card says otherwise" in table and "| tuned | original |" in table
     assert page.count("<img") == 3 * 5 and "held-out training photos" in page and "class 2" in page
 
@@ -203,6 +205,33 @@ def test_two_processes_give_what_one_gives(make_config, weights, tmp_path, kind)
     assert len(list((tmp_path / "two" / "panels").iterdir())) == len(list((tmp_path / "one" / "panels").iterdir()))
 
 
+def test_all_rows_have_the_decay_that_the_first_chose(make_config, tmp_path):
+    run_trained_probe(make_config("all"), "segmentation")
+    found = _metrics(tmp_path / "all")["decay"]
+    assert found["chosen_by"] == "original" and len(found["held_out"]) >= 2
+    assert found["decay"] == max((float(name) for name in found["held_out"]), key=lambda d: found["held_out"][f"{d:g}"])
+    used = {}
+    for path in sorted((tmp_path / "all" / "rows").glob("*.safetensors")):
+        if ".sums" not in path.name:
+            with safe_open(path, framework="pt") as file:
+                used[path.stem] = json.loads(file.metadata()["facts"])["decay"]
+    assert len(used) >= 4 and set(used.values()) == {found["decay"]}
+    # Whoever is first chooses: here the student.
+    run_trained_probe(make_config("alone", assemblies=("tuned",)), "segmentation")
+    assert _metrics(tmp_path / "alone")["decay"]["chosen_by"] == "tuned"
+
+
+@pytest.mark.parametrize(("total", "share", "count", "longest"), [(398, 0.1, 40, 10), (40, 0.2, 8, 4), (5, 0.1, 1, 1)])
+def test_photos_are_held_out_in_blocks_all_over(total, share, count, longest):
+    held = exact_run._hold_out(SimpleNamespace(train=range(total)), share, 1000)
+    assert len(held) == count == len(set(held)) and set(held) <= set(range(total))
+    starts = [place for place in held if place - 1 not in held]
+    assert all(place in held for start in starts for place in range(start, min(start + longest, total)))
+    assert len(starts) == 1 or held[-1] - held[0] > total / 2
+    with pytest.raises(UserError, match="too few to hold some out"):
+        exact_run._hold_out(SimpleNamespace(train=range(1)), share, 1000)
+
+
 def test_the_test_split_chooses_nothing(make_config, tmp_path):
     config = make_config("right", assemblies=("original",), tuned=())
     run_trained_probe(config, "segmentation")
@@ -210,8 +239,9 @@ def test_the_test_split_chooses_nothing(make_config, tmp_path):
         labels = np.array(Image.open(path))
         save_png(path, np.where(labels == 255, 255, (labels + 1) % 3).astype(np.uint8))
     run_trained_probe(make_config("turned", assemblies=("original",), tuned=()), "segmentation")
-    right, turned = (_metrics(tmp_path / name)["rows"]["original"] for name in ("right", "turned"))
-    assert right["decays"] == turned["decays"] and right["held_out"] == turned["held_out"]
+    right, turned = (_metrics(tmp_path / name) for name in ("right", "turned"))
+    assert right["decay"] == turned["decay"] and right["decay"]["held_out"]
+    right, turned = (metrics["rows"]["original"] for metrics in (right, turned))
     assert right["miou"]["mean"] > turned["miou"]["mean"] + 0.1
     for name, weight in _maps(tmp_path / "right").items():
         assert torch.equal(weight, _maps(tmp_path / "turned")[name])
