@@ -5,7 +5,8 @@ from typing import Literal
 
 from fit3d_ns.support.errors import UserError
 from probe.data.choice import Kind
-from probe.exact.solver import LOGISTIC_DECAYS, RIDGE_DECAYS
+from probe.exact.logistic import LOGISTIC_DECAYS
+from probe.exact.ridge import RIDGE_DECAYS
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,24 @@
-"""The exact protocol: linear maps that solve a convex problem, from cached features to the report."""
+"""The exact protocol: linear probes that are solved instead of trained.
 
-from probe.exact.solver import (
-    LOGISTIC_DECAYS,
+Logistic regression by L-BFGS, ridge regression in closed form.
+
+Both problems are convex, and both are stated so that the width of the features plays no part: tokens are standardised
+with the mean and standard deviation of the training patches and divided by the square root of their channels, so that
+a token's mean squared norm is one. Features beside themselves are then the same problem as the features alone, and
+what is left between their scores is what the solver has not reached.
+
+Nothing here keeps features. Ridge regression needs one pass over them, whose sums (`GramSums`) hold for every decay;
+logistic regression needs one pass an evaluation, in batches that may come from memory or from disk. Under
+torch.distributed every process passes over its own share, and sums are taken over all.
+"""
+
+from probe.exact.logistic import LOGISTIC_DECAYS, Batches, LogisticFit, choose_logistic, fit_logistic
+from probe.exact.ridge import (
     RIDGE_DECAYS,
-    Batches,
     Choice,
     GramSums,
     LinearMap,
-    LogisticFit,
-    choose_logistic,
     choose_ridge,
-    fit_logistic,
     fit_ridge,
     mean_squared_error,
 )

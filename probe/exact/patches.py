@@ -12,7 +12,8 @@ from fit3d_ns.backbones import Assembly, BackboneOutput, assemble
 from fit3d_ns.support.console import rank
 from fit3d_ns.support.processes import world_size
 from probe.data.base import IGNORE
-from probe.exact.solver import Batches, GramSums
+from probe.exact.logistic import Batches
+from probe.exact.ridge import GramSums
 from probe.feature_store import FeatureStore
 from probe.features import Row
 

@@ -23,10 +23,11 @@ from probe.data.base import ProbeData, Sample, check_data, data_identity
 from probe.data.batches import ordered_samples
 from probe.data.choice import Kind
 from probe.data.loading import load_data
+from probe.exact.logistic import approach_logistic, choose_logistic
 from probe.exact.patches import ORIGINAL, TrainingPatches, Unit, row_matrix, row_tokens
 from probe.exact.report import write_exact_report
+from probe.exact.ridge import Choice, GramSums, LinearMap, choose_ridge, fit_ridge
 from probe.exact.solved_rows import SolvedRows
-from probe.exact.solver import Choice, GramSums, LinearMap, approach_logistic, choose_logistic, choose_ridge, fit_ridge
 from probe.feature_store import FeatureStore
 from probe.features import FrozenBackbones, Row, choose_rows, load_backbones
 from probe.metrics import segmentation_scores, segmentation_sums

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fit3d_ns.support.errors import DamagedFile
 from fit3d_ns.support.tensor_files import TensorSpec, discard, read_tensors, write_tensors
-from probe.exact.solver import Choice, LinearMap
+from probe.exact.ridge import Choice, LinearMap
 from probe.report import ResultFolder
 
 _LOGGER = logging.getLogger(__name__)
