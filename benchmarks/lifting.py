@@ -84,7 +84,7 @@ class Bench:
     """A scene ready to be lifted again and again."""
 
     def __init__(self, settings: Benchmark, run: Path) -> None:
-        source = source_from_run(run, "benchmark", settings.output, None)
+        source = source_from_run(run, settings.output, None)
         datamanager = source.configs[0].pipeline.datamanager
         if settings.backbone is not None:
             datamanager.backbone, datamanager.backbone_weights = settings.backbone, settings.backbone_weights  # type: ignore[attr-defined]
@@ -227,8 +227,8 @@ def teacher_row(bench: Bench) -> dict[str, Any]:
 def joint_row(settings: Benchmark, run: Path) -> dict[str, Any]:
     """Measures the features that a run trained, on its own geometry and held-out views; its training is not timed."""
     bench = Bench(settings, run)
-    assert bench.source.run is not None
-    state = read_checkpoint(bench.source.run)["pipeline"]
+    assert bench.source.checkpoint is not None
+    state = read_checkpoint(bench.source.checkpoint)["pipeline"]
     values = state[f"{GAUSSIANS}{FEATURES}"].to(bench.model.device)
     weight = state[DECODER_WEIGHT].to(bench.model.device)
     decoder = FeatureDecoder(weight.shape[1], weight.shape[0]).to(bench.model.device)
@@ -365,11 +365,11 @@ def add_command(bench: Bench, table: Table) -> None:
             feature_cache_dir=Path(folder) / "cache",
         )
 
-        def run(suffix: str, evaluate: bool) -> dict[str, Any]:
+        def run(name: str, evaluate: bool) -> dict[str, Any]:
             lift = LiftSettings(evaluate=evaluate, views_per_batch=settings.views_per_batch)
             bench.reset_peak()
             start = bench.now()
-            (config,) = run_lift(replace(command, suffix=suffix, lift=lift))
+            (config,) = run_lift(replace(command, name=name, lift=lift))
             record = json.loads((config.parent / RECORD).read_text())
             return {"stages": record["seconds"], "seconds": bench.now() - start, **bench.peak()}
 

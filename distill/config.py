@@ -34,8 +34,8 @@ class DistillConfig:
     all_runs: bool = False
     """Take every run of a scene instead of the newest."""
     teacher: str | None = None
-    """Of --runs, take only those whose features are of this backbone: a name, or the result folder of the round
-    before."""
+    """Of --runs, take only features of this backbone: a name, the result folder of the round before, or the name that
+    lifts of it carry. Needed where there are features of several."""
     data_root: Path | None = None
     """Folder that holds the scenes' photos, if they moved since the runs were trained."""
     bundle_dir: Path | None = None

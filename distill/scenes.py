@@ -113,7 +113,7 @@ def _make_bundles(runs_named: Sequence[Path], bundles: Sequence[Path], config: D
 
 def _bundle_folder(bundle_dir: Path, run: Any) -> Path:
     """A folder for a run's bundle, named after scene and run, that is not of another run of the same name."""
-    name = f"{run.name}-{run.config_path.parent.name}"
+    name = run.label
     folder, number = bundle_dir / name, 1
     while _is_of_another_run(folder, run):
         number += 1

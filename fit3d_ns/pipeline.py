@@ -2,6 +2,7 @@
 
 import logging
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -66,6 +67,7 @@ class Fit3DPipeline(VanillaPipeline):
         self._resumed_state: dict[str, Any] | None = None
         self._trains = False
         self._lift_asked_for = False
+        self._write_record: Callable[[], None] | None = None
         self.feature_view = FeatureView(model, TeacherViews(self.datamanager, model))
         model.extra_outputs = partial(look, self.feature_view)
         self.features = FeatureControls(self.feature_view)
@@ -217,6 +219,9 @@ class Fit3DPipeline(VanillaPipeline):
                     [TrainingCallbackLocation.AFTER_TRAIN_ITERATION], lambda step: self._lift_when_due(step, trainer)
                 )
             )
+            # After the last checkpoint, which holds the features that the record vouches for.
+            record = TrainingCallback([TrainingCallbackLocation.AFTER_TRAIN], lambda step: self._leave_record())
+            callbacks.insert(-1, record)
         return callbacks
 
     def ask_for_lift(self) -> str:
@@ -242,7 +247,7 @@ class Fit3DPipeline(VanillaPipeline):
         return {**metrics, **features.metrics(get_std)}
 
     def _lift_when_due(self, step: int, trainer: Any) -> None:
-        """Lifts after the last step and writes the record beside the checkpoint; earlier where the viewer asks."""
+        """Lifts after the last step, and earlier where the viewer asks."""
         from nerfstudio.engine.trainer import Trainer
 
         first = trainer._start_step if resume_adds_steps(Trainer) else 0
@@ -252,7 +257,7 @@ class Fit3DPipeline(VanillaPipeline):
             self._lift(trainer.base_dir if last else None)
 
     def _lift(self, folder: Path | None = None) -> None:
-        from fit3d_ns.runs.record import write_record
+        from fit3d_ns.runs.record import write_lifted, write_record
         from fit3d_ns.scenes.lift import lift_report, lift_scene
         from fit3d_ns.scenes.views import scene_to_lift
 
@@ -264,8 +269,14 @@ class Fit3DPipeline(VanillaPipeline):
         self.feature_view.take_disagreement(lift.variance, lift.coverage)
         if folder is not None:
             report = lift_report(self.fit3d_model, scene, lift, self.datamanager.teacher_info.name)
-            write_record(folder, lift, settings, report)
+            write_lifted(folder, lift)
+            self._write_record = partial(write_record, folder, lift, settings, report)
         self.train(was_training)
+
+    def _leave_record(self) -> None:
+        if self._write_record is not None:
+            self._write_record()
+        self._write_record = None
 
     def _check_lift(self) -> None:
         """Refuses before training what the lift after the last step would refuse."""

@@ -138,7 +138,7 @@ class Commands:
     def lift(self, lift: str, teacher: Path) -> list[str | Path]:
         """Lifts the features of a student onto all scenes' geometry."""
         command: list[str | Path] = [sys.executable, "-m", "fit3d_ns.commands.lift.cli"]
-        command += ["--runs", self._root / "geometry", "--suffix", lift]
+        command += ["--runs", self._root / "geometry", "--name", lift]
         command += ["--output-dir", self._root / "lifts" / lift, "--no-evaluate"]
         if not lift.startswith("lifted"):
             command += ["--refinements", "0"]  # of a control's lift only the basis is used

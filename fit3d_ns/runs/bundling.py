@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fit3d_ns.backbones import backbone_identity
-from fit3d_ns.backbones.result_folder import CARD_NAME, WEIGHTS_NAME, original_of
+from fit3d_ns.backbones.result_folder import original_of
 from fit3d_ns.compat import nerfstudio_needed
 from fit3d_ns.data.photos import DATA_ROOT_FLAG, Photo, hash_file, locate
 from fit3d_ns.features.grid import FEATURE_GRIDS, FeatureGrid
@@ -34,10 +34,12 @@ from fit3d_ns.runs.names import (
     EXTRA_STATE,
     FEATURES,
     GAUSSIANS,
+    LIFTS,
     METHOD,
     POSE_ADJUSTMENT,
     RECORD,
 )
+from fit3d_ns.runs.teachers import RunTeacher, different_teachers, named_teacher
 from fit3d_ns.support.errors import UserError
 
 _LOGGER = logging.getLogger(__name__)
@@ -62,6 +64,13 @@ class Run:
         """The scene's name for humans."""
         return self.data.parent.name if self.data.suffix else self.data.name
 
+    @property
+    def label(self) -> str:
+        """Scene and run, and of a lift its own name too."""
+        folder = self.config_path.parent
+        inside = folder.parents[1].name == LIFTS
+        return "-".join([self.name, *([folder.parents[2].name] if inside else []), folder.name])
+
 
 def choose_runs(paths: list[Path], all_runs: bool = False, teacher: str | None = None) -> tuple[list[Run], list[str]]:
     """Finds finished ``fit3d-splat`` runs, trained or lifted.
@@ -69,19 +78,23 @@ def choose_runs(paths: list[Path], all_runs: bool = False, teacher: str | None =
     Args:
         paths: Run folders, ``config.yml`` files, or folders that hold runs at any depth.
         all_runs: Whether to take every run of a scene instead of the newest (by the time of its checkpoint).
-        teacher: Take only runs whose features are of this backbone: a name, or a folder that fit3d-distill wrote.
+        teacher: Take only features of this backbone: a name; or of a fine-tuned one the folder that fit3d-distill
+            wrote, or the beginning of the weights' hash.
 
     Returns:
         The runs, sorted by scene; and one sentence for each run that was left out.
 
     Raises:
-        UserError: If a path does not exist, a configuration is refused, or no finished run is left.
+        UserError: If a path does not exist, a configuration is refused, no finished run is left, or several teachers
+            are and none is named.
     """
     with nerfstudio_needed("Trained runs (--runs)"):
         import nerfstudio  # noqa: F401
 
     runs: dict[Path, Run] = {}
+    teachers: list[RunTeacher] = []
     notes: list[str] = []
+    wanted = None if teacher is None else named_teacher(teacher)
     for config_path in _config_paths(paths):
         try:
             method = _METHOD_LINE.search(config_path.read_text(errors="replace"))
@@ -104,9 +117,11 @@ def choose_runs(paths: list[Path], all_runs: bool = False, teacher: str | None =
         data = config.pipeline.datamanager.data
         if data is None:
             raise UserError(f"The configuration {config_path} names no scene (its data is null): restore it.")
-        if teacher is not None and not _has_teacher(config.pipeline.datamanager, teacher):
-            notes.append(f"{config_path} has features of another backbone than {teacher}: left out (--teacher).")
+        of_run = RunTeacher.of(config.pipeline.datamanager, checkpoint)
+        if wanted is not None and not wanted(of_run):
+            notes.append(f"{config_path} has features of {of_run.label}: left out (--teacher {teacher}).")
             continue
+        teachers.append(of_run)
         runs[config_path] = Run(config_path, checkpoint, Path(data))
     if not runs:
         listed = " ".join(str(path) for path in paths)
@@ -114,6 +129,11 @@ def choose_runs(paths: list[Path], all_runs: bool = False, teacher: str | None =
         raise UserError(
             f"No finished run of {METHOD} below {listed}{reason}: train one with ns-train {METHOD}, or lift features "
             "into a splatfacto run with fit3d-lift."
+        )
+    different = different_teachers(teachers)
+    if len(different) > 1:
+        raise UserError(
+            f"The runs have features of several teachers ({', '.join(different)}): pick one with --teacher."
         )
     found = sorted(runs.values(), key=lambda run: (str(run.data), run.checkpoint.stat().st_mtime_ns))
     if not all_runs:
@@ -123,16 +143,6 @@ def choose_runs(paths: list[Path], all_runs: bool = False, teacher: str | None =
                 notes.append(f"{run.config_path} is older than another run of {run.name}: left out (--all-runs).")
         found = list(newest.values())
     return found, notes
-
-
-def _has_teacher(datamanager: Any, teacher: str) -> bool:
-    """Returns whether a run's features are of a backbone that was not fine-tuned, by its name, or of a result."""
-    named, weights = Path(teacher).expanduser(), datamanager.backbone_weights
-    if named.exists():
-        named = named / WEIGHTS_NAME if named.is_dir() else named
-        return weights is not None and Path(weights).expanduser().absolute() == named.absolute()
-    fine_tuned = weights is not None and Path(weights).expanduser().with_name(CARD_NAME).is_file()
-    return datamanager.backbone == teacher and not fine_tuned
 
 
 def bundle_run(run: Run, folder: Path | None = None, data_root: Path | None = None) -> tuple[SceneBundle, bool]:

@@ -1,15 +1,29 @@
 """Checkpoints of a run: found, and read without running code from them."""
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from fit3d_ns.compat import register_safe_globals
-from fit3d_ns.runs.names import CHECKPOINTS, CONFIG, DECODER, FEATURES
+from fit3d_ns.runs.names import (
+    CHECKPOINTS,
+    CONFIG,
+    DECODER,
+    DECODER_WEIGHT,
+    EXTRA_STATE,
+    FEATURES,
+    GAUSSIANS,
+    GEOMETRY,
+    LIFTED,
+    SPLAT,
+)
 from fit3d_ns.support.errors import UserError
 
 _CHECKPOINT = re.compile(r"step-(\d+)\.ckpt")
@@ -55,6 +69,9 @@ def run_folder(checkpoint: Path) -> Path:
 def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
     """Reads a nerfstudio checkpoint, memory-mapped and with torch's restricted loader.
 
+    That of a lift is completed: Gaussians come from the geometry that was lifted onto, features and decoder from the
+    file beside it.
+
     Args:
         checkpoint: Path of a ``step-*.ckpt``.
 
@@ -62,8 +79,58 @@ def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
         nerfstudio's dictionary: ``step``, ``pipeline`` (tensors by name), ``optimizers``, ``schedulers``.
 
     Raises:
-        UserError: If the file is damaged, or holds anything but tensors and plain values.
+        UserError: If a file is missing, damaged, holds anything but tensors and plain values, or does not belong to
+            the others.
     """
+    state = _read_alone(checkpoint)
+    if GEOMETRY in state:
+        state["pipeline"] = {**_gaussians(checkpoint, state[GEOMETRY]), **state["pipeline"], **_lifted(checkpoint)}
+    return state
+
+
+def read_extra_state(checkpoint: Path) -> dict[str, Any]:
+    """Reads what this package's pipeline keeps in a checkpoint beside tensors: the teacher's identity among it.
+
+    Args:
+        checkpoint: Path of a ``step-*.ckpt``.
+
+    Returns:
+        As ``Fit3DPipeline.get_extra_state`` made it; empty in a checkpoint of another method.
+
+    Raises:
+        UserError: As `read_checkpoint`, but for the files that a lift consists of.
+    """
+    return _read_alone(checkpoint)["pipeline"].get(EXTRA_STATE) or {}
+
+
+def geometry_of(checkpoint: Path) -> Path:
+    """Returns the file that holds the Gaussians of a checkpoint: itself, unless it is that of a lift.
+
+    Args:
+        checkpoint: Path of a ``step-*.ckpt``.
+
+    Raises:
+        UserError: As `read_extra_state`.
+    """
+    state = _read_alone(checkpoint)
+    return _geometry_file(checkpoint, state[GEOMETRY]) if GEOMETRY in state else checkpoint
+
+
+def geometry_reference(geometry: Path, checkpoint: Path, num_gaussians: int) -> dict[str, Any]:
+    """Returns what the checkpoint of a lift says of its geometry.
+
+    Args:
+        geometry: A ``step-*.ckpt``, or safetensors by the names of a checkpoint.
+        checkpoint: Where the lift's checkpoint will stand.
+        num_gaussians: How many the geometry holds, N.
+    """
+    home = checkpoint.absolute().parents[4]  # RUN/lifts/METHOD/NAME/nerfstudio_models/step-*.ckpt
+    inside = geometry.absolute().is_relative_to(home)  # then both move together
+    path = os.path.relpath(geometry.absolute(), checkpoint.absolute().parent) if inside else geometry.absolute()
+    return {"path": Path(path).as_posix(), "bytes": geometry.stat().st_size, "num_gaussians": num_gaussians}
+
+
+def _read_alone(checkpoint: Path) -> dict[str, Any]:
     register_safe_globals()
     try:
         state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
@@ -74,6 +141,56 @@ def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or "pipeline" not in state:
         raise UserError(f"{checkpoint} is not a nerfstudio checkpoint: it holds no `pipeline` entry.")
     return state
+
+
+def _geometry_file(checkpoint: Path, reference: Any) -> Path:
+    """Finds the geometry of a lift.
+
+    Raises:
+        UserError: If the lift's checkpoint is damaged, or the geometry is gone or another one.
+    """
+    try:
+        path, size = checkpoint.absolute().parent / reference["path"], int(reference["bytes"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"The checkpoint {checkpoint} names no geometry ({error!r}): lift it again.") from error
+    path = Path(os.path.normpath(path))
+    if not path.is_file():
+        raise UserError(
+            f"The geometry {path} that {run_folder(checkpoint)} was lifted onto is missing: restore it, or lift again."
+        )
+    if path.stat().st_size != size:
+        raise _another_geometry(path, checkpoint)
+    return path
+
+
+def _another_geometry(path: Path, checkpoint: Path) -> UserError:
+    return UserError(
+        f"The geometry {path} is not the one that {run_folder(checkpoint)} was lifted onto: restore it, or lift again."
+    )
+
+
+def _gaussians(checkpoint: Path, reference: Any) -> dict[str, Tensor]:
+    """Reads the Gaussians that a lift was lifted onto, by their names in a checkpoint."""
+    path = _geometry_file(checkpoint, reference)
+    try:
+        tensors = load_file(path) if path.suffix == ".safetensors" else _read_alone(path)["pipeline"]
+        gaussians = {f"{GAUSSIANS}{name}": tensors[f"{GAUSSIANS}{name}"] for name in SPLAT}
+    except (OSError, SafetensorError, KeyError) as error:
+        raise UserError(f"The geometry {path} is damaged ({error}): restore it, or lift again.") from error
+    counts = {len(tensor) for tensor in gaussians.values()}
+    if counts != {reference.get("num_gaussians")}:
+        raise _another_geometry(path, checkpoint)
+    return gaussians
+
+
+def _lifted(checkpoint: Path) -> dict[str, Tensor]:
+    """Reads features and decoder of a lift, by their names in a checkpoint."""
+    path = run_folder(checkpoint) / LIFTED
+    try:
+        tensors = load_file(path)
+        return {f"{GAUSSIANS}{FEATURES}": tensors[FEATURES].float(), DECODER_WEIGHT: tensors[DECODER]}
+    except (OSError, SafetensorError, KeyError) as error:
+        raise UserError(f"{path} is missing or damaged ({error}): lift again.") from error
 
 
 def refusal_reason(error: Exception) -> str:

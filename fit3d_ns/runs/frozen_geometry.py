@@ -10,12 +10,10 @@ from torch import Tensor
 from torch.nn import Parameter, ParameterDict
 
 from fit3d_ns.runs.checkpoints import find_checkpoint, read_checkpoint
-from fit3d_ns.runs.names import GAUSSIANS, POSE_ADJUSTMENT
+from fit3d_ns.runs.names import GAUSSIANS, POSE_ADJUSTMENT, SPLAT
 from fit3d_ns.support.errors import UserError
 
 _LOGGER = logging.getLogger(__name__)
-SPLAT = ("means", "scales", "quats", "features_dc", "features_rest", "opacities")
-"""Splatfacto's own parameters: centres, log scales, quaternions, colours, logit opacities."""
 
 
 def freeze_configuration(config: Any) -> None:

@@ -15,9 +15,18 @@ RECORD = "lift.json"
 """What was lifted, how, and how well; written last, so a run that has it is whole."""
 REPORT = "lift.html"
 """What was lifted as pictures, tables and curves."""
-VARIANCE = "lift.safetensors"
-"""Per-Gaussian tensors beside the checkpoint: ``fit3d_variance`` and ``fit3d_coverage``, both [N] float32."""
+LIFTED = "lift.safetensors"
+"""Tensors beside the checkpoint: ``fit3d_variance`` and ``fit3d_coverage`` of every Gaussian, both [N] float32; of a
+lift that stands apart from its geometry also ``fit3d_features`` [N, D] and the ``fit3d_decoder`` [C, D, 3, 3]."""
+LIFTS = "lifts"
+"""The folder of a run in which the lifts onto its geometry stand, as nerfstudio places runs: ``lifts/METHOD/NAME``."""
+HASH_LETTERS = 8
+"""Of a file's hash, where it is part of a name."""
+GEOMETRY = "geometry"
+"""In the checkpoint of a lift: which file holds its Gaussians, and how many they are."""
 
+SPLAT = ("means", "scales", "quats", "features_dc", "features_rest", "opacities")
+"""Splatfacto's own parameters: centres, log scales, quaternions, colours, logit opacities."""
 FEATURES = "fit3d_features"
 """Among the model's ``gauss_params``, and the group of its optimizer."""
 DECODER = "fit3d_decoder"

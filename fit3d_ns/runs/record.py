@@ -1,39 +1,58 @@
 """What ``fit3d-lift`` leaves in a run for looking at."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from fit3d_ns.lifting.lift import Lift
 from fit3d_ns.lifting.settings import LiftSettings
-from fit3d_ns.runs.names import RECORD, REPORT, VARIANCE
+from fit3d_ns.runs.names import FEATURES, LIFTED, RECORD, REPORT
 from fit3d_ns.support.errors import UserError
 from fit3d_ns.support.files import atomic_write_bytes, atomic_write_json
 from fit3d_ns.support.html_report import Report
 
 
+def write_lifted(folder: Path, lift: Lift, tensors: Mapping[str, Tensor] | None = None) -> None:
+    """Writes what was lifted onto every Gaussian, beside the checkpoint.
+
+    Args:
+        folder: Of the run.
+        lift: The outcome.
+        tensors: Features and decoder by their names, where the checkpoint does not hold them. Features are stored in
+            half precision where its range holds them, as in bundles.
+
+    Raises:
+        UserError: If the folder cannot be written to.
+    """
+    stored = {"fit3d_variance": lift.variance.float(), "fit3d_coverage": lift.coverage.float()}
+    for name, tensor in (tensors or {}).items():
+        half = name == FEATURES and float(tensor.abs().max()) < torch.finfo(torch.float16).max
+        stored[name] = tensor.half() if half else tensor.float()
+    atomic_write_bytes(
+        folder / LIFTED, save({name: tensor.detach().cpu().contiguous() for name, tensor in stored.items()})
+    )
+
+
 def write_record(
     folder: Path, lift: Lift, settings: LiftSettings, report: Report, provenance: dict[str, Any] | None = None
 ) -> None:
-    """Writes what is worth knowing about a lift beside its checkpoint.
+    """Writes what is worth knowing about a lift, after everything that it vouches for.
 
     Args:
         folder: Of the run.
         lift: The outcome.
         settings: The user's choices.
         report: Of `fit3d_ns.scenes.lift.lift_report`.
-        provenance: Where the geometry came from.
+        provenance: Where the geometry came from, as plain JSON values.
 
     Raises:
         UserError: If the folder cannot be written to.
     """
-    tensors = {"fit3d_variance": lift.variance, "fit3d_coverage": lift.coverage}
-    atomic_write_bytes(
-        folder / VARIANCE, save({name: tensor.float().cpu().contiguous() for name, tensor in tensors.items()})
-    )
     report.write(folder / REPORT)
     atomic_write_json(folder / RECORD, {**(provenance or {}), **lift.summary(settings)})
 
@@ -47,11 +66,11 @@ def read_disagreement(run: Path) -> tuple[Tensor, Tensor] | None:
     Raises:
         UserError: If the file is damaged.
     """
-    path = run / VARIANCE
+    path = run / LIFTED
     if not path.is_file():
         return None
     try:
-        tensors = load_file(path)
-        return tensors["fit3d_variance"], tensors["fit3d_coverage"]
-    except (OSError, SafetensorError, KeyError) as error:
+        with safe_open(path, framework="pt") as tensors:
+            return tensors.get_tensor("fit3d_variance"), tensors.get_tensor("fit3d_coverage")
+    except (OSError, SafetensorError) as error:
         raise UserError(f"{path} is damaged ({error}): lift the run again to see where views disagree.") from error

@@ -1,16 +1,16 @@
 """Two rounds by hand, as a user would go: distil, lift with the result as teacher, distil again."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
 from distill.cli import distil
 from fit3d_ns.backbones import hash_state_dict
 from fit3d_ns.commands.lift.cli import LiftCommand, run_lift
-from fit3d_ns.runs.checkpoints import find_checkpoint
+from fit3d_ns.runs.checkpoints import find_checkpoint, read_extra_state
 from fit3d_ns.support.errors import UserError
 
 
@@ -29,24 +29,25 @@ def first(run, make_config, tmp_path):
 def test_the_averaged_student_teaches_the_next_round(run, first, make_config, teacher_weights, tmp_path, caplog):
     card = json.loads((first / "card.json").read_text())
     (next(run.rglob("config.yml")).parent / "lift.json").write_text("{}")  # as where it was lifted while training
-    with pytest.raises(UserError, match="No finished run"):
+    with pytest.raises(UserError, match="No finished run.*has features of its teacher since it was trained"):
         lift(runs=run)
     (lifted,) = lift(runs=run, backbone_weights=first)
-    assert lifted.parent.name == f"run-lift-{card['weights_sha256'][:8]}"
-    identity = torch.load(find_checkpoint(lifted), weights_only=True)["pipeline"]["_extra_state"]["teacher_identity"]
+    assert lifted.parent.name == f"{card['student']['name']}-{card['weights_sha256'][:8]}"
+    identity = read_extra_state(find_checkpoint(lifted))["teacher_identity"]
     assert identity["weights_sha256"] == card["weights_sha256"]
     assert {name: identity[name] for name in ("layer", "norm", "mean")} == {
         name: card["student"][name] for name in ("layer", "norm", "mean")
     }
     assert lift(runs=run, backbone_weights=first) == [lifted]  # done already, and its own output is no source
-    assert [path.parent for path in sorted(run.rglob("config.yml"))] == sorted(
-        [lifted.parent, lifted.parent.with_name("run")]
-    )
+    assert {path.parent for path in run.rglob("config.yml")} == {lifted.parent, lifted.parents[3]}
     config = make_config(
         runs=(run,), recipe="auto", steps=3, original_weights=teacher_weights, output_dir=tmp_path / "second"
     )
+    names = f"test_vit, {lifted.parent.name}"
+    with pytest.raises(UserError, match=rf"features of several teachers \({names}\): pick one with --teacher"):
+        distil(config)
     caplog.clear()
-    distil(config)  # the newest lift of the scene is the second round's
+    distil(replace(config, teacher=lifted.parent.name))
     assert "itself a student of test_vit.r160_in1k: the next one starts from test_vit.r160_in1k itself" in caplog.text
     second = json.loads((config.output_dir / "card.json").read_text())
     assert second["teacher"]["weights_sha256"] == card["weights_sha256"]
@@ -67,7 +68,7 @@ def test_runs_are_picked_by_their_teacher(run, first, make_config, teacher_weigh
     assert results["test_vit"]["teacher_original"] is None
     original = results[str(first)]["teacher_original"]
     assert original["weights_sha256"] == results["test_vit"]["teacher"]["weights_sha256"]
-    with pytest.raises(UserError, match="No finished run of fit3d-splat.*features of another backbone than clip_base"):
+    with pytest.raises(UserError, match="No finished run of fit3d-splat.*features of .*test_vit.*--teacher clip_base"):
         distil(make_config(runs=(run,), teacher="clip_base", bundles_only=True))
 
 
@@ -80,8 +81,8 @@ def test_flags_that_contradict_the_card_are_refused(run, first, tmp_path):
     ):
         with pytest.raises(UserError, match=sentence):
             lift(runs=run, backbone_weights=first, **flags)
-    lift(runs=run, backbone_weights=first, backbone="test_vit", backbone_layer=-1, suffix="mine")  # says the same
-    assert any(path.name == "run-mine" for path in run.rglob("*"))
+    lift(runs=run, backbone_weights=first, backbone="test_vit", backbone_layer=-1, name="mine")  # says the same
+    assert any(path.name == "mine" for path in run.rglob("*"))
     (tmp_path / "nothing").mkdir()
     with pytest.raises(UserError, match="holds 0 .safetensors files: name one with --backbone-weights"):
         lift(runs=run, backbone_weights=tmp_path / "nothing")

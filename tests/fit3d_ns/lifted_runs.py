@@ -1,5 +1,6 @@
 """What the tests of ``fit3d-lift`` do with runs and PLY files."""
 
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from nerfstudio.utils.eval_utils import eval_setup
 
 from fit3d_ns.commands.lift.cli import run_lift
-from fit3d_ns.runs.checkpoints import find_checkpoint
+from fit3d_ns.runs.checkpoints import find_checkpoint, read_checkpoint
 from fit3d_ns.support.errors import UserError
 
 STEPS = 12
@@ -22,7 +23,8 @@ def opened(config) -> Any:
 
 
 def state_of(config):
-    return torch.load(find_checkpoint(config), weights_only=True)
+    """What a checkpoint holds, or that of a lift with its geometry; in memory, so that the file may be written to."""
+    return deepcopy(read_checkpoint(find_checkpoint(config)))
 
 
 def assert_same_lift(left, right):
@@ -39,6 +41,11 @@ def assert_same_lift(left, right):
             assert a == b, path
 
     compare(state_of(left), state_of(right), "")
+
+
+def lift_of(config, name="test_vit"):
+    """The folder of a lift onto a run."""
+    return config.parent / "lifts" / "fit3d-splat" / name
 
 
 def write_ply(path, parameters, drop=()):

@@ -8,7 +8,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from lifted_runs import STEPS, refused, splat_of, state_of, write_ply
+from lifted_runs import STEPS, lift_of, refused, splat_of, state_of, write_ply
 from PIL import Image
 
 from fit3d_ns.commands.lift.cli import main, run_lift
@@ -108,8 +108,8 @@ def test_other_scenes_go_on_and_the_end_says_which_failed_and_why(
         (damaged, "The checkpoint .* cannot be read"),
     ):
         assert re.search(f"{run.parent}: {reason}", summary)
-        assert not (run.parents[2] / "fit3d-splat" / f"{run.parent.name}-lift" / "config.yml").exists()
-    assert (whole.parents[2] / "fit3d-splat" / "c-lift" / "config.yml").is_file()
+        assert not (lift_of(run) / "config.yml").exists()
+    assert (lift_of(whole) / "config.yml").is_file()
 
 
 def test_an_error_that_nobody_foresaw_fails_one_scene_only(lift_command, splatfacto_run, tmp_path, monkeypatch):
@@ -127,7 +127,7 @@ def test_an_error_that_nobody_foresaw_fails_one_scene_only(lift_command, splatfa
     monkeypatch.setattr(scene, "lift_scene", out_of_memory_once)
     said = refused("1 of 2 runs could not be lifted", lift_command(runs=tmp_path / "outputs"))
     assert f"{first.parent}: OutOfMemoryError: CUDA out of memory." in said
-    assert (second.parents[2] / "fit3d-splat" / "b-lift" / "config.yml").is_file()
+    assert (lift_of(second) / "config.yml").is_file()
 
 
 def test_nothing_to_lift_sets_the_exit_status(tmp_path, capsys):
@@ -141,18 +141,18 @@ def test_nothing_to_lift_sets_the_exit_status(tmp_path, capsys):
 def test_full_disk(lift_command, splatfacto_run, monkeypatch, full_at):
     """The system's limit on the size of a file stops real writers in the middle, as a full disk does."""
     source = splatfacto_run()
-    target = source.parents[2] / "fit3d-splat" / "plain-lift"
+    target = lift_of(source)
     if full_at == "checkpoint":
-        (other,) = run_lift(lift_command(load_config=source, suffix="warm"))  # the teacher's maps are there
+        (other,) = run_lift(lift_command(load_config=source, name="warm"))  # the teacher's maps are there
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (find_checkpoint(other).stat().st_size // 2, limits[1]))
         try:
-            refused("(The run|Cannot write) .*plain-lift.*free", lift_command(load_config=source))
+            refused("(The lift|Cannot write) .*plain/lifts.*test_vit.*free", lift_command(load_config=source))
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     else:
         writer = {
-            "record": "fit3d_ns.commands.lift.run_writer.write_record",
+            "record": "fit3d_ns.commands.lift.lift_writer.write_record",
             "config": "fit3d_ns.trainer.atomic_write_text",
         }
         with monkeypatch.context() as patched:
@@ -168,9 +168,9 @@ def test_full_disk(lift_command, splatfacto_run, monkeypatch, full_at):
 
 def test_too_little_space_is_noticed_before_writing(lift_command, splatfacto_run, monkeypatch):
     source = splatfacto_run()
-    run_lift(lift_command(load_config=source, suffix="warm"))  # the teacher's maps are there
+    run_lift(lift_command(load_config=source, name="warm"))  # the teacher's maps are there
     monkeypatch.setattr(shutil, "disk_usage", lambda path: mock.Mock(free=10))
-    refused("plain-lift has 0 MB left: free some space", lift_command(load_config=source))
+    refused("test_vit has 0 MB left: free some space", lift_command(load_config=source))
 
 
 def test_sentences_name_the_flags_of_this_command(lift_command, splatfacto_run, tmp_path):
@@ -183,12 +183,3 @@ def test_sentences_name_the_flags_of_this_command(lift_command, splatfacto_run, 
     blocked.write_text("no folder")
     said = refused("--feature-cache-dir", lift_command(load_config=source, feature_cache_dir=blocked))
     assert "--pipeline" not in said
-
-
-def test_run_of_another_kind(lift_command, splatfacto_run, tmp_path):
-    source = splatfacto_run()
-    target = source.parents[2] / "fit3d-splat" / "plain-lift"
-    target.mkdir(parents=True)
-    (target / "config.yml").write_text("someone else's")
-    refused("did not write: choose another --suffix", lift_command(load_config=source))
-    assert (target / "config.yml").read_text() == "someone else's"

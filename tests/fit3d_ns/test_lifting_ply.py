@@ -34,7 +34,8 @@ def test_ply_in_either_coordinates(tmp_path, scene, splatfacto_run, lift_command
     write_ply(tmp_path / "splat.ply", splat)
     data = as_colmap(scene, tmp_path / "colmap" / "scene") if coordinates == "colmap" else scene
     (config,) = run_lift(lift_command(ply=tmp_path / "splat.ply", data=data, output_dir=tmp_path / "from_ply"))
-    assert config == tmp_path / "from_ply" / "scene" / "fit3d-splat" / "splat-lift" / "config.yml"
+    splats = tmp_path / "from_ply" / "scene" / "fit3d-splat" / "splat"
+    assert config == splats / "lifts" / "fit3d-splat" / "test_vit" / "config.yml"
     loaded, pipeline = opened(config)
     parser = loaded.pipeline.datamanager.dataparser
     assert (parser.orientation_method == "none") == (coordinates != "nerfstudio")

@@ -29,7 +29,7 @@ from fit3d_ns.support.errors import UserError
 def test_splatfacto_run_becomes_a_run_like_a_trained_one(splatfacto_run, feature_run, lift_command, tmp_path):
     source = splatfacto_run()
     (config,) = run_lift(lift_command(load_config=source))
-    assert config == source.parents[2] / "fit3d-splat" / "plain-lift" / "config.yml"
+    assert config == source.parent / "lifts" / "fit3d-splat" / "test_vit" / "config.yml"
     record = json.loads((config.parent / "lift.json").read_text())
     tensors = load_file(config.parent / "lift.safetensors")
 
@@ -110,10 +110,10 @@ def test_finished_lift_is_skipped_and_other_settings_ask_first(splatfacto_run, l
     run_lift(lift_command(load_config=source, lift=LiftSettings(views_per_batch=3)))  # decides no outcome
     assert find_checkpoint(config).stat().st_mtime_ns == changed
     other = LiftSettings(refinements=0, decoder="fit")
-    with pytest.raises(UserError, match="other settings.*lift.*--overwrite"):
+    with pytest.raises(UserError, match="other settings.*lift.*--overwrite.*--name"):
         run_lift(lift_command(load_config=source, lift=other))
-    (second,) = run_lift(lift_command(load_config=source, lift=other, suffix="fit"))
-    assert second.parent.name == "plain-fit" and second != config
+    (second,) = run_lift(lift_command(load_config=source, lift=other, name="fit"))
+    assert second.parent == config.parent.with_name("fit")
     run_lift(lift_command(load_config=source, lift=other, overwrite=True))
     assert_same_lift(config, second)
 
@@ -142,7 +142,8 @@ def test_runs_of_one_name_do_not_replace_each_other(splatfacto_run, feature_run,
     splatfacto_run("same")
     feature_run("same")
     found = run_lift(lift_command(runs=tmp_path / "outputs"))
-    assert [path.parent.name for path in found] == ["same-lift", "same-splatfacto-lift"]
+    runs = [tmp_path / "outputs" / "scene" / method / "same" for method in ("fit3d-splat", "splatfacto")]
+    assert [path.parents[3] for path in found] == runs
     written = [find_checkpoint(path).stat().st_mtime_ns for path in found]
     again = run_lift(lift_command(runs=tmp_path / "outputs", overwrite=True))
     assert again == found and [find_checkpoint(path).stat().st_mtime_ns for path in again] == written
@@ -153,7 +154,7 @@ def test_all_runs_below_a_folder(splatfacto_run, feature_run, make_config, lift_
     unfinished = splatfacto_run("unfinished")
     unfinished.write_text(unfinished.read_text().replace(f"max_num_iterations: {STEPS}", "max_num_iterations: 99"))
     found = run_lift(lift_command(runs=tmp_path / "outputs"))
-    assert sorted(path.parent.name for path in found) == ["joint-lift", "plain-lift"]
+    assert sorted(path.parents[3].name for path in found) == ["joint", "plain"]
     again = run_lift(lift_command(runs=tmp_path / "outputs"))  # what was lifted is not lifted again
     assert again == found
     assert plain.is_file() and joint.is_file()
@@ -165,19 +166,20 @@ def test_killed_command_resumes_to_the_same_result(splatfacto_run, lift_command,
     arguments += ["--backbone-weights", teacher_weights, "--feature-dim", "8"]
     words = [sys.executable, "-m", "fit3d_ns.commands.lift.cli", *map(str, arguments)]
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    runs = tmp_path / "killed" / "scene" / "fit3d-splat"
+    lifts = {run: tmp_path / "killed/scene/splatfacto" / run / "lifts/fit3d-splat/test_vit" for run in "ab"}
     deadline = time.monotonic() + 900
-    while not (runs / "a-lift" / "nerfstudio_models").exists() and time.monotonic() < deadline:
+    while not (lifts["a"] / "nerfstudio_models").exists() and time.monotonic() < deadline:
         assert process.poll() is None
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert not (runs / "b-lift" / "config.yml").exists()
+    assert not (lifts["b"] / "config.yml").exists()
     # Whether the kill came while a file was being written is chance; this makes sure of it.
-    (runs / "a-lift" / "nerfstudio_models" / ".step-000000011.ckpt.1-0.tmp").write_bytes(b"half")
+    (lifts["a"] / "nerfstudio_models" / ".step-000000011.ckpt.1-0.tmp").write_bytes(b"half")
     resumed = run_lift(lift_command(runs=tmp_path / "outputs", output_dir=tmp_path / "killed"))
     whole = [run_lift(lift_command(load_config=run, output_dir=tmp_path / "whole"))[0] for run in (first, second)]
-    assert [path.parent.name for path in resumed] == [path.parent.name for path in whole] == ["a-lift", "b-lift"]
+    assert [path.parent for path in resumed] == list(lifts.values())
+    assert [path.parents[3].name for path in whole] == ["a", "b"]
     for left, right in zip(resumed, whole):
         assert_same_lift(left, right)
         assert not list(left.parent.rglob("*.tmp"))

@@ -44,7 +44,7 @@ def test_it_is_lifted_anew(old_run):
     from fit3d_ns.commands.lift.cli import main
 
     main(["--load-config", str(old_run)])
-    lifted = old_run.parent.with_name("run-lift")
+    (lifted,) = (old_run.parent / "lifts" / "fit3d-splat").iterdir()
     assert (lifted / "config.yml").exists()
     assert json.loads((lifted / "lift.json").read_text())["training_views"] == 12
 

@@ -28,8 +28,9 @@ DISAGREEMENT = 0.9
 class LiftCommand:
     """Lifts a backbone's features onto trained splats: splatfacto runs, fit3d-splat runs or PLY files.
 
-    Each becomes a fit3d-splat run that ns-viewer, ns-eval, ns-render, ns-export and fit3d-distill open. What is done
-    already is skipped, so a command that was stopped goes on where it was.
+    Lifts stand in the run that they were lifted onto, one for each teacher, each with a config.yml that ns-viewer,
+    ns-eval, ns-render, ns-export and fit3d-distill open; the geometry is stored once. What is done already is skipped,
+    so a command that was stopped goes on where it was.
     """
 
     load_config: Path | None = None
@@ -41,10 +42,11 @@ class LiftCommand:
     data: Path | None = None
     """Photos and poses: of the --ply file, or the new place of a run's scene that moved."""
     output_dir: Path | None = None
-    """Where the new runs go, as ns-train's --output-dir; without it beside the old ones (`outputs` for a PLY file)."""
-    suffix: str | None = None
-    """Appended to the name of the old run to name the new one; without it `lift`, and for a teacher that fit3d-distill
-    wrote, `lift-` and the beginning of its hash, so that lifts of several teachers lie beside each other."""
+    """Where lifts go, as ns-train's --output-dir, instead of into the runs, which they still need for their geometry;
+    for a PLY file, where its geometry goes too (`outputs` without it)."""
+    name: str | None = None
+    """Of the lift among those onto the same geometry; without it that of its teacher, and for a teacher that
+    fit3d-distill wrote, also the beginning of its hash."""
     overwrite: bool = False
     """Lift again what was lifted with other settings."""
     backbone: str | None = None
@@ -106,7 +108,7 @@ def run_lift(command: LiftCommand) -> list[Path]:
 
     from fit3d_ns.commands.lift.sources import runs_below
 
-    paths, notes = runs_below(command.runs, with_lifted=student is not None)
+    paths, notes = runs_below(command.runs, command.backbone, student is not None)
     for note in notes:
         _LOGGER.info(note)
     done, failures = [], {}
@@ -131,21 +133,21 @@ def run_lift(command: LiftCommand) -> list[Path]:
 
 
 def lift_source(source: Any, command: LiftCommand) -> Path:
-    """Lifts features onto one splat and writes the run, unless it is there already.
+    """Lifts features onto one splat and writes them beside it, unless they are there already.
 
     Args:
         source: A ``LiftSource``.
         command: The user's choices.
 
     Returns:
-        Path of its ``config.yml``.
+        Path of the lift's ``config.yml``.
 
     Raises:
-        UserError: If scene, teacher or geometry cannot be used, or the run cannot be written.
+        UserError: If scene, teacher or geometry cannot be used, or the lift cannot be written.
     """
     import torch
 
-    from fit3d_ns.commands.lift.run_writer import finished_request, write_run
+    from fit3d_ns.commands.lift.lift_writer import finished_request, write_geometry, write_lift
     from fit3d_ns.scenes.lift import lift_report, lift_scene
     from fit3d_ns.scenes.views import streamed_scene
 
@@ -153,15 +155,16 @@ def lift_source(source: Any, command: LiftCommand) -> Path:
     for config in source.configs:
         _apply(command, config)
     request = _request(source, command)
-    existing = finished_request(source.target)
+    target = source.place(command.name or _teacher_name(source.configs[0].pipeline.datamanager.backbone_spec()))
+    existing = finished_request(target)
     if existing == request:
-        _LOGGER.info(f"Lifted already: {source.target / 'config.yml'}")
-        return source.target / CONFIG
+        _LOGGER.info(f"Lifted already: {target / CONFIG}")
+        return target / CONFIG
     if existing is not None and not command.overwrite:
         changed = ", ".join(sorted(name for name in request if existing.get(name) != request[name]))
         raise UserError(
-            f"{source.target} was lifted with other settings or from another state of the run ({changed}): add "
-            "--overwrite to lift it again, or --suffix for another name."
+            f"{target} was lifted with other settings or from another state of the run ({changed}): add --overwrite "
+            "to lift it again, or --name to lift beside it."
         )
     cuda = torch.cuda.is_available()
     if cuda:
@@ -180,13 +183,14 @@ def lift_source(source: Any, command: LiftCommand) -> Path:
         pipeline.fit3d_model, scene, lift, pipeline.datamanager.teacher_info.name, provenance.get("peak_memory_mb")
     )
     lift.seconds["report"] = time.perf_counter() - reporting
-    path = write_run(pipeline, config, source.step, lift, command.lift, report, provenance)
+    geometry = source.file if source.gaussians is None else write_geometry(source.folder, source.file, source.gaussians)
+    path = write_lift(pipeline, config, geometry, source.step, lift, command.lift, report, provenance)
     _summarize(lift, time.perf_counter() - start, path)
     return path
 
 
 def _as_its_card_says(command: LiftCommand, student: BackboneSpec | None) -> LiftCommand:
-    """Returns the command with everything that a teacher's card decides, and with a suffix.
+    """Returns the command with everything that a teacher's card decides.
 
     Args:
         command: The user's choices.
@@ -196,8 +200,8 @@ def _as_its_card_says(command: LiftCommand, student: BackboneSpec | None) -> Lif
         UserError: If a flag contradicts the card.
     """
     if student is None:
-        return replace(command, suffix=command.suffix or "lift")
-    from fit3d_ns.backbones import backbone_identity, describe_backbone
+        return command
+    from fit3d_ns.backbones import describe_backbone
 
     fields_ = ("name", "layer", "norm", "normalization")
     flags = ("backbone", "backbone_layer", "backbone_norm", "backbone_normalization")
@@ -210,8 +214,19 @@ def _as_its_card_says(command: LiftCommand, student: BackboneSpec | None) -> Lif
             flag = f"--{flag.replace('_', '-')}"
             raise UserError(f"{flag} {given}: the card of {command.backbone_weights} says {known}; leave {flag} out.")
     decided = {flag: getattr(student, field_name) for flag, field_name in zip(flags, fields_)}
-    suffix = command.suffix or f"lift-{backbone_identity(student)['weights_sha256'][:8]}"
-    return replace(command, backbone_weights=student.weights, suffix=suffix, **decided)
+    return replace(command, backbone_weights=student.weights, **decided)
+
+
+def _teacher_name(spec: BackboneSpec) -> str:
+    """Returns the name of the lifts of a teacher: its own, and of a fine-tuned one the beginning of its hash too."""
+    from fit3d_ns.backbones import backbone_identity
+    from fit3d_ns.backbones.result_folder import original_of
+    from fit3d_ns.runs.teachers import teacher_name
+
+    if spec.weights is None:
+        return teacher_name(spec.name)
+    weights_sha256 = backbone_identity(spec)["weights_sha256"]
+    return teacher_name(spec.name, weights_sha256 if original_of(spec.weights, weights_sha256) is not None else None)
 
 
 def _lift(command: LiftCommand, run: Path | None) -> Path:
@@ -231,21 +246,20 @@ def _lift(command: LiftCommand, run: Path | None) -> Path:
 def _source(command: LiftCommand, run: Path | None) -> Any:
     from fit3d_ns.commands.lift.sources import source_from_ply, source_from_run
 
-    assert command.suffix is not None
     if run is not None:
-        return source_from_run(run, command.suffix, command.output_dir, command.data)
+        return source_from_run(run, command.output_dir, command.data)
     assert command.ply is not None
-    return source_from_ply(command.ply, command.data, command.suffix, command.output_dir)
+    return source_from_ply(command.ply, command.data, command.output_dir)
 
 
 def open_source(source: Any) -> tuple[Any, Any]:
-    """Builds the pipeline of the run to be written, with its geometry, in the coordinates that fit the photos.
+    """Builds the pipeline of the lift to be written, with its geometry, in the coordinates that fit the photos.
 
     Args:
         source: A ``LiftSource``.
 
     Returns:
-        The pipeline, in evaluation mode, and the configuration of the run.
+        The pipeline, in evaluation mode, and the configuration of the lift.
 
     Raises:
         UserError: If scene or geometry cannot be used, or do not belong together.
@@ -258,7 +272,7 @@ def open_source(source: Any) -> tuple[Any, Any]:
         _seed(config.machine.seed)
         building = deepcopy(config)
         building.pipeline.model.features = "joint"
-        building.pipeline.model.init_from = source.run
+        building.pipeline.model.init_from = source.checkpoint
         pipeline = building.pipeline.setup(device=config.machine.device_type, test_mode="val")
         if source.gaussians is not None:
             replace_gaussians(pipeline.model.gauss_params, source.gaussians, source.name)
@@ -350,7 +364,7 @@ def _summarize(lift: Any, seconds: float, path: Path) -> None:
     numbers = ", ".join(f"{text} {lift.metrics[name]:.3f}" for name, text in names.items() if name in lift.metrics)
     measured = numbers or "Not measured, since no view is held out"
     _LOGGER.info(f"{measured}; views disagree by {lift.disagreement:.0%}, {lift.num_unseen:,} Gaussians unseen.")
-    _LOGGER.info(f"Run: {path}")
+    _LOGGER.info(f"Lift: {path}")
     _LOGGER.info(f"Report: {path.parent / REPORT}")
 
 

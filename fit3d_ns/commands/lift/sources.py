@@ -1,4 +1,4 @@
-"""Splats to lift features onto: nerfstudio runs and PLY files, as configurations of the run to be written."""
+"""Splats to lift features onto: nerfstudio runs and PLY files, as configurations of the lift to be written."""
 
 import json
 from copy import deepcopy
@@ -13,65 +13,83 @@ from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataPars
 from nerfstudio.models.splatfacto import SplatfactoModelConfig
 from torch import Tensor
 
-from fit3d_ns.commands.lift.run_writer import finished_request
 from fit3d_ns.config import fit3d_splat
 from fit3d_ns.data.ply import read_ply, sh_degree, splatfacto_parameters
-from fit3d_ns.runs.checkpoints import find_checkpoint
+from fit3d_ns.runs.checkpoints import find_checkpoint, geometry_of, run_folder
 from fit3d_ns.runs.config_reader import find_runs, read_config
-from fit3d_ns.runs.names import CONFIG, METHOD, RECORD
+from fit3d_ns.runs.names import CONFIG, LIFTS, METHOD, RECORD
 from fit3d_ns.support.errors import UserError
 from fit3d_ns.trainer import Fit3DTrainerConfig
 
 
 @dataclass(frozen=True)
 class LiftSource:
-    """A splat, and the run that its features go to.
+    """A splat, and where what is lifted onto it goes.
 
     Attributes:
         name: For humans.
-        configs: Configurations of the run to be written. More than one if it is not known which coordinates the
+        folder: In which the lifts stand: of the run, or of all that was lifted onto a file.
+        configs: Configurations of the lift to be written. More than one if it is not known which coordinates the
             splat is in: the one whose renders resemble the photos is right.
         step: Training steps that the geometry has behind it, less one.
         identity: What decides the geometry, as plain JSON values.
-        run: Checkpoint of the geometry, or None.
+        file: What holds the geometry: a checkpoint, what a lift onto a file refers to, or a PLY file.
+        checkpoint: To start from: of the run, or of a lift onto it.
         gaussians: The geometry itself, where it comes from no run.
     """
 
     name: str
+    folder: Path
     configs: list[Fit3DTrainerConfig]
     step: int
     identity: dict[str, Any]
-    run: Path | None = None
+    file: Path
+    checkpoint: Path | None = None
     gaussians: dict[str, Tensor] | None = None
 
-    @property
-    def target(self) -> Path:
-        """Folder of the run to be written."""
+    def place(self, name: str) -> Path:
+        """Gives the lift its name.
+
+        Args:
+            name: Of the lift.
+
+        Returns:
+            The folder that it goes to.
+        """
+        for config in self.configs:
+            config.output_dir, config.experiment_name = self.folder, LIFTS
+            config.method_name, config.timestamp = METHOD, name
         return self.configs[0].get_base_dir()
 
 
-def runs_below(root: Path, with_lifted: bool = False) -> tuple[list[Path], list[str]]:
+def runs_below(root: Path, backbone: str | None = None, student: bool = False) -> tuple[list[Path], list[str]]:
     """Finds the finished splatfacto and fit3d-splat runs below a folder.
 
     Args:
         root: Folder of runs.
-        with_lifted: Whether to take trained runs that have lifted features already, to lift another teacher's; runs
-            that this command wrote hold the same geometry once more, and are never taken.
+        backbone: The teacher, if it is named: runs that were lifted while they trained are left out where it was
+            their teacher already.
+        student: Whether the teacher is a fine-tuned one, which was no run's teacher while it trained.
 
     Returns:
-        Their ``config.yml``, and one sentence for each run that is left out.
+        Their ``config.yml``, lifts not among them; and one sentence for each run that is left out.
 
     Raises:
         UserError: If there is none.
     """
     chosen, notes = [], []
     for path in find_runs(root):
-        if (path.parent / RECORD).is_file() and not (with_lifted and _was_trained(path.parent)):
-            continue  # lifted already, by this command or while training
+        was_lifted = (path.parent / RECORD).is_file()
+        if was_lifted and not _was_trained(path.parent):
+            continue  # what this command wrote
         try:
             config = read_config(path)
         except UserError as error:
             notes.append(str(error))
+            continue
+        own = config.pipeline.datamanager
+        if was_lifted and not student and backbone in (None, getattr(own, "backbone", None)):
+            notes.append(f"{path} has features of its teacher since it was trained: left out (--load-config).")
             continue
         steps = int(find_checkpoint(path).stem.removeprefix("step-")) + 1
         if not isinstance(config.pipeline.model, SplatfactoModelConfig):
@@ -96,18 +114,16 @@ def _was_trained(run: Path) -> bool:
         return False
 
 
-def source_from_run(path: Path, suffix: str, output_dir: Path | None, data: Path | None) -> LiftSource:
-    """Prepares a run of splatfacto or fit3d-splat.
+def source_from_run(path: Path, output_dir: Path | None, data: Path | None) -> LiftSource:
+    """Prepares a run of splatfacto or fit3d-splat, or one of the lifts onto it.
 
     Args:
         path: Its ``config.yml``, or its folder.
-        suffix: Appended to the name of the run, to name the new one; where a run of that name in another method's
-            folder was lifted already, after the method's name.
-        output_dir: Where the new run goes instead of beside the old one.
+        output_dir: Where lifts go instead of into the run.
         data: Where the scene is now, if it moved.
 
     Raises:
-        UserError: If it is no such run, cannot be read, or the new one's folder holds a run that was not lifted.
+        UserError: If it is no such run, or cannot be read.
     """
     config = read_config(path)
     run = (path.parent if path.name == CONFIG else path).absolute()
@@ -117,6 +133,9 @@ def source_from_run(path: Path, suffix: str, output_dir: Path | None, data: Path
             f"{path} is a run of {config.method_name}: features are lifted onto splatfacto and {METHOD} runs."
         )
     checkpoint = find_checkpoint(run)
+    geometry = geometry_of(checkpoint)
+    if geometry != checkpoint:  # a lift was named: its new neighbour stands where it stands
+        run = geometry.parent if geometry.suffix == ".safetensors" else run_folder(geometry)
     new = _empty_config()
     skipped = {
         "_target",
@@ -139,27 +158,22 @@ def source_from_run(path: Path, suffix: str, output_dir: Path | None, data: Path
             f"The scene {new.pipeline.datamanager.data} of the run {run} does not exist (moved?): name its new place "  # type: ignore[attr-defined]
             "with --data."
         )
-    status = checkpoint.stat()
+    status = geometry.stat()
     step = int(checkpoint.stem.removeprefix("step-"))
     new.max_num_iterations = min(new.max_num_iterations, step + 1)
-    experiment = run.parents[1].name if len(run.parents) > 2 else config.experiment_name
-    outputs = output_dir or (run.parents[2] if len(run.parents) > 2 else run.parent)
-    _place(new, outputs, experiment, f"{run.name}-{suffix}")
-    existing = finished_request(new.get_base_dir())
-    method = run.parent.name
-    if existing is not None and Path(existing.get("source", run)).parent.name != method:
-        # Runs of two methods that were given the same timestamp.
-        _place(new, outputs, experiment, f"{run.name}-{method}-{suffix}")
+    folder = run
+    if output_dir is not None:
+        folder = output_dir.expanduser().absolute() / Path(*run.parts[1:][-3:])  # EXPERIMENT/METHOD/RUN
     identity = {
         "source": str(run),
-        "checkpoint": checkpoint.name,
+        "checkpoint": geometry.name,
         "bytes": status.st_size,
         "modified_ns": status.st_mtime_ns,
     }
-    return LiftSource(str(run), [new], step, identity, run=checkpoint)
+    return LiftSource(str(run), folder, [new], step, identity, geometry, checkpoint)
 
 
-def source_from_ply(path: Path, data: Path | None, suffix: str, output_dir: Path | None) -> LiftSource:
+def source_from_ply(path: Path, data: Path | None, output_dir: Path | None) -> LiftSource:
     """Prepares a PLY file of Gaussians and the scene that it was trained on.
 
     Its coordinates may be those of the scene's files (3DGS and most other programs) or those to which nerfstudio turns
@@ -168,8 +182,7 @@ def source_from_ply(path: Path, data: Path | None, suffix: str, output_dir: Path
     Args:
         path: The PLY file.
         data: The scene, in nerfstudio's or COLMAP's format.
-        suffix: Appended to the file's name, to name the run.
-        output_dir: Where the run goes, ``outputs`` if None.
+        output_dir: Where the file's geometry and lifts go, ``outputs`` if None.
 
     Raises:
         UserError: If file or scene cannot be used.
@@ -185,12 +198,12 @@ def source_from_ply(path: Path, data: Path | None, suffix: str, output_dir: Path
         config.pipeline.model.sh_degree = sh_degree(gaussians)  # type: ignore[attr-defined]
         _set_data(config, data)
         config.max_num_iterations = 1
-        name = data.name if data.is_dir() else data.stem
-        _place(config, output_dir or Path("outputs"), name, f"{path.stem}-{suffix}")
         configs.append(config)
+    scene = data.name if data.is_dir() else data.stem
+    folder = (output_dir or Path("outputs")).expanduser().absolute() / scene / METHOD / path.stem
     status = path.stat()
     identity = {"source": str(path), "data": str(data), "bytes": status.st_size, "modified_ns": status.st_mtime_ns}
-    return LiftSource(str(path), configs, 0, identity, gaussians=gaussians)
+    return LiftSource(str(path), folder, configs, 0, identity, path, gaussians=gaussians)
 
 
 def _dataparsers(data: Path) -> list[Any]:
@@ -236,8 +249,3 @@ def _copy_fields(old: Any, new: Any, skipped: set[str]) -> None:
 def _set_data(config: Fit3DTrainerConfig, data: Path) -> None:
     datamanager: Any = config.pipeline.datamanager
     config.data = datamanager.data = datamanager.dataparser.data = data.expanduser().absolute()
-
-
-def _place(config: Fit3DTrainerConfig, output_dir: Path, experiment: str | None, timestamp: str) -> None:
-    config.output_dir = output_dir.expanduser().absolute()
-    config.experiment_name, config.method_name, config.timestamp = experiment, METHOD, timestamp
