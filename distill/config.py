@@ -155,6 +155,10 @@ class DistillConfig:
     """Also write backbone_fp16.safetensors, in half precision."""
     dinov2_layout: bool = False
     """Also write backbone_dinov2.safetensors, with the keys of facebookresearch/dinov2 (DINOv2 backbones only)."""
+    transformers_layout: bool = False
+    """Also write transformers/, a folder that transformers' AutoModel opens (DINOv2 backbones only)."""
+    onnx: bool = False
+    """Also write backbone.onnx, a graph from images of any size to patch tokens; needs onnx and onnxscript."""
     push_to_hub: Annotated[str | None, tyro.conf.arg(metavar="USER/REPO")] = None
     """Upload the result to this repository of the Hugging Face hub; needs a login."""
 

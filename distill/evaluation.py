@@ -13,12 +13,11 @@ from distill.scenes import Scene
 from distill.targets import LiftedTargets, TargetSource
 from fit3d_ns.backbones import Backbone
 from fit3d_ns.backbones.averaging import interpolate
+from fit3d_ns.backbones.result_folder import MEASURES
 from fit3d_ns.features.metrics import MatchedViews, feature_cosine, feature_l1
 
 AMOUNTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Shares of the student at which the average with the original is measured."""
-MEASURES = ("l1", "cosine", "view_match", "drift")
-"""Distance and cosine to the target, share of points found again in another view, cosine to the original."""
 
 
 @dataclass(frozen=True)

@@ -8,19 +8,13 @@ from typing import Any
 
 import torch
 
-from distill.evaluation import MEASURES, SceneResult, average, average_curve
-from fit3d_ns.backbones.result_folder import CARD_NAME
+from distill.evaluation import SceneResult, average, average_curve
+from fit3d_ns.backbones.result_folder import CARD_NAME, MEASURES, METRICS_NAME
 from fit3d_ns.features.pca import ColorBasis
 from fit3d_ns.support.files import atomic_write_json
 from fit3d_ns.support.html_report import Report
 
-METRICS_NAME = "metrics.json"
-_METRICS = (
-    ("l1", "L1 to the target (lower is better)"),
-    ("cosine", "cosine to the target"),
-    ("view_match", "points that the features find again in another view"),
-    ("drift", "cosine to the original's features"),
-)
+_METRICS = tuple(MEASURES.items())
 _TITLES = {
     "lifted": "A backbone distilled from 3D",
     "control": "A backbone distilled without 3D (control)",

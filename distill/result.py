@@ -106,7 +106,7 @@ def push_to_hub(repository: str, files: Sequence[Path]) -> str:
 
     Args:
         repository: ``user/name``; made if it does not exist.
-        files: What to upload.
+        files: What to upload, the first of them at the top of the result folder.
 
     Returns:
         The repository's address.
@@ -120,7 +120,8 @@ def push_to_hub(repository: str, files: Sequence[Path]) -> str:
     try:
         address = api.create_repo(repository, exist_ok=True)
         for path in files:
-            api.upload_file(path_or_fileobj=str(path), path_in_repo=path.name, repo_id=repository)
+            name = path.relative_to(files[0].parent).as_posix()
+            api.upload_file(path_or_fileobj=str(path), path_in_repo=name, repo_id=repository)
     except Exception as error:  # the client's HTTP library, and so its errors, changed between releases
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(

@@ -19,7 +19,8 @@ from distill.student import load_original, load_student, load_teacher, plain_sta
 from distill.targets import LiftedTargets, TargetSource
 from distill.trainer import Trainer, TrainingResult, read_resumed
 from fit3d_ns.backbones.averaging import interpolate
-from fit3d_ns.backbones.result_folder import check_dinov2, write_weights
+from fit3d_ns.backbones.other_formats import check_dinov2, check_onnx
+from fit3d_ns.backbones.result_folder import METRICS_NAME, write_model_card, write_weights
 from fit3d_ns.support.curve_log import CurveLog
 from fit3d_ns.support.errors import UserError
 from fit3d_ns.support.processes import World
@@ -56,6 +57,10 @@ class Session:
         self.resumed = read_resumed(config, self.recipe, scenes, self.start)
         if config.dinov2_layout:
             check_dinov2(self.start.info.timm_id)
+        if config.transformers_layout:
+            check_dinov2(self.start.info.timm_id, "--transformers-layout")
+        if config.onnx:
+            check_onnx()
         memory = _photo_memory(config, device)
         self.photos = PhotoStore(
             every,
@@ -169,7 +174,16 @@ class Session:
                 round(blurs[index], 3) if index in blurs else None for index in range(len(self.scenes))
             ]
         averaged = interpolate(student, original, amount)
-        files = write_weights(config.output_dir, student, averaged, card, config.half, config.dinov2_layout)
+        files = write_weights(
+            config.output_dir,
+            student,
+            averaged,
+            card,
+            config.half,
+            config.dinov2_layout,
+            config.transformers_layout,
+            config.onnx,
+        )
         _LOGGER.info(f"Weights: {files[0]}")
         averages = Averages(copy.deepcopy(self.original), student, original)
         results = [self._measure(index, averages) for index in range(len(self.scenes) + len(self.validation))]
@@ -177,8 +191,9 @@ class Session:
         findings = Findings(results[:first], results[first:], result.losses, result.validation)
         write_metrics(config.output_dir, card, findings)
         write_report(config.output_dir, card, findings)
-        files += [config.output_dir / "metrics.json", config.output_dir / "report.html"]
+        files += [config.output_dir / METRICS_NAME, config.output_dir / "report.html"]
         _LOGGER.info(f"Report:  {files[-1]}")
+        files.append(write_model_card(config.output_dir))
         if config.push_to_hub is not None:
             _LOGGER.info(f"Uploaded to {push_to_hub(config.push_to_hub, files)}")
 

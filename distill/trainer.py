@@ -190,7 +190,8 @@ class Trainer:
         weights = sum(tensor.numel() * tensor.element_size() for tensor in self._student.model.state_dict().values())
         moments = 2 * sum(parameter.numel() * parameter.element_size() for parameter in self._parameters)
         checkpoint = weights * (1 if self._average is None else 2) + moments
-        result = weights * (1 + (self._recipe.interpolate < 1) + 0.5 * config.half + config.dinov2_layout)
+        result = weights * (1 + (self._recipe.interpolate < 1) + 0.5 * config.half)
+        result += weights * (config.dinov2_layout + config.transformers_layout + config.onnx)
         check_space(config.output_dir, checkpoint, int(result), config.keep_checkpoints)
 
     def _make_runner(self) -> StepRunner:

@@ -1,5 +1,6 @@
 """The fine-tuned backbones that a table compares with their original, and what their cards ask of the probe."""
 
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -7,8 +8,10 @@ from pathlib import Path
 from typing import Literal
 
 from fit3d_ns.backbones import BackboneSpec, FineTuned, describe_backbone, find_fine_tuned, flags_named
+from fit3d_ns.backbones.result_folder import CARD_NAME, README_NAME, add_probe
 from fit3d_ns.support.errors import UserError
 
+_LOGGER = logging.getLogger(__name__)
 DEFAULT_BACKBONE = "dinov2_small"
 TUNED, CONTROL = "tuned", "control"
 _NAMED = re.compile(r"([A-Za-z][A-Za-z0-9-]*)=(.+)")
@@ -62,6 +65,25 @@ def find_partners(tuned: Sequence[str], control: Sequence[str]) -> tuple[Partner
             number = 1 + sum(partner.group == group for partner in partners)
             partners.append(Partner(group if number == 1 else f"{group}.{number}", group, role, found))
     return tuple(partners)
+
+
+def note_in_model_cards(partners: Sequence[Partner], title: str, table: Path) -> None:
+    """Adds a probe's table to the model card of each student whose result folder is on this machine.
+
+    Args:
+        partners: The fine-tuned backbones.
+        title: Of the probe.
+        table: The probe's table.md.
+    """
+    lines = table.read_text().splitlines()[2:-1]  # neither title nor command
+    for partner in partners:
+        folder = partner.found.weights.parent
+        if not (folder / README_NAME).is_file() or not (folder / CARD_NAME).is_file():
+            continue
+        try:
+            _LOGGER.info("Model card: %s", add_probe(folder, title, "\n".join(lines)))
+        except UserError as error:
+            _LOGGER.warning("The model card of %s was not changed: %s", folder, error)
 
 
 def require_one_each(partners: Sequence[Partner], probe: str) -> None:

@@ -22,9 +22,9 @@ from probe.data.choice import Kind
 from probe.data.loading import load_data
 from probe.exact.run import run_exact
 from probe.features import FrozenBackbones, Row, choose_rows, load_backbones, row_features
-from probe.partners import require_one_each
+from probe.partners import note_in_model_cards, require_one_each
 from probe.protocols import DepthRecipe, FastRecipe, Optimization, choose_fast_recipe, choose_recipe, override
-from probe.report import LossLog, ResultFolder, provenance, write_report
+from probe.report import LossLog, ResultFolder, provenance, report_title, write_report
 from probe.sources import CachedSource, OnlineSource, Source, whole_size
 from probe.tasks import TASKS, Task
 from probe.training import Head, HeadBank, mean_losses
@@ -174,6 +174,7 @@ def _run(config: TrainedProbeConfig, kind: Kind, world: World) -> None:
             **provenance(device),
         }
         write_report(results, task, rows, widths[0], config.seeds, summary)
+        note_in_model_cards(partners, f"{report_title(summary)} ({summary['protocol']})", results.folder / "table.md")
         _LOGGER.info("Report: %s", results.folder / "report.html")
 
 

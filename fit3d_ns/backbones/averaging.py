@@ -9,9 +9,12 @@ from fit3d_ns.backbones.identity import hash_state_dict, load_weights, spec_of_i
 from fit3d_ns.backbones.result_folder import (
     DINOV2_NAME,
     HALF_NAME,
+    ONNX_NAME,
     STUDENT_NAME,
+    TRANSFORMERS_NAME,
     WEIGHTS_NAME,
     read_card,
+    write_model_card,
     write_weights,
 )
 from fit3d_ns.backbones.spec import Assembly
@@ -80,7 +83,7 @@ def average_result(folder: Path, amount: float, original_weights: Path | None = 
     """Averages a finished result folder anew; takes the weights alone: no photos, no scenes, no GPU.
 
     The un-averaged student stays in the folder, so this can be repeated with any amount, and after being killed. The
-    layouts that the folder holds (half precision, DINOv2's) are made anew too.
+    layouts that the folder holds (half precision, DINOv2's, transformers', ONNX) are made anew too.
 
     Args:
         folder: What ``fit3d-distill`` wrote, averaged or not, of this version or an earlier one.
@@ -88,7 +91,7 @@ def average_result(folder: Path, amount: float, original_weights: Path | None = 
         original_weights: Weight file of the original, if it is not the one its name stands for.
 
     Returns:
-        The files written: weights first, card last.
+        The files written: weights first.
 
     Raises:
         UserError: If the amount is outside [0, 1], the folder is none of a finished training, its student or the
@@ -110,9 +113,12 @@ def average_result(folder: Path, amount: float, original_weights: Path | None = 
             "--original-weights."
         )
     card |= {"interpolate": amount, "assembly": default_assembly(amount)}
-    layouts = {name: (folder / name).is_file() for name in (HALF_NAME, DINOV2_NAME)}
+    half, dinov2, transformers, onnx = (
+        (folder / name).exists() for name in (HALF_NAME, DINOV2_NAME, TRANSFORMERS_NAME, ONNX_NAME)
+    )
     averaged = interpolate(student, original, amount)
-    return write_weights(folder, student, averaged, card, layouts[HALF_NAME], layouts[DINOV2_NAME])
+    files = write_weights(folder, student, averaged, card, half, dinov2, transformers, onnx)
+    return [*files, write_model_card(folder)]
 
 
 def _read_student(folder: Path, expected: str) -> dict[str, Tensor]:

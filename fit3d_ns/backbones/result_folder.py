@@ -1,18 +1,24 @@
 """The folder that a training leaves: which files it holds, its card, and the layouts its weights are written in."""
 
 import re
-from collections.abc import Mapping
+import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from fit3d_ns.backbones.identity import check_identity, hash_state_dict
+from fit3d_ns.backbones.other_formats import (
+    to_dinov2_layout,
+    write_onnx,
+    write_timm_config,
+    write_transformers,
+)
 from fit3d_ns.support.errors import DamagedFile, UserError
-from fit3d_ns.support.files import atomic_path, atomic_write_json
+from fit3d_ns.support.files import atomic_path, atomic_write_json, atomic_write_text
 from fit3d_ns.support.json_files import build, read_json
 
 WEIGHTS_NAME = "backbone.safetensors"
@@ -23,8 +29,26 @@ HALF_NAME = "backbone_fp16.safetensors"
 """The result in half precision, on request."""
 DINOV2_NAME = "backbone_dinov2.safetensors"
 """The result with the keys of facebookresearch/dinov2, on request."""
+ONNX_NAME = "backbone.onnx"
+"""The result as a graph from images to patch tokens, on request."""
+TRANSFORMERS_NAME = "transformers"
+"""Folder of the result in transformers' layout, on request."""
+METRICS_NAME = "metrics.json"
+"""What was measured after training."""
+README_NAME = "README.md"
+"""The model card, which the hub shows."""
+PROBES_NAME = "probes.json"
+"""Tables of the probes that were run on the result, for the model card."""
 CARD_NAME = "card.json"
 """Where the weights come from, beside them."""
+
+MEASURES = {
+    "l1": "L1 to the target (lower is better)",
+    "cosine": "cosine to the target",
+    "view_match": "points that the features find again in another view",
+    "drift": "cosine to the original's features",
+}
+"""What is measured of views that were not trained on, by its name in `METRICS_NAME`."""
 
 
 @dataclass(frozen=True)
@@ -107,8 +131,12 @@ def write_weights(
     card: Mapping[str, Any],
     half: bool,
     dinov2_layout: bool,
+    transformers_layout: bool = False,
+    onnx: bool = False,
 ) -> list[Path]:
     """Writes a result: the student, what was averaged of it, other layouts, then the card that vouches for them.
+
+    With timm's config.json beside them, the weights are a folder that plain timm opens.
 
     Each file is whole or absent. A process killed between two of them leaves weights that the card's hashes do not
     know, which every reader notices; the un-averaged student is written first, so the average can be made again.
@@ -120,12 +148,14 @@ def write_weights(
         card: What else the card says; ``weights_sha256`` and ``student_sha256`` are added here.
         half: Whether to write `HALF_NAME`.
         dinov2_layout: Whether to write `DINOV2_NAME`.
+        transformers_layout: Whether to write `TRANSFORMERS_NAME`.
+        onnx: Whether to write `ONNX_NAME`.
 
     Returns:
         The files written.
 
     Raises:
-        UserError: If the disk refuses, or the backbone has no DINOv2 layout.
+        UserError: If the disk refuses, the backbone has no such layout, or what writes it is not installed.
     """
     hashes = {"weights_sha256": hash_state_dict(averaged), "student_sha256": hash_state_dict(student)}
     layouts: dict[str, Mapping[str, Tensor]] = {}
@@ -141,53 +171,138 @@ def write_weights(
     for name, tensors in layouts.items():
         with atomic_path(folder / name) as temporary:
             save_file({key: value.contiguous() for key, value in tensors.items()}, temporary)
+    others = [write_timm_config(folder, card["student"], WEIGHTS_NAME)]
+    if onnx:
+        others.append(write_onnx(folder / ONNX_NAME, averaged, card["student"]))
+    if transformers_layout:
+        others += write_transformers(folder / TRANSFORMERS_NAME, averaged, card["student"])
     atomic_write_json(folder / CARD_NAME, {**card, **hashes})
-    for name in {STUDENT_NAME, HALF_NAME, DINOV2_NAME} - set(layouts):
-        (folder / name).unlink(missing_ok=True)  # of an earlier training, or another average
+    # What is left of an earlier training, or another average.
+    for name in {STUDENT_NAME, HALF_NAME, DINOV2_NAME, PROBES_NAME} - set(layouts):
+        (folder / name).unlink(missing_ok=True)
+    if not onnx:
+        (folder / ONNX_NAME).unlink(missing_ok=True)
+    if not transformers_layout:
+        shutil.rmtree(folder / TRANSFORMERS_NAME, ignore_errors=True)
     files = [folder / name for name in layouts]
     files.sort(key=lambda path: path.name != WEIGHTS_NAME)
-    return [*files, folder / CARD_NAME]
+    return [*files, *others, folder / CARD_NAME]
 
 
-def check_dinov2(timm_id: str) -> None:
-    """Refuses backbones that facebookresearch/dinov2 does not have.
-
-    Args:
-        timm_id: The architecture and weights tag, as timm names them.
-
-    Raises:
-        UserError: If ``timm_id`` is none of them.
-    """
-    if "dinov2" not in timm_id:
-        raise UserError(f"--dinov2-layout is for DINOv2 backbones, and {timm_id} is none: leave it out.")
-
-
-def to_dinov2_layout(weights: Mapping[str, Tensor], timm_id: str) -> dict[str, Tensor]:
-    """Converts timm's keys of a DINOv2 to those of facebookresearch/dinov2.
-
-    With registers, timm folds the class token's position embedding into the token; it is given back as zero, which
-    is the same sum.
+def write_model_card(folder: Path) -> Path:
+    """Writes the page that the hub shows, `README_NAME`, from the card, metrics.json and the probes' tables.
 
     Args:
-        weights: timm's state dict.
-        timm_id: The architecture.
+        folder: A result.
 
     Returns:
-        Tensors that Meta's ``vit_*`` modules load with ``strict=True``.
+        The file.
 
     Raises:
-        UserError: If the backbone is no DINOv2.
+        UserError: If the card is damaged, or the disk refuses.
     """
-    check_dinov2(timm_id)
-    converted = dict(weights)
-    width = converted["cls_token"].shape[-1]
-    if "reg_token" in converted:
-        converted["register_tokens"] = converted.pop("reg_token")
-        positions = converted["pos_embed"]  # [1, h * w, C]
-        converted["pos_embed"] = torch.cat([positions.new_zeros(1, 1, width), positions], dim=1)
-    converted["mask_token"] = converted["cls_token"].new_zeros(1, width)
-    if "giant" in timm_id:  # SwiGLU
-        renames = ((r"\.mlp\.fc1\.", ".mlp.w12."), (r"\.mlp\.fc2\.", ".mlp.w3."))
-        for pattern, replacement in renames:
-            converted = {re.sub(pattern, replacement, name): tensor for name, tensor in converted.items()}
-    return converted
+    card = read_card(folder)
+    student, settings = card["student"], card.get("settings", {})
+    lines = [
+        "---",
+        "library_name: timm",
+        f"base_model: timm/{student['timm_id']}",
+        "pipeline_tag: image-feature-extraction",
+        "tags:",
+        *(f"- {tag}" for tag in ("timm", "fit3d", "image-feature-extraction")),
+        "---",
+        "",
+        f"# {student['name']}, fine-tuned on features lifted into 3D",
+        "",
+        f"[FiT3D](https://arxiv.org/abs/2407.20229): {student['name']} (`{student['timm_id']}`) learnt "
+        + (
+            "its own features, blended in 3D"
+            if settings.get("targets", "lifted") == "lifted"
+            else "a control's targets"
+        )
+        + f", of {len(card.get('scenes', []))} scenes with {card.get('training_views', '?')} photos. Recipe "
+        + f"`{card.get('recipe', 'paper')}`, {card.get('steps', '?')} steps"
+        + (
+            f"; averaged: {card['interpolate']:g} x student + {1 - card['interpolate']:g} x original."
+            if _is_mean(card)
+            else "."
+        ),
+        "",
+        "## Use",
+        "",
+        "```python",
+        "import timm",
+        'model = timm.create_model("local-dir:FOLDER", pretrained=True)  # "hf-hub:USER/REPO" where it was uploaded',
+        f"tokens = model.forward_features(images)  # mean {_numbers(student['mean'])}, std {_numbers(student['std'])}",
+        "```",
+        "",
+        f"Trained were the tokens of block {student['layer']}, {'after' if student['norm'] else 'before'} the final "
+        f"norm, of photos whose sides are multiples of {student['patch_size']}. `fit3d_ns.backbones.load(FOLDER)` "
+        f"takes them so, {_beside(card)}.",
+    ]
+    if (folder / TRANSFORMERS_NAME).is_dir():
+        lines += ["", f'With transformers: `AutoModel.from_pretrained("FOLDER/{TRANSFORMERS_NAME}")`.']
+    if (folder / ONNX_NAME).is_file():
+        lines += ["", f"`{ONNX_NAME}`: images [B, 3, H, W], RGB in [0, 1], to patch tokens [B, C, h, w], at any size."]
+    lines += _measured(folder)
+    for title, table in _read_optional(folder / PROBES_NAME).items():
+        lines += ["", f"## {title}", "", str(table).strip()]
+    atomic_write_text(folder / README_NAME, "\n".join(lines) + "\n")
+    return folder / README_NAME
+
+
+def add_probe(folder: Path, title: str, table: str) -> Path:
+    """Adds a probe's table to a result's model card, in place of an earlier one of that title.
+
+    Args:
+        folder: A result.
+        title: Of the probe and its data.
+        table: Markdown.
+
+    Returns:
+        The model card.
+
+    Raises:
+        UserError: If the card is damaged, or the disk refuses.
+    """
+    atomic_write_json(folder / PROBES_NAME, {**_read_optional(folder / PROBES_NAME), title: table})
+    return write_model_card(folder)
+
+
+def _measured(folder: Path) -> list[str]:
+    """What metrics.json says of views that were not trained on, as a table."""
+    metrics = _read_optional(folder / METRICS_NAME)
+    lines: list[str] = []
+    validation = metrics.get("validation") or {}
+    for title, mean in (
+        ("scenes that it was trained on", metrics.get("mean")),
+        ("other scenes", validation.get("mean")),
+    ):
+        rows = [
+            f"| {words} | {mean[f'{name}_before']:.4f} | {mean[f'{name}_after']:.4f} |"
+            for name, words in MEASURES.items()
+            if mean and f"{name}_before" in mean and f"{name}_after" in mean
+        ]
+        if rows:
+            lines += ["", f"Held-out views of {title}:", "", "| | original | this |", "|---|---|---|", *rows]
+    return ["", "## Measured", *lines] if lines else []
+
+
+def _read_optional(path: Path) -> dict[str, Any]:
+    try:
+        content = read_json(path)
+    except (FileNotFoundError, DamagedFile):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _is_mean(card: Mapping[str, Any]) -> bool:
+    return card.get("interpolate") not in (None, 1, 1.0)
+
+
+def _beside(card: Mapping[str, Any]) -> str:
+    return "alone" if card.get("assembly") == "tuned" else "beside the original's"
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return "(" + ", ".join(f"{value:g}" for value in values) + ")"

@@ -31,9 +31,9 @@ from probe.exact.solved_rows import SolvedRows
 from probe.feature_store import FeatureStore
 from probe.features import FrozenBackbones, Row, choose_rows, load_backbones
 from probe.metrics import segmentation_scores, segmentation_sums
-from probe.partners import Partner
+from probe.partners import Partner, note_in_model_cards
 from probe.protocols import ExactRecipe, choose_exact_recipe, choose_recipe
-from probe.report import ResultFolder, provenance
+from probe.report import ResultFolder, provenance, report_title
 from probe.sources import whole_size
 from probe.tasks import TASKS, Task
 
@@ -126,6 +126,7 @@ def run_exact(config: TrainedProbeConfig, kind: Kind, world: World) -> None:
             **provenance(device),
         }
         write_exact_report(results, task, recipe, units, partners, width, summary)
+        note_in_model_cards(partners, f"{report_title(summary)} ({summary['protocol']})", results.folder / "table.md")
         _LOGGER.info("Report: %s", results.folder / "report.html")
     wait_for_all()
 

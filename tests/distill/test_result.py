@@ -8,7 +8,8 @@ from safetensors.torch import load_file, save_file
 from distill.result import push_to_hub
 from distill.student import plain_state_dict
 from fit3d_ns.backbones import BackboneSpec, load_backbone
-from fit3d_ns.backbones.result_folder import to_dinov2_layout, write_weights
+from fit3d_ns.backbones.other_formats import to_dinov2_layout
+from fit3d_ns.backbones.result_folder import write_weights
 from fit3d_ns.support.errors import UserError
 
 
@@ -51,9 +52,11 @@ def test_other_backbones_have_no_dinov2_layout():
 
 def test_files_are_whole_and_the_hub_gets_them(tmp_path, monkeypatch):
     weights = {"weight": torch.randn(3, 2), "count": torch.tensor(3)}
-    card = {"student": {"timm_id": "x"}}
+    card = {"student": {"name": "test_vit", "mean": [0.5] * 3, "std": [0.5] * 3}}
     files = write_weights(tmp_path, weights, weights, card, half=True, dinov2_layout=False)
-    assert [path.name for path in files] == ["backbone.safetensors", "backbone_fp16.safetensors", "card.json"]
+    assert [path.name for path in files] == [
+        *("backbone.safetensors", "backbone_fp16.safetensors", "config.json", "card.json")
+    ]
     assert load_file(files[1])["weight"].dtype == torch.float16 and load_file(files[1])["count"] == 3
     files = write_weights(tmp_path, weights, weights, card, half=False, dinov2_layout=False)
     assert sorted(tmp_path.iterdir()) == sorted(files)  # nothing of the training before lies beside the new card

@@ -102,7 +102,8 @@ def test_a_finished_folder_is_averaged_again_and_again(result, teacher_weights):
     folder, student, original = result
     for amount in (0.6, 0.25, 0.0):
         files = average_result(folder, amount, teacher_weights)
-        assert [path.name for path in files] == ["backbone.safetensors", "student.safetensors", "card.json"]
+        wanted = ["backbone.safetensors", "student.safetensors", "config.json", "card.json", "README.md"]
+        assert [path.name for path in files] == wanted
         wanted = interpolate(student, original, amount)
         assert hash_state_dict(load_file(folder / "backbone.safetensors")) == hash_state_dict(wanted)
         assert hash_state_dict(load_file(folder / "student.safetensors")) == hash_state_dict(student)
