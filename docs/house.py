@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("fit3d_ns", "fit3d_rooms", "distill", "probe", "demo")
+PACKAGES = ("fit3d_ns", "fit3d_rooms", "distill", "probe", "fit3d_loop", "demo")
 FLOORS = (
     ("fit3d_ns/__init__.py", "fit3d_ns/support"),
     ("fit3d_ns/backbones", "fit3d_ns/rasterization"),
@@ -24,6 +24,7 @@ FLOORS = (
     ("fit3d_ns/config.py",),
     ("fit3d_ns/commands",),
     ("fit3d_rooms", "distill", "probe"),
+    ("fit3d_loop",),
     ("demo",),
 )
 """Rooms by floor, from the ground: folders, and what nerfstudio registers as single files."""

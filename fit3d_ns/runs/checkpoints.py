@@ -25,6 +25,7 @@ from fit3d_ns.runs.names import (
     SPLAT,
 )
 from fit3d_ns.support.errors import UserError
+from fit3d_ns.support.files import atomic_path, explain_unwritable
 
 _CHECKPOINT = re.compile(r"step-(\d+)\.ckpt")
 
@@ -191,6 +192,24 @@ def _lifted(checkpoint: Path) -> dict[str, Tensor]:
         return {f"{GAUSSIANS}{FEATURES}": tensors[FEATURES].float(), DECODER_WEIGHT: tensors[DECODER]}
     except (OSError, SafetensorError, KeyError) as error:
         raise UserError(f"{path} is missing or damaged ({error}): lift again.") from error
+
+
+def drop_optimizer_state(checkpoint: Path) -> None:
+    """Writes a checkpoint anew without its optimizers' state, two thirds of it; nothing happens where there is none.
+
+    A run that is trained on from there starts its optimizers anew.
+
+    Args:
+        checkpoint: Path of a ``step-*.ckpt``.
+
+    Raises:
+        UserError: If it cannot be read or written.
+    """
+    state = read_checkpoint(checkpoint)
+    if not state.get("optimizers"):
+        return
+    with explain_unwritable(checkpoint), atomic_path(checkpoint) as temporary:
+        torch.save({**state, "optimizers": {}, "schedulers": {}, "scalers": {}}, temporary)
 
 
 def refusal_reason(error: Exception) -> str:

@@ -27,6 +27,10 @@ GEOMETRY = "geometry"
 
 SPLAT = ("means", "scales", "quats", "features_dc", "features_rest", "opacities")
 """Splatfacto's own parameters: centres, log scales, quaternions, colours, logit opacities."""
+
+GEOMETRY_RECORD = "geometry.json"
+"""How well a trained run renders its held-out views, where `fit3d_ns.commands.training` trained it."""
+
 FEATURES = "fit3d_features"
 """Among the model's ``gauss_params``, and the group of its optimizer."""
 DECODER = "fit3d_decoder"

@@ -12,7 +12,7 @@ from rich.console import Console
 CONSOLE = Console(stderr=True)
 """Where everything is shown that is meant for people: sentences, progress, headings."""
 
-_PACKAGES = ("fit3d_ns", "fit3d_rooms", "distill", "probe", "demo")
+_PACKAGES = ("fit3d_ns", "fit3d_rooms", "distill", "probe", "fit3d_loop", "demo")
 
 
 def rank() -> int:

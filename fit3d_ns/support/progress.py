@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Protocol, TypeVar
 
@@ -40,6 +40,9 @@ def progress(title: str, total: int, done: int = 0, show: bool = True) -> Iterat
     """
     if not show or rank() or total <= done:
         yield lambda count=1, remark=None: None
+        return
+    if _watchers:
+        yield _Watched(_watchers[-1], title, total, done)
         return
     if not CONSOLE.is_terminal:
         yield _LineLogger(title, total, done)
@@ -79,6 +82,29 @@ def tracked(items: Iterable[Item], title: str, total: int) -> Iterator[Item]:
         for item in items:
             yield item
             advance()
+
+
+_watchers: list[Callable[[str, float, int], None]] = []
+
+
+def watch(watcher: Callable[[str, float, int], None]) -> None:
+    """Has all progress of this process told to a program instead of shown.
+
+    Args:
+        watcher: Called with the work's title, the items done and the items in all.
+    """
+    _watchers.append(watcher)
+
+
+class _Watched:
+    """Tells a watcher where the work stands."""
+
+    def __init__(self, watcher: Callable[[str, float, int], None], title: str, total: int, done: int) -> None:
+        self._watcher, self._title, self._total, self._done = watcher, title, total, float(done)
+
+    def __call__(self, count: float = 1, remark: str | None = None) -> None:
+        self._done += count
+        self._watcher(self._title, self._done, self._total)
 
 
 class _LineLogger:

@@ -39,6 +39,7 @@ RUN_BY = {
     ),
     "fit3d-lift --runs": "tests/fit3d_ns/test_lifting_runs.py::test_all_runs_below_a_folder",
     "fit3d-lift --ply": "tests/fit3d_ns/test_lifting_ply.py::test_ply_in_either_coordinates",
+    "fit3d": "tests/fit3d_loop/test_loop.py::test_a_killed_driver_goes_on_to_the_same_student",
     "fit3d-distill --runs": "tests/demo/test_demo.py::test_the_page_tells_the_whole_story",
     "fit3d-distill --runs --resume": "tests/demo/test_demo.py::test_a_killed_demo_goes_on_where_it_was",
     "fit3d-distill --runs --targets": "tests/demo/test_demo.py::test_the_page_tells_the_whole_story",
@@ -84,6 +85,7 @@ def _configurations() -> dict[str, Any]:
     from benchmarks.evidence.figure import EvidenceFigure
     from demo.config import DemoConfig
     from distill.config import DistillConfig
+    from fit3d_loop.config import LoopConfig
     from fit3d_ns.commands.export.cli import ExportCommand
     from fit3d_ns.commands.lift.cli import LiftCommand
     from fit3d_rooms.cli import RoomsConfig
@@ -96,6 +98,7 @@ def _configurations() -> dict[str, Any]:
         "ns-process-data": ProcessCommands,
         "ns-render": tyro.conf.FlagConversionOff[RenderCommands],  # type: ignore[valid-type]
         "ns-viewer": tyro.conf.FlagConversionOff[RunViewer],
+        "fit3d": LoopConfig,
         "fit3d-distill": DistillConfig,
         "fit3d-export": ExportCommand,
         "fit3d-lift": LiftCommand,
@@ -153,7 +156,7 @@ CHECKS: dict[str, Callable[[list[str]], Any]] = {
     "python": _check_python,
     "torchrun": _check_torchrun,
 }
-NOT_OURS = {"pip", "sudo", "ls", "sed"}
+NOT_OURS = {"pip", "sudo", "ls", "sed", "ray", "srun"}
 """Programs whose arguments nobody checks here; they need a marker all the same."""
 
 
@@ -229,6 +232,7 @@ def _flags_of(program: str, *subcommand: str) -> set[str]:
 
 
 TABLES = {
+    "fit3d": [("fit3d",)],
     "train": [("ns-train", "fit3d-splat")],
     "lift": [("fit3d-lift",)],
     "distill": [("fit3d-distill",)],
@@ -275,7 +279,7 @@ def test_flags_in_the_text_exist(monkeypatch):
 def _sentences() -> list[str]:
     """Every string of the program, with … in the place of what is put in at run time."""
     found = []
-    for package in ("fit3d_ns", "fit3d_rooms", "distill", "probe"):
+    for package in ("fit3d_ns", "fit3d_rooms", "distill", "probe", "fit3d_loop"):
         for path in sorted((ROOT / package).rglob("*.py")):
             for node in ast.walk(ast.parse(path.read_text())):
                 if isinstance(node, ast.JoinedStr):

@@ -1,0 +1,251 @@
+"""What the loop leaves about itself: settings, one state file a scene, one record a step, locks. No database."""
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from fit3d_ns.support.errors import UserError
+from fit3d_ns.support.files import atomic_write_json
+
+SETTINGS = "loop.json"
+ORIGINAL = "original"
+"""Key of the teacher of the first round."""
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where things are below the output folder."""
+
+    root: Path
+    """The output folder, absolute."""
+
+    def state(self, scene: str) -> Path:
+        """Returns a scene's state file."""
+        return self.root / "scenes" / f"{scene}.json"
+
+    def geometry(self, scene: str) -> Path:
+        """Returns the run of a scene that is trained here."""
+        return self.root / "geometry" / scene / "fit3d-splat" / "geometry"
+
+    def lifts(self, scene: str) -> Path:
+        """Returns the folder of the lifts onto geometry that a user brought."""
+        return self.root / "lifts" / scene
+
+    def bundles(self, number: int, scene: str) -> Path:
+        """Returns the folder that holds a scene's bundle of a round."""
+        return self.root / "bundles" / f"round{number}" / scene
+
+    def teacher_maps(self, scene: str) -> Path:
+        """Returns where the teacher's maps of a scene are kept while features are lifted."""
+        return self.root / "teacher_maps" / scene
+
+    def student(self, number: int) -> Path:
+        """Returns the folder of a round's student."""
+        return self.root / "rounds" / str(number)
+
+    def control(self, kind: str) -> Path:
+        """Returns the folder of a control."""
+        return self.root / "controls" / kind
+
+    def probe(self, task: str) -> Path:
+        """Returns the folder of a probe."""
+        return self.root / "probes" / task
+
+    def step(self, name: str) -> Path:
+        """Returns the record of a step."""
+        return self.root / "steps" / f"{name}.json"
+
+    def log(self, name: str) -> Path:
+        """Returns where the output of a command goes."""
+        return self.root / "logs" / f"{name}.log"
+
+    def progress(self, name: str) -> Path:
+        """Returns where a running scene says how far it is."""
+        return self.root / "running" / f"{name}.json"
+
+    def lock(self, name: str) -> Path:
+        """Returns a lock file."""
+        return self.root / ".locks" / name
+
+
+@dataclass
+class SceneState:
+    """All that is known of a scene; written after what it vouches for."""
+
+    name: str
+    source: dict[str, Any]
+    """`SceneSource.identity`."""
+    geometry: dict[str, Any] | None = None
+    """Of a finished one: ``config`` (of the run), ``seconds``, ``made``, and ``psnr``, ``gaussians`` where trained."""
+    rounds: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """By number: ``teacher`` (its key), ``bundle``, ``seconds`` and ``metrics`` of the lift."""
+    failure: dict[str, Any] | None = None
+    """``round``, ``teacher``, ``stage``, ``sentence`` of the last attempt; None where it did not fail."""
+
+    def lifted(self, number: int, teacher: str) -> bool:
+        """Returns whether the features of a teacher were lifted in a round."""
+        return self.geometry is not None and self.rounds.get(str(number), {}).get("teacher") == teacher
+
+    def failed(self, number: int, teacher: str) -> bool:
+        """Returns whether the last attempt at a round with this teacher, or at one before, failed."""
+        if self.failure is None:
+            return False
+        before = self.failure["round"] < number
+        return before or (self.failure["round"] == number and self.failure["teacher"] == teacher)
+
+    def bundle(self, number: int) -> Path | None:
+        """Returns the bundle of a round, where it is still there."""
+        path = self.rounds.get(str(number), {}).get("bundle")
+        return Path(path) if path and (Path(path) / "scene.json").is_file() else None
+
+
+def read_state(places: Places, name: str, source: Mapping[str, Any]) -> SceneState:
+    """Reads a scene's state; a new one where there is none, or a damaged one.
+
+    Args:
+        places: Of the output folder.
+        name: The scene.
+        source: `SceneSource.identity`.
+
+    Raises:
+        UserError: If the scene was something else before.
+    """
+    path = places.state(name)
+    try:
+        state = SceneState(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        return SceneState(name, dict(source))
+    if state.source != dict(source):
+        raise UserError(
+            f"The scene {name} was {_describe(state.source)} before and is {_describe(source)} now: give it another "
+            f"name in a YAML list, or delete {path} and what lies under geometry/{name} to begin it anew."
+        )
+    return state
+
+
+def write_state(places: Places, state: SceneState) -> None:
+    """Writes a scene's state, as one step."""
+    atomic_write_json(places.state(state.name), asdict(state))
+
+
+def _describe(source: Mapping[str, Any]) -> str:
+    return " ".join([str(source.get("path")), *map(str, source.get("parser") or ())])
+
+
+def keep_settings(root: Path, settings: dict[str, Any], free: Mapping[str, Any]) -> dict[str, Any]:
+    """Writes down what a loop is begun with, or checks that it goes on with the same.
+
+    Args:
+        root: The output folder.
+        settings: `LoopConfig.decisive`.
+        free: Settings that are taken from the first start where the user gives none, with what they are at first.
+
+    Returns:
+        The settings in force.
+
+    Raises:
+        UserError: If the folder holds a loop of other settings.
+    """
+    path = root / SETTINGS
+    try:
+        stored = json.loads(path.read_text()) if path.is_file() else None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}): restore it, or choose another --output-dir.") from error
+    if stored is None:
+        settings = {**settings, **{name: value for name, value in free.items() if settings[name] is None}}
+        atomic_write_json(path, settings)
+        return settings
+    settings = {**settings, **{name: stored.get(name) for name in free if settings[name] is None}}
+    for name in settings:
+        if stored.get(name) != settings[name]:
+            raise UserError(
+                f"{root} was begun with --{name.replace('_', '-')} {stored.get(name)} instead of {settings[name]}: go "
+                "on with the same, or choose another --output-dir."
+            )
+    return settings
+
+
+def check_folder(root: Path) -> None:
+    """Refuses an output folder of another command, before anything is put there.
+
+    Args:
+        root: The output folder.
+
+    Raises:
+        UserError: If it holds anything but a loop.
+    """
+    if root.is_dir() and not (root / SETTINGS).is_file():
+        foreign = sorted(entry.name for entry in root.iterdir() if entry.name not in (".locks", SETTINGS))
+        if foreign:
+            raise UserError(f"{root} holds files of another command ({foreign[0]}): choose another --output-dir.")
+
+
+def stored_settings(root: Path) -> dict[str, Any]:
+    """Returns the settings that a loop was begun with; none where there is no loop."""
+    try:
+        return json.loads((root / SETTINGS).read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+@contextmanager
+def try_lock(path: Path) -> Iterator[bool]:
+    """Holds a lock, with which goes whatever this process may write to.
+
+    Args:
+        path: The lock file.
+
+    Yields:
+        Whether it was had; False if another process has it.
+
+    Raises:
+        UserError: If its folder cannot be written to.
+    """
+    lock = FileLock(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        yield False
+        return
+    except OSError as error:
+        raise UserError(
+            f"The folder {path.parents[1]} cannot be used ({error.strerror}): choose another --output-dir."
+        ) from error
+    try:
+        yield True
+    finally:
+        lock.release()
+
+
+def driver_lock(places: Places, part: tuple[int, int]) -> Path:
+    """Returns the lock that a start holds while it is at work.
+
+    Args:
+        places: Of the output folder.
+        part: Which part of the scenes it does, from 0, and of how many.
+    """
+    return places.lock(f"driver-{part[0] + 1}-of-{part[1]}")
+
+
+def remove_leftovers(places: Places, own: Path) -> None:
+    """Removes temporary files of processes that were killed while they wrote, unless other starts are at work.
+
+    Args:
+        places: Of the output folder.
+        own: The `driver_lock` that this process holds.
+    """
+    for path in own.parent.glob("driver-*"):
+        if path != own:
+            with try_lock(path) as had:
+                if not had:
+                    return
+    for pattern in (".*.tmp", ".checkpoint-*"):
+        for path in places.root.rglob(pattern):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
