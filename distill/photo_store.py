@@ -24,7 +24,7 @@ _LOGGER = logging.getLogger(__name__)
 
 _FILL = "Decoding photos"
 _TENSOR = "photo"
-_SCHEMA = 3
+_SCHEMA = 4
 """Raise it when the same photo comes to be stored in another way."""
 _DECODING_BYTES = 2**31
 """What photos may take together while they are decoded and resized."""

@@ -175,7 +175,7 @@ def _weights_in(folder: Path, flag: str) -> Path:
     if not found[0].is_file():
         with suppress(UserError):
             return weight_files(folder)[0]  # as transformers or timm saves them
-        found = sorted(folder.glob("*.safetensors"))
+        found = sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("."))
     if len(found) != 1:
         raise UserError(f"{folder} holds {len(found)} .safetensors files: name one with {flag}.")
     return found[0]

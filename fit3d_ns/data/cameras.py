@@ -131,9 +131,16 @@ def undistort(image: np.ndarray, lens: Lens, mask: Bool[np.ndarray, "H W 1"] | N
         camera_type=torch.tensor([[lens.camera_type]]),
     )[0]
     intrinsics = camera.get_intrinsics_matrices().numpy()
-    data = {} if mask is None else {"mask": torch.from_numpy(mask)}
-    K, undistorted, valid = _undistort_image(camera, distortion.numpy(), data, image, intrinsics)
-    return Undistorted(undistorted, None if valid is None else valid.numpy(), K)
+
+    def straightened(picture: np.ndarray) -> tuple[Any, np.ndarray, Any]:
+        return _undistort_image(camera, distortion.numpy(), {}, picture, intrinsics.copy())  # it changes intrinsics
+
+    K, undistorted, _ = straightened(image)
+    if mask is None:
+        return Undistorted(undistorted, None, K)
+    # As a picture, since nerfstudio lets everything count into which a little of the mask is blended.
+    _, shown, _ = straightened(mask.astype(np.uint8) * 255)
+    return Undistorted(undistorted, shown.reshape(*undistorted.shape[:2], 1) >= 128, K)
 
 
 def _undistort_fisheye624(image: np.ndarray, lens: Lens, mask: Bool[np.ndarray, "H W 1"] | None) -> Undistorted:

@@ -2,7 +2,8 @@
 
 The rule for all four: the orientation that the file notes (EXIF or XMP) is applied, and no array is made of stored
 numbers before they are brought to their meaning. Photos and masks are what is shown: palettes are looked up, 16 bits
-become 8, CMYK, YCbCr and LAB become RGB, transparency becomes an alpha channel. Labels and depths are numbers: their
+become 8, CMYK, YCbCr and LAB become RGB, a colour profile that is not sRGB is applied, transparency becomes an alpha
+channel. Labels and depths are numbers: their
 values, and a palette's indices, are kept. What has no such meaning (32 bits or floating point as a photo, colours as
 labels) is refused by file and mode.
 """
@@ -17,6 +18,7 @@ import numpy as np
 from jaxtyping import Bool, Integer, UInt8
 from PIL import ExifTags, Image, ImageOps
 
+from fit3d_ns.data.color_profiles import to_srgb
 from fit3d_ns.support.errors import UserError
 
 Kind = Literal["photo", "mask", "label file", "depth map"]
@@ -251,6 +253,7 @@ def _as_shown(picture: Image.Image, path: Path, kind: Kind) -> Image.Image:
         picture.info["transparency"] = transparent * _GREY_LEVELS[raw_mode]
     elif isinstance(transparent, tuple) and raw_mode == "RGB;16B":
         picture.info["transparency"] = tuple(value >> 8 for value in transparent)
+    picture = to_srgb(picture)
     wanted = "RGBA" if picture.has_transparency_data else "RGB"
     return picture if picture.mode == wanted else picture.convert(wanted)
 
@@ -264,6 +267,8 @@ def _short_as_shown(picture: Image.Image, sample_bits: int, inverted: bool) -> I
     if inverted:
         grey = 255 - grey
     if transparent is None:
-        return Image.fromarray(grey).convert("RGB")
+        shown = Image.fromarray(grey)
+        shown.info["icc_profile"] = picture.info.get("icc_profile")
+        return to_srgb(shown).convert("RGB")
     alpha = np.where(values == transparent, 0, 255).astype(np.uint8)
     return Image.merge("RGBA", [Image.fromarray(band) for band in (grey, grey, grey, alpha)])

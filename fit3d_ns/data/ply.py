@@ -6,16 +6,16 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, Num
-from plyfile import PlyData, PlyElement, PlyHeaderParseError, PlyParseError
+from plyfile import PlyData, PlyElement
 from torch import Tensor
 
+from fit3d_ns.data.ply_file import PlyError, read_elements
 from fit3d_ns.rasterization import gaussian_axes
-from fit3d_ns.support.errors import UserError, first_line
+from fit3d_ns.support.errors import UserError
 from fit3d_ns.support.files import atomic_path
 
 _LOGGER = logging.getLogger(__name__)
@@ -49,17 +49,10 @@ def read_ply(path: Path) -> dict[str, Tensor]:
         UserError: If the file is missing, damaged, or has another layout, which is named where it is a common one.
     """
     try:
-        # Binary rows are mapped into memory: none is held twice.
-        elements = {element.name: element for element in PlyData.read(path).elements}
-    except OSError as error:
-        raise UserError(f"The file {path} cannot be read ({error.strerror or error}): check --ply.") from error
-    except (PlyHeaderParseError, UnicodeDecodeError) as error:
-        if _magic(path) != b"ply":
-            raise UserError(f"{path} is no PLY file: name one that a Gaussian splatting program exported.") from error
-        raise UserError(f"The header of {path} is damaged ({error}): export the file again.") from error
-    except (PlyParseError, ValueError, MemoryError, OverflowError) as error:
-        raise UserError(f"The file {path} is damaged ({first_line(error)}): export it again.") from error
-    vertices: Any = elements["vertex"].data if "vertex" in elements else np.zeros(0)
+        elements = read_elements(path, mapped=True)
+    except PlyError as error:
+        raise UserError(f"The file {path} cannot be read ({error}): check --ply, or export the file again.") from error
+    vertices = elements.get("vertex", np.zeros(0))
     columns: set[str] = set(vertices.dtype.names or ())
     missing = [name for names in _COLUMNS.values() for name in names if name not in columns]
     flat = missing == ["scale_2"]
@@ -70,11 +63,6 @@ def read_ply(path: Path) -> dict[str, Tensor]:
     if flat:
         _LOGGER.warning(f"{path} holds 2D Gaussians (2DGS): they are taken as 3D ones of {_PLANE:.0%} of their width.")
     return _parameters(vertices, path)
-
-
-def _magic(path: Path) -> bytes:
-    with open(path, "rb") as file:
-        return file.read(3)
 
 
 def _layout(columns: set[str], missing: list[str], has_faces: bool) -> str:

@@ -3,13 +3,14 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from fit3d_ns.data.ply_file import PlyError, read_elements
 from fit3d_ns.support.errors import UserError, first_line
 
 FEWEST = 4
@@ -48,22 +49,20 @@ def read_point_cloud(
     Raises:
         UserError: If the file is missing, damaged, or holds no points.
     """
-    from plyfile import PlyData, PlyParseError
-
     try:
-        elements = {element.name: element for element in PlyData.read(path, mmap=cast(Any, False)).elements}
-        vertices: Any = elements["vertex"].data if "vertex" in elements else np.zeros(0)
-        columns = vertices.dtype.names or ()
-        if not {"x", "y", "z"} <= set(columns):
-            raise ValueError("its vertices have no x, y and z")
+        elements = read_elements(path)
+    except PlyError as error:
+        raise _unreadable(path, str(error), without) from error
+    vertices = elements.get("vertex", np.zeros(0))
+    columns = vertices.dtype.names or ()
+    if not {"x", "y", "z"} <= set(columns):
+        raise _unreadable(path, "its vertices have no x, y and z", without)
+    try:
         positions = np.stack([vertices[axis].astype(np.float64) for axis in "xyz"], axis=1)
         colors = np.zeros((0, 3), np.uint8)
         if {"red", "green", "blue"} <= set(columns):
-            values = np.stack([vertices[channel] for channel in ("red", "green", "blue")], axis=1)
-            colors = _bytes(values)
-    except OSError as error:
-        raise _unreadable(path, error.strerror or first_line(error), without) from error
-    except (PlyParseError, ValueError, KeyError, TypeError, IndexError, MemoryError, OverflowError) as error:
+            colors = _bytes(np.stack([vertices[channel] for channel in ("red", "green", "blue")], axis=1))
+    except (ValueError, TypeError) as error:  # lists in the place of numbers
         raise _unreadable(path, first_line(error), without) from error
     return positions, colors
 

@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
+from nerfstudio.cameras.cameras import CameraType
 from PIL import Image
 from scene_formats import as_colmap, edit, read
 
+from fit3d_ns.data.cameras import Lens, undistort
 from fit3d_ns.data.photo_reader import PhotoDataset, PhotoReader
 
 SIZE = (120, 90)
@@ -139,3 +141,20 @@ def test_a_mask_and_the_circle_count_together(scene):
     assert prepared.mask is not None
     shares = prepared.mask[..., 0].float().mean(dim=0)  # of each column
     assert shares[:35].max() == 0 and shares[40:70].min() > 0.5
+
+
+@pytest.mark.parametrize("camera", ["opencv", "fisheye"])
+def test_half_of_a_pixel_of_the_mask_counts_where_photos_are_undistorted(camera):
+    """As where they are not: what a little of the mask is blended into does not count."""
+    kind, distortion = {
+        "opencv": (CameraType.PERSPECTIVE, (0.2, 0.05, 0.0, 0.0, 0.0, 0.0)),
+        "fisheye": (CameraType.FISHEYE, (0.05, 0.01, 0.0, 0.0, 0.0, 0.0)),
+    }[camera]
+    lens = Lens(kind.value, 90.0, 90.0, 48.0, 36.0, 96, 72, distortion)
+    mask = np.random.default_rng(0).random((9, 12)).repeat(8, 0).repeat(8, 1)[..., None] < 0.5
+    photo = np.repeat(mask.astype(np.uint8) * 255, 3, axis=2)
+    undistorted = undistort(photo, lens, mask)
+    assert undistorted.mask is not None and undistorted.mask.shape == (*undistorted.image.shape[:2], 1)
+    blended = (undistorted.image > 0) & (undistorted.image < 255)
+    assert blended.mean() > 0.02
+    assert np.array_equal(undistorted.mask[..., 0], undistorted.image[..., 0] >= 128)

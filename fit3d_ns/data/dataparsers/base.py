@@ -12,6 +12,8 @@ from nerfstudio.cameras.cameras import CAMERA_MODEL_TO_TYPE, Cameras, CameraType
 from nerfstudio.data.dataparsers.base_dataparser import DataParser, DataparserOutputs
 from torch import Tensor
 
+from fit3d_ns.compat import listing_without
+from fit3d_ns.data.folders import is_leftover
 from fit3d_ns.data.poses import check_poses
 from fit3d_ns.data.scene_file import CAMERA_MODELS, FISHEYE624, FrameLens
 from fit3d_ns.data.seed_points import read_point_cloud, sift
@@ -64,7 +66,8 @@ class SceneReader:
         return self._moved_back(outputs)
 
     def _read(self, split: str, **kwargs: Any) -> DataparserOutputs:
-        return self._generate(split, **kwargs)
+        with listing_without(is_leftover):
+            return self._generate(split, **kwargs)
 
     def _say(self, remarks: Sequence[str]) -> None:
         for remark in remarks:

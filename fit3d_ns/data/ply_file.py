@@ -1,0 +1,43 @@
+"""PLY files of any content: the one place where they are opened."""
+
+from pathlib import Path
+from typing import Any, cast
+
+from plyfile import PlyData, PlyHeaderParseError, PlyParseError
+
+from fit3d_ns.support.errors import first_line
+
+
+class PlyError(Exception):
+    """Why a PLY file cannot be read; its name and the remedy are for whoever knows what it is for."""
+
+
+def read_elements(path: Path, mapped: bool = False) -> dict[str, Any]:
+    """Reads a PLY file.
+
+    Args:
+        path: The file; ASCII or binary.
+        mapped: Whether binary rows stay on disk until they are used, so that none is held twice.
+
+    Returns:
+        By the element's name (``vertex``, ``face`` ...) a structured array of its rows.
+
+    Raises:
+        PlyError: If the file is missing, no PLY file, or damaged.
+    """
+    try:
+        options: Any = {} if mapped else {"mmap": cast(Any, False)}
+        return {element.name: element.data for element in PlyData.read(path, **options).elements}
+    except OSError as error:
+        raise PlyError(error.strerror or first_line(error)) from error
+    except (PlyHeaderParseError, UnicodeDecodeError) as error:
+        if _magic(path) != b"ply":
+            raise PlyError("it is no PLY file") from error
+        raise PlyError(f"its header is damaged: {first_line(error)}") from error
+    except (PlyParseError, ValueError, KeyError, TypeError, IndexError, MemoryError, OverflowError) as error:
+        raise PlyError(f"it is damaged: {first_line(error)}") from error
+
+
+def _magic(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(3)
