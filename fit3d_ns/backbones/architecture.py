@@ -3,6 +3,7 @@
 import difflib
 from functools import lru_cache
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -77,10 +78,15 @@ def build_model(architecture: NamedBackbone, device: str | torch.device) -> nn.M
         The timm model, without classifier.
 
     Raises:
-        UserError: If it is no vision transformer with patch tokens that takes images of any size.
+        UserError: If it is no vision transformer with patch tokens that takes images of any size, or timm lacks it.
     """
     import timm
 
+    if not _is_known(architecture):
+        raise UserError(
+            f"{BACKBONE_FLAG} {architecture.name}: timm {timm.__version__} does not have it yet (as "
+            f"{architecture.timm_id}): run `pip install --upgrade timm`, or choose another."
+        )
     device = torch.device(device)
     options: dict[str, Any] = {} if architecture.depth is None else {"depth": architecture.depth}
     devices = [device.index or 0] if device.type == "cuda" else []
@@ -111,6 +117,59 @@ def skeleton(architecture: NamedBackbone) -> nn.Module:
             raise
         # Older timm computes its drop-path rates with tensors, which meta tensors refuse.
         return build_model(architecture, "cpu").to("meta")
+
+
+def check_memory(architecture: NamedBackbone, device: str | torch.device) -> None:
+    """Refuses a backbone whose weights do not fit, before they are read or downloaded.
+
+    Args:
+        architecture: See `resolve_architecture`.
+        device: Where it is to go.
+
+    Raises:
+        UserError: If they do not; says which named backbone would.
+    """
+    device = torch.device(device)
+    free = _free_memory(device)
+    # On the CPU, the file's tensors lie beside the model's for a moment.
+    copies = 1 if device.type == "cuda" else 2
+    needed = copies * weights_bytes(architecture)
+    if free is None or needed <= free:
+        return
+    family = architecture.name.split("_", maxsplit=1)[0]
+    smaller = [one for one in NAMED_BACKBONES.values() if not one.offline and one.name != architecture.name]
+    fitting = [(one.name.startswith(f"{family}_"), weights_bytes(one), one.name) for one in smaller if _is_known(one)]
+    fitting = [one for one in fitting if 2 * copies * one[1] <= free]  # half is left for the work
+    advice = "take a machine with more"
+    if fitting:
+        _, size, name = max(fitting)  # of its family before others, large before small
+        advice = f"{name} ({size / 2**30:.1f} GiB) does"
+    raise UserError(
+        f"{BACKBONE_FLAG} {architecture.name}: its weights, {needed / copies / 2**30:.1f} GiB in fp32, do not fit into "
+        f"the {free / 2**30:.1f} GiB that are free on {device.type}: {advice}."
+    )
+
+
+def weights_bytes(architecture: NamedBackbone) -> int:
+    """Returns the bytes of a backbone's weights in fp32."""
+    return 4 * sum(parameter.numel() for parameter in skeleton(architecture).parameters())
+
+
+def _is_known(architecture: NamedBackbone) -> bool:
+    from timm.models import is_model
+
+    return is_model(architecture.timm_id.partition(".")[0])
+
+
+def _free_memory(device: torch.device) -> int | None:
+    """Bytes that are free; None where that is not to be found out."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
 
 
 def describe_backbone(spec: BackboneSpec) -> BackboneInfo:

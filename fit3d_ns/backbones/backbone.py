@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fit3d_ns.backbones.architecture import build_model, describe_backbone, resolve_architecture
+from fit3d_ns.backbones.architecture import build_model, check_memory, describe_backbone, resolve_architecture
 from fit3d_ns.backbones.identity import hash_state_dict, load_weights, make_identity
 from fit3d_ns.backbones.spec import BackboneInfo, BackboneSpec
 from fit3d_ns.backbones.weights import find_weights
@@ -96,12 +96,14 @@ def load_backbone(spec: BackboneSpec, device: str | torch.device) -> Backbone:
         The backbone.
 
     Raises:
-        UserError: Unknown name, layer out of range, weights that are missing, damaged, of another architecture, or
-            not to be had without a network.
+        UserError: Unknown name, layer out of range, weights that do not fit into memory, are missing, damaged, of
+            another architecture, or not to be had without a network.
     """
     info = describe_backbone(spec)
+    architecture = resolve_architecture(spec.name)
+    check_memory(architecture, device)
     state_dict = load_weights(spec, find_weights(spec))
-    model = build_model(resolve_architecture(spec.name), device)
+    model = build_model(architecture, device)
     model.load_state_dict(state_dict, strict=True)
     identity = make_identity(spec, info, hash_state_dict(state_dict))
     return Backbone(model, info, spec.norm, identity).to(device).eval()

@@ -86,6 +86,13 @@ def _download(architecture: NamedBackbone, repository: str, revision: str | None
     try:
         return download_file(repository, revision, filenames)
     except DownloadError as error:
+        if architecture.gate is not None:
+            raise UserError(
+                f"The weights of {architecture.name} could not be downloaded ({error}): they are under "
+                f"{architecture.gate}, so agree to it at https://huggingface.co/{repository} and log in with `hf auth "
+                f"login`, or download {filenames[0]} there, or the authors' own file, and pass it with {WEIGHTS_FLAG} "
+                "PATH."
+            ) from None
         raise UserError(
             f"The weights of {architecture.name} are not on this machine and could not be downloaded ({error}): "
             f"download {filenames[0]} from the Hugging Face repository {repository} elsewhere and pass it with "

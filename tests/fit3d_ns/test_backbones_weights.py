@@ -212,6 +212,17 @@ def test_without_hub_the_error_says_three_ways_out(no_network):
     assert no_network, "the hub was to be asked"
 
 
+def test_the_licence_before_gated_weights_is_named_with_the_ways_to_them(no_network):
+    with pytest.raises(UserError) as caught:
+        load_backbone(BackboneSpec("dinov3_small"), "cpu")
+    message = str(caught.value)
+    assert (
+        "under Meta's DINOv3 licence, so agree to it at https://huggingface.co/timm/vit_small_patch16_dinov3" in message
+    )
+    assert "hf auth login" in message and f"the authors' own file, and pass it with {FLAG} PATH." in message
+    assert "\n" not in message
+
+
 def test_availability_asks_the_network_only_when_told(no_network, tmp_path):
     assert not weights_available(BackboneSpec("dinov2_base"))
     assert not no_network
