@@ -40,7 +40,11 @@ def test_missing_scene(tmp_path, make_config, make_trainer):
 
 def test_folder_that_is_no_scene(tmp_path, make_config, make_trainer):
     (tmp_path / "empty").mkdir()
-    fails(make_trainer, make_config(tmp_path / "empty"), "empty could not be read.*check --data")
+    fails(
+        make_trainer,
+        make_config(tmp_path / "empty"),
+        "The scene .*empty is empty: name the folder that holds the scene",
+    )
 
 
 def test_missing_photo(scene, make_config, make_trainer):
@@ -188,14 +192,12 @@ def test_full_disk_while_caching(scene, make_config, make_trainer, monkeypatch):
     import errno
 
     from fit3d_ns.data import feature_cache
-    from fit3d_ns.support import files
 
-    def full(path, data):
+    def full(path, tensors, **options):
         raise UserError("full") from OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(feature_cache, "atomic_write_bytes", full)
+    monkeypatch.setattr(feature_cache, "write_tensors", full)
     fails(make_trainer, make_config(scene), "feature-cache-dir", train=True)
-    assert files.atomic_write_bytes is not full
     assert not list((scene / ".fit3d_cache").rglob("*.safetensors"))
 
 

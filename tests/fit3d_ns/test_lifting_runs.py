@@ -1,6 +1,7 @@
 """``fit3d-lift`` and ``--pipeline.model.features lift`` on the tiny room: runs in, runs out."""
 
 import json
+import logging
 import os
 import shutil
 import signal
@@ -19,6 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from fit3d_ns.commands.lift.cli import LiftCommand, run_lift
+from fit3d_ns.commands.lift.sources import runs_below
 from fit3d_ns.lifting.settings import LiftSettings
 from fit3d_ns.runs.bundling import bundle_run, choose_runs
 from fit3d_ns.runs.checkpoints import find_checkpoint
@@ -149,12 +151,19 @@ def test_runs_of_one_name_do_not_replace_each_other(splatfacto_run, feature_run,
     assert again == found and [find_checkpoint(path).stat().st_mtime_ns for path in again] == written
 
 
-def test_all_runs_below_a_folder(splatfacto_run, feature_run, make_config, lift_command, tmp_path):
+def test_all_runs_below_a_folder(splatfacto_run, feature_run, make_config, lift_command, tmp_path, caplog):
     plain, joint = splatfacto_run(), feature_run().base_dir / "config.yml"
     unfinished = splatfacto_run("unfinished")
     unfinished.write_text(unfinished.read_text().replace(f"max_num_iterations: {STEPS}", "max_num_iterations: 99"))
-    found = run_lift(lift_command(runs=tmp_path / "outputs"))
+    killed = plain.parents[1] / "killed" / "config.yml"  # before its first checkpoint
+    killed.parent.mkdir()
+    killed.write_text(plain.read_text())
+    with caplog.at_level(logging.INFO):
+        found = run_lift(lift_command(runs=tmp_path / "outputs"))
     assert sorted(path.parents[3].name for path in found) == ["joint", "plain"]
+    assert f"{killed} holds no checkpoint, it stopped before one: left out." in caplog.text
+    assert f"{unfinished} stopped after {STEPS} of 99 steps: left out" in caplog.text
+    assert runs_below(tmp_path / "outputs")[1][-1].startswith("2 lifts below ")
     again = run_lift(lift_command(runs=tmp_path / "outputs"))  # what was lifted is not lifted again
     assert again == found
     assert plain.is_file() and joint.is_file()

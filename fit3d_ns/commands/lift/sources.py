@@ -72,20 +72,23 @@ def runs_below(root: Path, backbone: str | None = None, student: bool = False) -
         student: Whether the teacher is a fine-tuned one, which was no run's teacher while it trained.
 
     Returns:
-        Their ``config.yml``, lifts not among them; and one sentence for each run that is left out.
+        Their ``config.yml``, lifts not among them; and one sentence for each run that is left out, and for the lifts.
 
     Raises:
         UserError: If there is none.
     """
-    chosen, notes = [], []
-    for path in find_runs(root):
+    chosen, found, lifts = [], find_runs(root), 0
+    every = {path for path in root.expanduser().rglob(CONFIG) if ".tmp" not in path.parent.suffixes}
+    notes = [f"{path} holds no checkpoint, it stopped before one: left out." for path in sorted(every - {*found})]
+    for path in found:
         was_lifted = (path.parent / RECORD).is_file()
         if was_lifted and not _was_trained(path.parent):
-            continue  # what this command wrote
+            lifts += 1  # what this command wrote
+            continue
         try:
             config = read_config(path)
         except UserError as error:
-            notes.append(str(error))
+            notes.append(f"Left out: {error}")
             continue
         own = config.pipeline.datamanager
         if was_lifted and not student and backbone in (None, getattr(own, "backbone", None)):
@@ -100,6 +103,10 @@ def runs_below(root: Path, backbone: str | None = None, student: bool = False) -
             )
         else:
             chosen.append(path)
+    if lifts:
+        notes.append(
+            f"{lifts} lift{'s' if lifts > 1 else ''} below {root} {'are' if lifts > 1 else 'is'} no run: left out."
+        )
     if not chosen:
         reason = f" ({notes[0]})" if notes else ""
         raise UserError(f"No finished run of splatfacto or fit3d-splat below {root}{reason}: train one with ns-train.")

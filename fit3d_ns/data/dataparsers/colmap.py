@@ -7,9 +7,11 @@ from unittest.mock import patch
 import numpy as np
 from nerfstudio.data.dataparsers import colmap_dataparser
 from nerfstudio.data.dataparsers.base_dataparser import DataParser, DataparserOutputs
+from nerfstudio.data.dataparsers.colmap_dataparser import ColmapDataParserConfig
 
 from fit3d_ns.data.dataparsers.base import LENS, SceneReader, make_cameras
-from fit3d_ns.data.dataparsers.colmap_cameras import check_camera_models, colmap_lens, find_model
+from fit3d_ns.data.dataparsers.colmap_cameras import check_camera_models, colmap_lens
+from fit3d_ns.data.layouts import find_model, layout_advice
 from fit3d_ns.data.scene_file import FrameLens
 from fit3d_ns.data.seed_points import read_colmap_points
 from fit3d_ns.data.splits import check_listed, complete_lists, read_list
@@ -31,17 +33,28 @@ class ColmapReader(SceneReader):
 
     def _read(self, split: str, **kwargs: Any) -> DataparserOutputs:
         config = self._parser.config
-        if not (self._data / config.colmap_path).exists() and (folder := find_model(self._data)) is not None:
-            raise UserError(
-                f"The COLMAP model of {self._data} does not lie in {config.colmap_path} but in {folder}: end the "
-                f"command with `colmap --colmap-path {folder}`."
-            )
+        if not (self._data / config.colmap_path).exists():
+            self._find_model(config)
         outputs = self._generate(split, **kwargs)
         lenses = [self._lenses[index] for index in self._indices_of_split]
         poses, rounding = outputs.cameras.camera_to_worlds, config.downscale_rounding_mode
         factor = self._parser._downscale_factor
         outputs.cameras = make_cameras(poses, lenses, outputs.cameras, str(self._data), factor, rounding)
         return outputs
+
+    def _find_model(self, config: Any) -> None:
+        """Takes the model from where it lies, if nobody named its place; else says what there is."""
+        folder = find_model(self._data)
+        if folder is None:
+            advice = layout_advice(self._data)
+            raise UserError(f"The scene {self._data} {advice}." if advice else f"{self._data} holds no COLMAP model.")
+        if config.colmap_path != ColmapDataParserConfig().colmap_path:
+            raise UserError(
+                f"The COLMAP model of {self._data} does not lie in {config.colmap_path} but in {folder}: leave "
+                "--colmap-path out, or name that."
+            )
+        self._say([f"The COLMAP model of {self._data} is taken from {folder}."])
+        config.colmap_path = Path(folder)
 
     def _model(self, folder: Path) -> dict[str, Any]:
         """Stands for the dataparser's ``_get_all_images_and_cameras``."""

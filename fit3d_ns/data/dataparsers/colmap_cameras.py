@@ -22,21 +22,6 @@ _MODELS: dict[str, tuple[str, str]] = {
 """Models that can be undistorted: nerfstudio's name of the formula, and COLMAP's order of parameters."""
 
 
-_FOLDERS = ("colmap/sparse/0", "sparse/0", "sparse", "colmap", "")
-
-
-def find_model(scene: Path) -> str | None:
-    """Returns where below a scene's folder a COLMAP model lies; None if it lies in no usual place.
-
-    Args:
-        scene: The folder.
-    """
-    for folder in _FOLDERS:
-        if any((scene / folder / f"cameras{kind}").is_file() for kind in (".bin", ".txt")):
-            return folder or "."
-    return None
-
-
 def check_camera_models(folder: Path) -> None:
     """Checks that a binary model holds no camera of a kind that nerfstudio's reader cannot step over.
 

@@ -16,7 +16,7 @@ from nerfstudio.data.dataparsers.scannetpp_dataparser import ScanNetpp
 from torch import Tensor
 
 from fit3d_ns.data.dataparsers.base import LENS, SceneReader, make_cameras
-from fit3d_ns.data.dataparsers.colmap_cameras import find_model
+from fit3d_ns.data.layouts import layout_advice
 from fit3d_ns.data.photo_files import SmallerCopies, whole_path_copies
 from fit3d_ns.data.pictures import picture_size
 from fit3d_ns.data.scene_file import LENS_KEYS, FrameLens, frame_lens, read_scene_file
@@ -51,6 +51,8 @@ class TransformsReader(SceneReader):
     def _load(self, path: Path) -> dict[str, Any]:
         """Stands for nerfstudio's ``load_from_json``: gives what the dataparser understands."""
         self._path = path = self._path_of(Path(path))
+        if not path.is_file() and (advice := layout_advice(self._data)) is not None:
+            raise UserError(f"The scene {self._data} {advice}.")
         content = read_scene_file(path)
         self._check_lists(content, path)
         frames = self._frames(content)
@@ -123,15 +125,6 @@ class NerfstudioReader(TransformsReader):
     def __init__(self, parser: DataParser, seeds: bool) -> None:
         super().__init__(parser, seeds)
         self._parser._load_3D_points = self._load_points
-
-    def _path_of(self, path: Path) -> Path:
-        if path.is_file():
-            return path
-        if (path.parent / "transforms_train.json").is_file():
-            raise UserError(f"{path.parent} holds transforms_train.json: end the command with `blender-data`.")
-        if (model := find_model(path.parent)) is not None:
-            raise UserError(f"{path.parent} holds a COLMAP model: end the command with `colmap --colmap-path {model}`.")
-        raise FileNotFoundError(f"there is no {path}")
 
     def _prepare(self, content: dict[str, Any], frames: list[dict[str, Any]]) -> None:
         if not any(key in values for key in ("fl_x", "fl_y") for values in (content, *frames)):
