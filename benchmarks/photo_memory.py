@@ -1,4 +1,4 @@
-"""Measures the host memory of what reads photos without training: the teacher's maps of a lift, bundles, distillation.
+"""Measures the host memory of what reads photos without training: lifts, evaluation, bundles, distillation.
 
     python benchmarks/photo_memory.py --folder memory --photos 100 300
 
@@ -29,8 +29,6 @@ from safetensors.torch import save_file
 
 from fit3d_ns.data.ply import rgb_to_sh, write_splat_ply
 from fit3d_ns.rasterization import rasterize
-from fit3d_ns.runs.config_reader import read_config
-from fit3d_ns.scenes.views import streamed_scene
 from fit3d_ns.support.console import CONSOLE
 from fit3d_ns.support.files import atomic_write_json
 from fit3d_ns.support.progress import progress
@@ -40,7 +38,12 @@ SMALLER = 20
 """Photos are rendered smaller by this factor, and enlarged."""
 SMALL = 10
 """The run is lifted from photos that are smaller by this factor."""
-MADE = {"teacher": ["scene/.fit3d_cache"], "bundle": ["bundles"], "distill": ["student", "photos"]}
+MADE = {
+    "lift": ["scene/.fit3d_cache", "measured"],
+    "evaluate": [],
+    "bundle": ["bundles"],
+    "distill": ["student", "photos"],
+}
 """What a command makes, for it to be made anew."""
 LAUNCH = "import sys; from {module} import {function} as main; sys.argv[0] = '{function}'; sys.exit(main())"
 
@@ -57,7 +60,7 @@ class Benchmark:
     """Width and height of a photo, pixels."""
     distinct: int = 100
     """Most photos that are made; the others are links to them."""
-    commands: tuple[str, ...] = ("teacher", "bundle", "distill")
+    commands: tuple[str, ...] = ("lift", "evaluate", "bundle", "distill")
     """What is measured; `distill` needs the bundles."""
     output: Path = Path("benchmarks/results/photo_memory.json")
     """The JSON file; other rows in it are kept."""
@@ -152,11 +155,23 @@ def make_run(folder: Path) -> None:
     atomic_write_json(scene / "transforms.json", content)
     torch.manual_seed(0)
     save_file(timm.create_model("test_vit", num_classes=0).state_dict(), folder / "teacher.safetensors")
-    lift = ["--ply", str(large / "splat.ply"), "--data", str(scene), "--output-dir", str(folder / "lifted")]
-    lift += ["--backbone", "test_vit", "--backbone-weights", str(folder / "teacher.safetensors")]
-    measure("fit3d_ns.commands.lift.cli", "main", [*lift, "--feature-dim", "8", "--no-evaluate"], folder / "lift.log")
+    lift = lift_flags(folder, large / "splat.ply", "lifted")
+    measure("fit3d_ns.commands.lift.cli", "main", [*lift, "--no-evaluate"], folder / "run.log")
     shutil.rmtree(scene)
     large.rename(scene)
+
+
+def lift_flags(folder: Path, splat: Path, output: str) -> list[str]:
+    """Returns the flags of a lift onto the scene's Gaussians.
+
+    Args:
+        folder: Of scene and runs.
+        splat: PLY file of the Gaussians.
+        output: Name of the lift's output folder, below ``folder``.
+    """
+    flags = ["--ply", str(splat), "--data", str(folder / "scene"), "--output-dir", str(folder / output)]
+    flags += ["--backbone", "test_vit", "--backbone-weights", str(folder / "teacher.safetensors")]
+    return [*flags, "--feature-dim", "8"]
 
 
 def measure(module: str, function: str, arguments: Sequence[str], log: Path) -> dict[str, Any]:
@@ -172,22 +187,13 @@ def measure(module: str, function: str, arguments: Sequence[str], log: Path) -> 
         ``peak_gigabytes``, the largest resident set, and ``seconds``.
     """
     command = [sys.executable, "-c", LAUNCH.format(module=module, function=function), *arguments]
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path}
     start = time.perf_counter()
     with open(log, "w") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
         _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"{module} failed, see {log}")
     return {"peak_gigabytes": usage.ru_maxrss / 2**20, "seconds": time.perf_counter() - start}
-
-
-def read_for_a_lift() -> None:
-    """Reads all photos as a lift does, and makes the teacher's maps of them; argument: the run's config.yml."""
-    config = read_config(Path(sys.argv[1]))
-    pipeline = config.pipeline.setup(device="cuda" if torch.cuda.is_available() else "cpu", test_mode="test")
-    streamed_scene(pipeline.datamanager, pipeline.model)
 
 
 def main() -> None:
@@ -202,8 +208,14 @@ def main() -> None:
         config = next((folder / "lifted").rglob("config.yml"))
         bundle = ["--runs", str(folder / "lifted"), "--bundle-dir", str(folder / "bundles"), "--bundles-only"]
         distill = ["--bundles", str(folder / "bundles"), "--output-dir", str(folder / "student"), "--steps", "2"]
+        evaluate = ["--load-config", str(config), "--output-path", str(folder / "evaluation.json")]
         commands = {
-            "teacher": ("photo_memory", "read_for_a_lift", [str(config)]),
+            "lift": (
+                "fit3d_ns.commands.lift.cli",
+                "main",
+                lift_flags(folder, folder / "scene" / "splat.ply", "measured"),
+            ),
+            "evaluate": ("nerfstudio.scripts.eval", "entrypoint", evaluate),
             "bundle": ("distill.cli", "main", bundle),
             "distill": ("distill.cli", "main", [*distill, "--cache-dir", str(folder / "photos")]),
         }
