@@ -4,8 +4,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fit3d_ns.backbones import BackboneSpec, describe_backbone, flags_named
-from fit3d_ns.support.errors import UserError
+from fit3d_ns.backbones import BackboneSpec, describe_backbone
+from fit3d_ns.support.errors import UserError, flags_are
 from fit3d_rooms.cli import check_size
 
 _MOST_ROOMS = 4
@@ -61,7 +61,7 @@ def complete(config: DemoConfig, cuda: bool) -> DemoConfig:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)} is too small: at least {least}.")
     check_size(config.width or 0, config.height or 0)
     if config.backbone is not None:
-        with flags_named("--backbone", "--backbone-weights", "--layer"):
+        with flags_are(backbone="--backbone", backbone_weights="--backbone-weights", backbone_layer="--layer"):
             describe_backbone(BackboneSpec(config.backbone))
     if config.backbone_weights is not None and not config.backbone_weights.expanduser().is_file():
         raise UserError(f"There is no file {config.backbone_weights}: check --backbone-weights.")

@@ -17,8 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from distill.config import DistillConfig
 from distill.scenes import Scene
-from fit3d_ns.backbones import Backbone, BackboneSpec, flags_named, load_backbone, spec_of_identity
-from fit3d_ns.support.errors import UserError
+from fit3d_ns.backbones import Backbone, BackboneSpec, load_backbone, spec_of_identity
+from fit3d_ns.support.errors import UserError, flags_are
 
 
 def teacher_spec(scenes: Sequence[Scene]) -> BackboneSpec:
@@ -112,7 +112,11 @@ def _load_original(
 ) -> Backbone:
     """Loads what a teacher was fine-tuned from, at another layer if one is given."""
     spec = spec_of_identity(identity, weights)
-    with flags_named("the original in the teacher's card", "--original-weights", "--student-layer"):
+    with flags_are(
+        backbone="the original in the teacher's card",
+        backbone_weights="--original-weights",
+        backbone_layer="--student-layer",
+    ):
         original = load_backbone(spec if layer is None else replace(spec, layer=layer), device)
     if original.identity["weights_sha256"] != identity["weights_sha256"]:
         what = f"{weights} does not hold" if weights else f"What {spec.name} stands for is not"
@@ -124,7 +128,7 @@ def _load_original(
 
 
 def _load(spec: BackboneSpec, device: torch.device) -> Backbone:
-    with flags_named("--student", "--student-weights", "--student-layer"):
+    with flags_are(backbone="--student", backbone_weights="--student-weights", backbone_layer="--student-layer"):
         return load_backbone(spec, device)
 
 

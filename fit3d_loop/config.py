@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from fit3d_ns.support.errors import UserError
+from fit3d_ns.support.errors import UserError, flags_are
 
 MOST_ROUNDS = 5
 """Three were measured; a student of students drifts from what the original knew."""
@@ -140,9 +140,9 @@ class LoopConfig:
         if self.backbone_weights is not None and not self.backbone_weights.expanduser().is_file():
             raise UserError(f"There is no file {self.backbone_weights}: check --backbone-weights.")
         if self.backbone is not None:
-            from fit3d_ns.backbones import BackboneSpec, describe_backbone, flags_named  # torch comes with them
+            from fit3d_ns.backbones import BackboneSpec, describe_backbone  # torch comes with them
 
-            with flags_named("--backbone", "--backbone-weights", "--layer"):
+            with flags_are(backbone="--backbone", backbone_weights="--backbone-weights", backbone_layer="--layer"):
                 describe_backbone(BackboneSpec(self.backbone))
 
     def decisive(self) -> dict[str, Any]:

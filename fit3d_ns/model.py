@@ -100,7 +100,7 @@ class Fit3DSplatModel(SplatfactoModel):
         teacher: BackboneInfo = self.kwargs["metadata"]["teacher"]
         if not 1 <= self.config.feature_dim <= teacher.width:
             raise UserError(
-                f"--pipeline.model.feature-dim {self.config.feature_dim} is out of range: 1 to the {teacher.width} "
+                f"{{feature_dim}} {self.config.feature_dim} is out of range: 1 to the {teacher.width} "
                 "channels of this teacher."
             )
         if self.config.feature_interval is not None and self.config.feature_interval < 1:

@@ -17,13 +17,12 @@ from fit3d_ns.backbones import (
     BackboneSpec,
     assemble,
     assembled_width,
-    flags_named,
     load_backbone,
     load_fine_tuned,
     needs_original,
     needs_tuned,
 )
-from fit3d_ns.support.errors import UserError
+from fit3d_ns.support.errors import UserError, flags_are
 from probe.partners import TUNED, Partner, check_original
 
 Precision = Literal["fp32", "bf16"]
@@ -177,13 +176,13 @@ def load_backbones(
     taken = {row.partner for row in rows}
     backbones: dict[str, Backbone] = {}
     if any(needs_original(row.assembly) for row in rows):
-        with flags_named("--backbone", "--backbone-weights", "--layer"):
+        with flags_are(backbone="--backbone", backbone_weights="--backbone-weights", backbone_layer="--layer"):
             backbones["original"] = load_backbone(spec, device)
     for partner in partners:
         if partner.group not in taken:
             continue
         if "original" in backbones:
             check_original(partner, backbones["original"].identity)
-        with flags_named("--backbone", f"--{partner.role}", "--layer"):
+        with flags_are(backbone="--backbone", backbone_weights=f"--{partner.role}", backbone_layer="--layer"):
             backbones[partner.name] = load_fine_tuned(partner.found, spec, device)
     return FrozenBackbones(backbones, precision)

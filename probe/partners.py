@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from fit3d_ns.backbones import BackboneSpec, FineTuned, describe_backbone, find_fine_tuned, flags_named
+from fit3d_ns.backbones import BackboneSpec, FineTuned, describe_backbone, find_fine_tuned
 from fit3d_ns.backbones.result_folder import CARD_NAME, README_NAME, add_probe
-from fit3d_ns.support.errors import UserError
+from fit3d_ns.support.errors import UserError, flags_are
 
 _LOGGER = logging.getLogger(__name__)
 DEFAULT_BACKBONE = "dinov2_small"
@@ -126,7 +126,7 @@ def choose_spec(
     Raises:
         UserError: If a card contradicts a flag or another card.
     """
-    with flags_named("--backbone", "--backbone-weights", "--layer"):
+    with flags_are(backbone="--backbone", backbone_weights="--backbone-weights", backbone_layer="--layer"):
         return _choose_spec(backbone, weights, layer, norm, normalization, partners, default_norm)
 
 

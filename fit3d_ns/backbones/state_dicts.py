@@ -19,7 +19,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fit3d_ns.backbones.transformers_layout import ANCHORS, from_transformers
-from fit3d_ns.support.command_line import BACKBONE_FLAG, WEIGHTS_FLAG
 from fit3d_ns.support.errors import UserError
 
 _LOGGER = logging.getLogger(__name__)
@@ -60,21 +59,21 @@ def weight_files(path: Path) -> list[Path]:
     if path.is_dir():
         inside = next((path / name for name in _IN_A_FOLDER if (path / name).is_file()), None)
         if inside is None:
-            raise UserError(f"{path} holds no weights ({', '.join(_IN_A_FOLDER)}): check {WEIGHTS_FLAG}.")
+            raise UserError(f"{path} holds no weights ({', '.join(_IN_A_FOLDER)}): check {{backbone_weights}}.")
         path = inside
     if not path.is_file():
-        raise UserError(f"There is no weight file {path}: check {WEIGHTS_FLAG}.")
+        raise UserError(f"There is no weight file {path}: check {{backbone_weights}}.")
     if not path.name.endswith(_INDEX_SUFFIX):
         return [path]
     try:
         shards = sorted({Path(name).name for name in json.loads(path.read_text())["weight_map"].values()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{path} is no index of shards: get it again, or check {WEIGHTS_FLAG}.") from None
+        raise UserError(f"{path} is no index of shards: get it again, or check {{backbone_weights}}.") from None
     missing = [name for name in shards if not (path.parent / name).is_file()]
     if missing or not shards:
         raise UserError(
             f"{path} names {len(shards)} shards, and {', '.join(missing) or 'none'} is not beside it: get the missing "
-            f"ones too, or check {WEIGHTS_FLAG}."
+            f"ones too, or check {{backbone_weights}}."
         )
     return [path, *(path.parent / name for name in shards)]
 
@@ -110,17 +109,17 @@ def _read_file(path: Path) -> Any:
         if path.suffix in WEIGHT_SUFFIXES:
             return torch.load(path, map_location="cpu", weights_only=True)
         raise UserError(
-            f"{path} is no weight file that can be read: give a {', '.join(WEIGHT_SUFFIXES)} to {WEIGHTS_FLAG}."
+            f"{path} is no weight file that can be read: give a {', '.join(WEIGHT_SUFFIXES)} to {{backbone_weights}}."
         )
     except pickle.UnpicklingError:
         raise UserError(
             f"{path} is damaged or holds more than tensors, which is not loaded because it could run code: "
-            f"save its state dict alone, best as .safetensors, and pass that to {WEIGHTS_FLAG}."
+            f"save its state dict alone, best as .safetensors, and pass that to {{backbone_weights}}."
         ) from None
     except (SafetensorError, OSError, EOFError, RuntimeError, ValueError, KeyError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{path} is damaged or truncated: get it again, or check {WEIGHTS_FLAG}.") from None
+        raise UserError(f"{path} is damaged or truncated: get it again, or check {{backbone_weights}}.") from None
 
 
 def to_timm_layout(state_dict: dict[str, Tensor], model: nn.Module, path: Path, name: str) -> dict[str, Tensor]:
@@ -154,7 +153,7 @@ def to_timm_layout(state_dict: dict[str, Tensor], model: nn.Module, path: Path, 
     if "storage_tokens" in state_dict and "blocks.0.attn.q_bias" not in expected and _any(state_dict.get(bias)):
         raise UserError(
             f"{path} has biases of queries and values, and {name} has none: name timm's model that ends in _qkvb with "
-            f"{BACKBONE_FLAG}."
+            f"{{backbone}}."
         )
     try:
         converted = _run_timm_filter(dict(state_dict), model)
@@ -162,7 +161,7 @@ def to_timm_layout(state_dict: dict[str, Tensor], model: nn.Module, path: Path, 
         _check_fit(state_dict, expected, path, name)
         raise UserError(
             f"{path} holds no weights for {name} ({type(error).__name__}: {error}): name their backbone with "
-            f"{BACKBONE_FLAG}, or give other weights to {WEIGHTS_FLAG}."
+            f"{{backbone}}, or give other weights to {{backbone_weights}}."
         ) from None
     heads = [key for key in converted if key not in expected and key.startswith(_HEADS)]
     if heads:
@@ -200,7 +199,7 @@ def _misfit(
     difference: str,
 ) -> UserError:
     """The sentence for weights that do not fit: another architecture where shapes say so, else the names alone."""
-    advice = f"name their backbone with {BACKBONE_FLAG}, or give other weights to {WEIGHTS_FLAG}."
+    advice = "name their backbone with {backbone}, or give other weights to {backbone_weights}."
     found, wanted = _facts(state_dict), _facts(expected)
     if found is None:
         return UserError(
@@ -235,7 +234,7 @@ def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:
     """Finds the backbone by its patch embedding, however its tensors are grouped and whatever lies beside it."""
     tensors = {_LEVELS.sub("", name): value for name, value in _tensors(content)}
     if not tensors:
-        raise UserError(f"{path} holds no state dict of tensors: give weights of the backbone to {WEIGHTS_FLAG}.")
+        raise UserError(f"{path} holds no state dict of tensors: give weights of the backbone to {{backbone_weights}}.")
     found = {_root(name, anchor): anchor for name in tensors for anchor in (_ANCHOR, *ANCHORS) if _ends(name, anchor)}
     roots = list(found)
     if len(roots) > 1:  # such as copies of the weights averaged over training
@@ -243,7 +242,7 @@ def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:
     if len(roots) > 1:
         raise UserError(
             f"{path} holds {len(roots)} backbones ({', '.join(roots)}): save one of them alone and give it to "
-            f"{WEIGHTS_FLAG}."
+            f"{{backbone_weights}}."
         )
     if not roots:
         # Another layout, which timm's filters may know: only what all names share is taken off.

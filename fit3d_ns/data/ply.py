@@ -13,9 +13,9 @@ from jaxtyping import Bool, Float, Int, Num
 from plyfile import PlyData, PlyElement
 from torch import Tensor
 
-from fit3d_ns.data.ply_file import PlyError, read_elements
+from fit3d_ns.data.ply_file import read_elements
 from fit3d_ns.rasterization import gaussian_axes
-from fit3d_ns.support.errors import UserError
+from fit3d_ns.support.errors import DamagedFile, UserError
 from fit3d_ns.support.files import atomic_path
 
 _LOGGER = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ def read_ply(path: Path) -> dict[str, Tensor]:
     """
     try:
         elements = read_elements(path, mapped=True)
-    except PlyError as error:
+    except DamagedFile as error:
         raise UserError(f"The file {path} cannot be read ({error}): check --ply, or export the file again.") from error
     vertices = elements.get("vertex", np.zeros(0))
     columns: set[str] = set(vertices.dtype.names or ())

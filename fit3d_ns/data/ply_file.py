@@ -5,11 +5,7 @@ from typing import Any, cast
 
 from plyfile import PlyData, PlyHeaderParseError, PlyParseError
 
-from fit3d_ns.support.errors import first_line
-
-
-class PlyError(Exception):
-    """Why a PLY file cannot be read; its name and the remedy are for whoever knows what it is for."""
+from fit3d_ns.support.errors import DamagedFile, first_line
 
 
 def read_elements(path: Path, mapped: bool = False) -> dict[str, Any]:
@@ -23,19 +19,19 @@ def read_elements(path: Path, mapped: bool = False) -> dict[str, Any]:
         By the element's name (``vertex``, ``face`` ...) a structured array of its rows.
 
     Raises:
-        PlyError: If the file is missing, no PLY file, or damaged.
+        DamagedFile: If the file is missing, no PLY file, or damaged.
     """
     try:
         options: Any = {} if mapped else {"mmap": cast(Any, False)}
         return {element.name: element.data for element in PlyData.read(path, **options).elements}
     except OSError as error:
-        raise PlyError(error.strerror or first_line(error)) from error
+        raise DamagedFile(error.strerror or first_line(error)) from error
     except (PlyHeaderParseError, UnicodeDecodeError) as error:
         if _magic(path) != b"ply":
-            raise PlyError("it is no PLY file") from error
-        raise PlyError(f"its header is damaged: {first_line(error)}") from error
+            raise DamagedFile("it is no PLY file") from error
+        raise DamagedFile(f"its header is damaged: {first_line(error)}") from error
     except (PlyParseError, ValueError, KeyError, TypeError, IndexError, MemoryError, OverflowError) as error:
-        raise PlyError(f"it is damaged: {first_line(error)}") from error
+        raise DamagedFile(f"it is damaged: {first_line(error)}") from error
 
 
 def _magic(path: Path) -> bytes:

@@ -10,9 +10,6 @@ from nerfstudio.data.datasets.base_dataset import InputDataset
 from fit3d_ns.data.poses import check_poses
 from fit3d_ns.support.errors import UserError, first_line
 
-SCENE_ADVICE = "check --data, and the dataparser named at the end of the command (nerfstudio-data, colmap, ...)."
-"""What to do about a scene that cannot be read; commands that take runs put their own in its place."""
-
 
 @contextmanager
 def explain_unreadable_scene(data: Path | None) -> Iterator[None]:
@@ -48,7 +45,7 @@ def explain_unreadable_scene(data: Path | None) -> Iterator[None]:
             ) from error
         detail = first_line(error)
         raise UserError(
-            f"The scene {data} could not be read ({type(error).__name__}: {detail}): {SCENE_ADVICE}"
+            f"The scene {data} could not be read ({type(error).__name__}: {detail}): {{scene_advice}}"
         ) from error
 
 

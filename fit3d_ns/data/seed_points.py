@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from fit3d_ns.data.ply_file import PlyError, read_elements
-from fit3d_ns.support.errors import UserError, first_line
+from fit3d_ns.data.ply_file import read_elements
+from fit3d_ns.support.errors import DamagedFile, UserError, first_line
 
 FEWEST = 4
 """Splatfacto takes a Gaussian's size from its three nearest neighbours."""
@@ -51,7 +51,7 @@ def read_point_cloud(
     """
     try:
         elements = read_elements(path)
-    except PlyError as error:
+    except DamagedFile as error:
         raise _unreadable(path, str(error), without) from error
     vertices = elements.get("vertex", np.zeros(0))
     columns = vertices.dtype.names or ()

@@ -40,7 +40,7 @@ from fit3d_ns.runs.names import (
     RECORD,
 )
 from fit3d_ns.runs.teachers import RunTeacher, different_teachers, named_teacher
-from fit3d_ns.support.errors import UserError
+from fit3d_ns.support.errors import UserError, flags_are
 
 _LOGGER = logging.getLogger(__name__)
 BUNDLE_FOLDER = "bundle"
@@ -263,18 +263,14 @@ def _read_scene(state: dict[str, Tensor], checkpoint: Path) -> SceneTensors:
 def _datamanager(config: Any, data_root: Path | None) -> Any:
     """The run's own data manager, on the CPU."""
     from fit3d_ns.data.dataparsers import without_seed_points
-    from fit3d_ns.data.scene_checks import SCENE_ADVICE  # imports nerfstudio
 
     settings = config.pipeline.datamanager
     without_seed_points(settings.dataparser)
     settings.data = locate(Path(settings.data), data_root)
     settings.dataparser.data = settings.data
     settings.cache_images, settings.cache_images_type = "gpu", "uint8"
-    try:
+    with flags_are(scene_advice=f"restore what the run was trained on, or check {DATA_ROOT_FLAG}."):
         return settings.setup(device="cpu", test_mode="val", world_size=1, local_rank=0)
-    except UserError as error:
-        advice = f"restore what the run was trained on, or check {DATA_ROOT_FLAG}."
-        raise UserError(str(error).replace(SCENE_ADVICE, advice)) from error
 
 
 def _check_coordinates(run: Run, datamanager: Any) -> None:

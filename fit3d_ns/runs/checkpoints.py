@@ -243,11 +243,11 @@ def check_features(state: Mapping[str, Tensor], dim: int, width: int) -> None:
         )
     if features.shape[1] != dim:
         raise UserError(
-            f"The checkpoint's features have {features.shape[1]} dimensions, but --pipeline.model.feature-dim is "
+            f"The checkpoint's features have {features.shape[1]} dimensions, but {{feature_dim}} is "
             f"{dim}: use the same value."
         )
     if weight.shape[0] != width:
         raise UserError(
             f"The checkpoint was trained with a teacher of {weight.shape[0]} channels, but "
-            f"--pipeline.datamanager.backbone has {width}: use the same teacher."
+            f"{{backbone}} has {width}: use the same teacher."
         )

@@ -4,7 +4,6 @@ import gc
 import json
 import logging
 import random
-import re
 import time
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -17,7 +16,7 @@ from fit3d_ns.backbones import BackboneSpec
 from fit3d_ns.lifting.settings import LiftSettings
 from fit3d_ns.runs.names import CONFIG, REPORT
 from fit3d_ns.support.command_line import run_command
-from fit3d_ns.support.errors import UserError
+from fit3d_ns.support.errors import FLAGS, UserError, flags_are
 
 _LOGGER = logging.getLogger("fit3d_ns.commands.lift.cli")  # not __main__, which `python -m` makes of __name__
 DISAGREEMENT = 0.9
@@ -231,16 +230,9 @@ def _teacher_name(spec: BackboneSpec) -> str:
 
 def _lift(command: LiftCommand, run: Path | None) -> Path:
     """Lifts one splat; what goes wrong is said with this command's flags, which lack the prefixes of ns-train's."""
-    try:
+    own = {item.name for item in fields(command)}
+    with flags_are(**{name: f"--{name.replace('_', '-')}" for name in FLAGS if name in own}):
         return lift_source(_source(command, run), command)
-    except UserError as error:
-        own = {item.name.replace("_", "-") for item in fields(command)}
-        sentence = re.sub(
-            r"--pipeline\.(?:datamanager|model)\.([a-z-]+)",
-            lambda flag: f"--{flag[1]}" if flag[1] in own else flag[0],
-            str(error),
-        )
-        raise UserError(sentence) from error.__cause__
 
 
 def _source(command: LiftCommand, run: Path | None) -> Any:
@@ -334,9 +326,7 @@ def _file_identity(weights: Path | None) -> dict[str, Any] | None:
     try:
         status = path.stat()
     except OSError as error:
-        raise UserError(
-            f"The weights {path} cannot be read ({error.strerror}): check --pipeline.datamanager.backbone-weights."
-        ) from error
+        raise UserError(f"The weights {path} cannot be read ({error.strerror}): check --backbone-weights.") from error
     return {"path": str(path), "bytes": status.st_size, "modified_ns": status.st_mtime_ns}
 
 
