@@ -1,6 +1,6 @@
 """Which views are held out: the lists that a scene names, and what is said where there are none."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +48,11 @@ def complete_lists(lists: dict[str, Any], names: dict[str, str], source: str) ->
     return {"train": given["train"], "val": val or test, "test": test or val}
 
 
-def check_listed(lists: dict[str, list[str]], known: Sequence[str], names: dict[str, str], source: str) -> None:
+def check_listed(lists: Mapping[str, list[str] | None], known: Sequence[str], names: dict[str, str], source: str) -> None:
     """Checks that each listed view is one of the scene.
 
     Args:
-        lists: Of `complete_lists`.
+        lists: As given to `complete_lists`, which accepted them.
         known: The scene's views, spelled as in the lists.
         names: See `complete_lists`.
         source: See `complete_lists`.
@@ -62,7 +62,7 @@ def check_listed(lists: dict[str, list[str]], known: Sequence[str], names: dict[
     """
     paths = {Path(name) for name in known}
     for split, listed in lists.items():
-        for name in listed:
+        for name in listed or ():
             if Path(name) not in paths:
                 raise UserError(f"{names[split]} of {source} names {name}, which is no view of the scene: correct it.")
 

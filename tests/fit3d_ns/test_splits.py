@@ -180,3 +180,14 @@ def test_nothing_held_out_is_said_before_training_and_by_what_needs_it(
     render.rendered_output_names = ["rgb"]
     render.main()
     assert len(list((tmp_path / "renders" / "train" / "rgb").iterdir())) == 9
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_a_list_that_stands_for_another_is_called_by_its_own_name(scene, split):
+    def change(content):
+        names = [frame["file_path"] for frame in content["frames"]]
+        content.update({"train_filenames": names[:8], f"{split}_filenames": ["nowhere.png"]})
+
+    edit(scene / "transforms.json", change)
+    with pytest.raises(UserError, match=f"^{split}_filenames of .* names nowhere.png, which is no view"):
+        read("nerfstudio", scene)

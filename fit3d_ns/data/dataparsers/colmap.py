@@ -81,10 +81,11 @@ class ColmapReader(SceneReader):
         """Stands for the dataparser's ``_get_image_indices``, which knows one spelling of one list each."""
         found = {kind: read_list(self._data, names) for kind, names in self._files.items()}
         names = {kind: self._files[kind][0] if item is None else item[0] for kind, item in found.items()}
-        lists = complete_lists({kind: item and item[1] for kind, item in found.items()}, names, str(self._data))
+        given = {kind: None if item is None else item[1] for kind, item in found.items()}
+        lists = complete_lists(given, names, str(self._data))
         if lists:
             root = self._data / self._parser.config.images_path
-            check_listed(lists, [str(path.relative_to(root)) for path in image_filenames], names, str(self._data))
+            check_listed(given, [str(path.relative_to(root)) for path in image_filenames], names, str(self._data))
             listed = {root / name for name in lists[split]}
             indices = np.array([index for index, path in enumerate(image_filenames) if path in listed], dtype=np.int32)
         else:

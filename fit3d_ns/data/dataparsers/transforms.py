@@ -85,14 +85,15 @@ class TransformsReader(SceneReader):
         """Completes a file for its dataparser."""
 
     def _check_lists(self, content: dict[str, Any], path: Path) -> None:
-        lists = complete_lists({split: content.get(key) for split, key in _LISTS.items()}, _LISTS, str(path))
+        given = {split: content.get(key) for split, key in _LISTS.items()}
+        lists = complete_lists(given, _LISTS, str(path))
         if lists and not self._has_lists:
             key = next(key for key in _LISTS.values() if key in content)
             raise UserError(
                 f"{path} names {key}, which the dataparser {type(self._parser).__name__} does not heed: use "
                 "nerfstudio-data, or remove the list."
             )
-        check_listed(lists, [frame["file_path"] for frame in content["frames"]], _LISTS, str(path))
+        check_listed(given, [frame["file_path"] for frame in content["frames"]], _LISTS, str(path))
         content.update({_LISTS[split]: listed for split, listed in lists.items()})
 
     def _folder(self) -> Path:
