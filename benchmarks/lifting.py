@@ -26,6 +26,7 @@ from typing import Any, Literal
 
 import torch
 import tyro
+from lifting_figures import write_report
 
 from fit3d_ns.commands.lift.cli import LiftCommand, open_source, run_lift
 from fit3d_ns.commands.lift.sources import source_from_run
@@ -43,7 +44,6 @@ from fit3d_ns.runs.names import DECODER_WEIGHT, FEATURES, GAUSSIANS, RECORD
 from fit3d_ns.scenes.views import streamed_scene
 from fit3d_ns.support.errors import UserError
 from fit3d_ns.support.files import atomic_write_json
-from fit3d_ns.support.html_report import Report
 
 Part = Literal["solvers", "dims", "views", "gaussians", "teacher", "command"]
 
@@ -376,31 +376,6 @@ def add_command(bench: Bench, table: Table) -> None:
         table.add("command", "nothing cached, not measured", lambda: run("first", False))
         table.add("command", "teacher's maps cached, not measured", lambda: run("second", False))
         table.add("command", "teacher's maps cached, measured", lambda: run("third", True))
-
-
-def write_report(path: Path, results: dict[str, Any]) -> None:
-    """Writes tables and curves."""
-    report = Report("Lifting features onto trained geometry")
-    report.add_text(
-        f"{results['num_gaussians']:,} Gaussians, {results['training_views']} training and {results['held_out_views']} "
-        f"held-out views, {results['device']}."
-    )
-    columns = ("feature_cosine", "feature_l1", "view_match_lifted", "seconds", "peak_memory_mb")
-    for part in ("solvers", "dims", "views", "gaussians", "teacher", "command"):
-        if part not in results:
-            continue
-        report.add_heading(part.capitalize())
-        shown = [name for name in columns if any(name in row for row in results[part])]
-        rows = [(row["row"], *(row.get(name) for name in shown), row.get("failed", "")) for row in results[part]]
-        report.add_table(rows, header=("", *shown, ""))
-        axis = {"dims": "dim", "views": "views", "gaussians": "gaussians"}.get(part)
-        if axis is None or len(results[part]) < 2:
-            continue
-        for name in shown:
-            points = [(row[axis], row[name]) for row in results[part] if name in row]
-            curve = ([float(x) for x, _ in points], [float(y) for _, y in points])
-            report.add_curve(f"{name} against {axis}", {name: curve}, axis, name)
-    report.write(path)
 
 
 if __name__ == "__main__":

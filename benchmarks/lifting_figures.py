@@ -1,4 +1,4 @@
-"""Draws the figures of docs/lifting.md from what benchmarks/lifting.py wrote.
+"""Draws the figures of docs/lifting.md from what benchmarks/lifting.py wrote, and the page of such a comparison.
 
     python benchmarks/lifting_figures.py redkitchen.json bear.json --output docs/pictures
 
@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fit3d_ns.support.files import atomic_path
+from fit3d_ns.support.html_report import Report
 
 _FAMILIES = (
     ("k = ", "refinement", "o-"),
@@ -33,6 +34,36 @@ class Figures:
     """lifting.json of each scene; the file's name names the scene."""
     output: Path = Path("outputs/benchmarks")
     """Where the figures go."""
+
+
+def write_report(path: Path, results: dict[str, Any]) -> None:
+    """Writes the page of a comparison, tables and curves.
+
+    Args:
+        path: The HTML file.
+        results: What `benchmarks/lifting.py` writes as JSON: facts of the scene, and rows by part.
+    """
+    report = Report("Lifting features onto trained geometry")
+    report.add_text(
+        f"{results['num_gaussians']:,} Gaussians, {results['training_views']} training and {results['held_out_views']} "
+        f"held-out views, {results['device']}."
+    )
+    columns = ("feature_cosine", "feature_l1", "view_match_lifted", "seconds", "peak_memory_mb")
+    for part in ("solvers", "dims", "views", "gaussians", "teacher", "command"):
+        if part not in results:
+            continue
+        report.add_heading(part.capitalize())
+        shown = [name for name in columns if any(name in row for row in results[part])]
+        rows = [(row["row"], *(row.get(name) for name in shown), row.get("failed", "")) for row in results[part]]
+        report.add_table(rows, header=("", *shown, ""))
+        axis = {"dims": "dim", "views": "views", "gaussians": "gaussians"}.get(part)
+        if axis is None or len(results[part]) < 2:
+            continue
+        for name in shown:
+            points = [(row[axis], row[name]) for row in results[part] if name in row]
+            curve = ([float(x) for x, _ in points], [float(y) for _, y in points])
+            report.add_curve(f"{name} against {axis}", {name: curve}, axis, name)
+    report.write(path)
 
 
 def main(figures: Figures) -> None:

@@ -58,7 +58,7 @@ def distil(config: DistillConfig) -> None:
 def _check(config: DistillConfig, world: "World") -> None:
     """Refuses what cannot be carried out, as far as that can be known before any scene is opened."""
     from distill.checkpoint import check_writable
-    from distill.result import check_hub
+    from distill.results.result import check_hub
 
     check_choices(config, world.size)
     if world.is_main and not config.bundles_only:

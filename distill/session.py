@@ -7,12 +7,12 @@ import torch
 
 from distill.config import DistillConfig
 from distill.controls import ControlTargets
-from distill.evaluation import Averages, HeldOutViews, SceneResult, Validation, measure_scene
 from distill.feed import Feed
 from distill.photo_store import PhotoStore
 from distill.recipes import choose_recipe, explain
-from distill.report import Findings, write_metrics, write_report
-from distill.result import make_card, push_to_hub
+from distill.results.evaluation import Averages, HeldOutViews, SceneResult, Validation, measure_scene
+from distill.results.report import Findings, write_metrics, write_report
+from distill.results.result import make_card, push_to_hub
 from distill.sampler import Sampler
 from distill.scenes import Scene, SceneBank
 from distill.student import load_original, load_student, load_teacher, plain_state_dict

@@ -48,7 +48,9 @@ def complete_lists(lists: dict[str, Any], names: dict[str, str], source: str) ->
     return {"train": given["train"], "val": val or test, "test": test or val}
 
 
-def check_listed(lists: Mapping[str, list[str] | None], known: Sequence[str], names: dict[str, str], source: str) -> None:
+def check_listed(
+    lists: Mapping[str, list[str] | None], known: Sequence[str], names: dict[str, str], source: str
+) -> None:
     """Checks that each listed view is one of the scene.
 
     Args:

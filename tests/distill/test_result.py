@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from distill.result import push_to_hub
+from distill.results.result import push_to_hub
 from distill.student import plain_state_dict
 from fit3d_ns.backbones import BackboneSpec, load_backbone
 from fit3d_ns.backbones.other_formats import to_dinov2_layout

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from distill.cli import distil
-from distill.evaluation import AMOUNTS, Averages, HeldOutViews, measure_scene
 from distill.photo_store import PhotoStore
+from distill.results.evaluation import AMOUNTS, Averages, HeldOutViews, measure_scene
 from distill.scenes import SceneBank, open_scenes
 from distill.targets import LiftedTargets
 from fit3d_ns.backbones import BackboneSpec, load_backbone

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from distill.result import push_to_hub
+from distill.results.result import push_to_hub
 from fit3d_ns.backbones import BackboneSpec, load, load_backbone
 from fit3d_ns.backbones.architecture import describe_backbone
 from fit3d_ns.backbones.averaging import average_result

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from distill.evaluation import SceneResult, average, average_curve
+from distill.results.evaluation import SceneResult, average, average_curve
 from fit3d_ns.backbones.result_folder import CARD_NAME, MEASURES, METRICS_NAME
 from fit3d_ns.features.pca import ColorBasis
 from fit3d_ns.support.files import atomic_write_json
@@ -47,7 +47,7 @@ def write_metrics(output_dir: Path, card: Mapping[str, Any], findings: Findings)
 
     Args:
         output_dir: The training's folder.
-        card: See `distill.result.make_card`.
+        card: See `distill.results.result.make_card`.
         findings: What was measured.
     """
     settings, losses, watched = card["settings"], findings.losses, findings.watched
