@@ -21,10 +21,10 @@ def photos(room: Path, count: int) -> list[Picture]:
     return [(path.stem, read_picture(path)) for path in evenly_spaced(sorted((room / "images").glob("*.png")), count)]
 
 
-def evaluation_views(run: Path, count: int) -> list[list[Picture]]:
-    """Returns held-out views of a run as ``ns-eval`` saved them: photo, render, teacher's and lifted features."""
+def evaluation_views(folder: Path, count: int) -> list[list[Picture]]:
+    """Returns held-out views as ``ns-eval`` saved them: photo, render, teacher's and lifted features."""
     rows = []
-    for path in evenly_spaced(sorted((run / "eval").glob("eval_img_*.png")), count):
+    for path in evenly_spaced(sorted(folder.glob("eval_img_*.png")), count):
         photo, render = _halves(read_picture(path))
         teacher, lifted = _halves(read_picture(path.with_name(path.name.replace("img", "features"))))
         rows.append([("photo", photo), ("render", render), ("teacher", teacher), ("lifted", lifted)])

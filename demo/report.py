@@ -8,8 +8,10 @@ from typing import Any
 from demo.config import DemoConfig
 from demo.pictures import evaluation_views, feature_pictures, panels, photos
 from demo.results import DemoResults, comparisons, read_results, write_metrics
-from demo.runner import Record
 from demo.stages import EVAL_INTERVAL, Places, places
+from fit3d_loop.records import SceneState, read_recorded_state
+from fit3d_loop.steps import StepRecord
+from fit3d_ns.runs.names import CONFIG
 from fit3d_ns.support.html_report import Report
 from probe.report import COLUMNS, MEANINGS, format_summary
 from probe.zero_shot.correspondence import SAME_PLACE
@@ -20,12 +22,13 @@ _WARNING = (
 )
 
 
-def write_report(config: DemoConfig, records: Sequence[Record]) -> Path:
+def write_report(config: DemoConfig, records: Sequence[StepRecord], loop: Sequence[str]) -> Path:
     """Writes ``report.html``, and its numbers as ``metrics.json``.
 
     Args:
         config: Of a demo whose stages are all done.
-        records: Of the stages.
+        records: Of the steps.
+        loop: The loop as typed.
 
     Returns:
         Its path.
@@ -43,14 +46,15 @@ def write_report(config: DemoConfig, records: Sequence[Record]) -> Path:
     _add_features(report, config, where, results)
     _add_probe(report, where, results.segmentation, "segmentation")
     _add_probe(report, where, results.depth, "depth")
-    _add_commands(report, where, records)
+    _add_commands(report, where, records, loop)
     path = config.output_dir / "report.html"
     report.write(path)
     return path
 
 
-def _add_summary(report: Report, config: DemoConfig, records: Sequence[Record], results: DemoResults) -> None:
-    seconds, cpu = sum(record.seconds for record in records), sum(record.cpu_seconds for record in records)
+def _add_summary(report: Report, config: DemoConfig, records: Sequence[StepRecord], results: DemoResults) -> None:
+    taken = [vars(record) for record in records] + [state.geometry or {} for state in _states(config)]
+    seconds, cpu = (sum(one.get(name, 0.0) for one in taken) for name in ("seconds", "cpu_seconds"))
     resumed = " (not counting starts that were stopped)" if any(record.resumed for record in records) else ""
     device = results.depth["device"]
     report.add_text(
@@ -123,7 +127,7 @@ def _add_splats(report: Report, where: Places, results: DemoResults) -> None:
         "row: lifted features follow surfaces instead of the picture."
     )
     for room in where.lifted_rooms:
-        for number, row in enumerate(evaluation_views(where.run(room), 2), start=1):
+        for number, row in enumerate(evaluation_views(where.evaluation(room), 2), start=1):
             report.add_pictures(row, title=f"{room.name}, held-out view {number}")
     rows: list[Sequence[object]] = []
     for room in results.rooms:
@@ -214,17 +218,27 @@ def _add_probe(report: Report, where: Places, metrics: dict[str, Any], kind: str
     report.add_text(f"More: {where.probe(kind) / 'report.html'}")
 
 
-def _add_commands(report: Report, where: Places, records: Sequence[Record]) -> None:
+def _add_commands(report: Report, where: Places, records: Sequence[StepRecord], loop: Sequence[str]) -> None:
     report.add_heading("Do it yourself")
     report.add_text(
-        "These commands made this page, in the same order. Each can be repeated as it stands; those that are finished "
-        "say so."
+        "The loop is one command; it trained and lifted the rooms, distilled them and probed the result, and says so "
+        "when it is started again."
+    )
+    report.add_code(shlex.join(loop))
+    report.add_text(
+        "Before it came the rooms, after it pictures and points found again. Steps, also those of the loop (its rooms' "
+        f"commands are at the top of the logs below {where.loop.root / 'logs'}):"
     )
     for record in records:
         again = ", of the start that finished it" if record.resumed else ""
         report.add_text(
-            f"{record.stage.title}: {record.seconds:.0f} seconds, {record.cpu_seconds:.0f} of processor time{again}"
+            f"{record.title}: {record.seconds:.0f} seconds, {record.cpu_seconds:.0f} of processor time{again}"
         )
-        report.add_code(shlex.join(record.stage.command))
+        report.add_code(shlex.join(record.command))
     report.add_text("Look around in a room and its features:")
-    report.add_code(f".venv/bin/ns-viewer --load-config {where.run(where.lifted_rooms[0]) / 'config.yml'}")
+    report.add_code(f".venv/bin/ns-viewer --load-config {where.run(where.lifted_rooms[0]) / CONFIG}")
+
+
+def _states(config: DemoConfig) -> list[SceneState]:
+    where = places(config)
+    return [read_recorded_state(where.loop, room.name) for room in where.lifted_rooms]

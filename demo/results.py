@@ -8,6 +8,7 @@ from typing import Any
 
 from demo.config import DemoConfig
 from demo.stages import Places, places
+from fit3d_ns.runs.names import RECORD
 from fit3d_ns.support.errors import UserError
 from fit3d_ns.support.files import atomic_write_json
 
@@ -113,8 +114,8 @@ def write_metrics(config: DemoConfig, results: DemoResults) -> Path:
 
 
 def _read_room(where: Places, room: Path) -> RoomResult:
-    run = where.run(room)
-    return RoomResult(room.name, _read(run / "eval.json")["results"], _read(run / "lift.json"))
+    scores = _read(where.evaluation(room) / "eval.json")["results"]
+    return RoomResult(room.name, scores, _read(where.run(room) / RECORD))
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -1,30 +1,23 @@
-"""The command lines of the demo, in order."""
+"""The demo as a preset of the loop: rooms, the loop over them, and what only the demo's page shows."""
 
+import json
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from demo.config import DemoConfig
-from fit3d_ns.runs.names import METHOD
+from fit3d_loop.config import LoopConfig
+from fit3d_loop.machine import num_cores
+from fit3d_loop.records import Places as LoopPlaces
+from fit3d_loop.steps import Step
+from fit3d_loop.worker import Settings
+from fit3d_ns.support.files import atomic_write_text
 
 EVAL_INTERVAL = 5
 """Every fifth view of a room is held out from its splat, its features and the distillation."""
-_RUN = "demo"
 _ROOM_NAME = "room_{:03d}"
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One command."""
-
-    name: str
-    """Names its record."""
-    title: str
-    """For humans."""
-    command: tuple[str, ...]
-    """As typed in a shell."""
-    seconds: float
-    """About how long it takes on two cores, for the estimate of the time that is left."""
+_MOST_THREADS = 4
+"""Of a room on a CPU: three rooms share two cores best one after the other."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +28,11 @@ class Places:
     """The output folder."""
     num_lifted: int
     """Rooms that are lifted."""
+
+    @property
+    def loop(self) -> LoopPlaces:
+        """Of the loop."""
+        return LoopPlaces(self.root.absolute() / "loop")
 
     @property
     def lifted_rooms(self) -> list[Path]:
@@ -48,15 +46,19 @@ class Places:
 
     def run(self, room: Path) -> Path:
         """Returns a room's nerfstudio run."""
-        return self.root / "runs" / room.name / METHOD / _RUN
+        return self.loop.geometry(room.name)
+
+    def evaluation(self, room: Path) -> Path:
+        """Returns where ``ns-eval`` puts numbers and pictures of a room."""
+        return self.root / "eval" / room.name
 
     def distilled(self, targets: str) -> Path:
         """Returns the folder of a distillation, by its targets: ``lifted`` or ``control``."""
-        return self.root / ("tuned" if targets == "lifted" else "control")
+        return self.loop.student(1) if targets == "lifted" else self.loop.control("control")
 
     def probe(self, kind: str) -> Path:
         """Returns the folder of a probe."""
-        return self.root / "probes" / kind
+        return self.root / "correspondence" if kind == "correspondence" else self.loop.probe(kind)
 
 
 def places(config: DemoConfig) -> Places:
@@ -64,107 +66,114 @@ def places(config: DemoConfig) -> Places:
     return Places(config.output_dir, config.rooms)
 
 
-def stages(config: DemoConfig, cuda: bool) -> list[Stage]:
-    """Returns all commands of the demo.
+def write_scene_list(config: DemoConfig) -> Path:
+    """Writes the list of scenes for the loop.
+
+    Args:
+        config: Of the demo.
+
+    Returns:
+        Its path.
+    """
+    flags = ["--eval-mode", "interval", "--eval-interval", str(EVAL_INTERVAL)]
+    entries = [{"data": str(room.absolute()), "flags": flags} for room in places(config).lifted_rooms]
+    path = config.output_dir / "scenes.yaml"
+    atomic_write_text(path, "".join(f"- {json.dumps(entry)}\n" for entry in entries))
+    return path
+
+
+def loop_config(config: DemoConfig, cuda: bool) -> LoopConfig:
+    """Returns the choices for the loop.
 
     Args:
         config: With all sizes filled in.
         cuda: Whether there is a GPU.
     """
-    where = places(config)
-    found = [_rooms(config, where)]
-    for room in where.lifted_rooms:
-        found += [_train(config, where, room, cuda), _evaluate(where, room)]
-    found.append(_distill(config, where, "lifted", "Distil the lifted features into the backbone"))
-    if config.control:
-        found.append(_distill(config, where, "control", "Distil the control, which has no 3D in it"))
-    return [
-        *found,
-        _correspondence(config, where),
-        *(_probe(config, where, kind) for kind in ("segmentation", "depth")),
-    ]
+    steps, distill_steps = config.splat_steps or 0, config.distill_steps or 0
+    geometry = f"--optimizers.means.scheduler.max-steps {steps} --pipeline.model.background-color black "
+    geometry += "--pipeline.model.num-downscales 0"
+    if not cuda:  # small photos and few steps: densify early, and not beyond what a CPU renders quickly
+        geometry += (
+            f" --pipeline.model.sh-degree 1 --pipeline.model.warmup-length {steps * 3 // 8} "
+            f"--pipeline.model.stop-split-at {steps * 6 // 10} --pipeline.model.reset-alpha-every 1000000"
+        )
+    return LoopConfig(
+        scenes=config.output_dir / "scenes.yaml",
+        output_dir=places(config).loop.root,
+        backbone=config.backbone,
+        backbone_weights=config.backbone_weights,
+        rounds=1,
+        geometry_steps=steps,
+        geometry_flags=geometry,
+        distill_flags=f"--steps {distill_steps} --save-every {max(distill_steps // 5, 1)} --keep-checkpoints 1",
+        seed=config.seed,
+        probe_data=config.output_dir / "rooms",
+        probe_dataset="rooms",
+        # Photos are small and features are cached once: processes that read ahead would cost more than they bring.
+        probe_flags=(
+            f"--assemblies original tuned concat --long-side {max(config.width or 0, config.height or 0)} --workers 0"
+        ),
+        controls=("control",) if config.control else (),
+        engine="processes",
+        threads=None if cuda else min(num_cores(), _MOST_THREADS),
+    )
 
 
-def _rooms(config: DemoConfig, where: Places) -> Stage:
+def as_typed(config: LoopConfig) -> tuple[str, ...]:
+    """Returns the loop as a command line.
+
+    Args:
+        config: Choices for the loop.
+    """
+    words = ["fit3d", str(config.scenes)]
+    for field in fields(config):
+        value, flag = getattr(config, field.name), f"--{field.name.replace('_', '-')}"
+        if field.name == "scenes" or value == field.default:
+            continue
+        words += [flag, *value] if isinstance(value, tuple) else [f"{flag}={value}"]
+    return tuple(words)
+
+
+def before_the_loop(config: DemoConfig) -> Step:
+    """Returns the step that makes the rooms.
+
+    Args:
+        config: With all sizes filled in.
+    """
     command = (
-        f"fit3d-rooms {_quoted(where.root / 'rooms')} --scenes {config.rooms + 1} --views {config.views} "
+        f"fit3d-rooms {_quoted(config.output_dir / 'rooms')} --scenes {config.rooms + 1} --views {config.views} "
         f"--width {config.width} --height {config.height} --seed {config.seed}"
     )
-    return _stage("rooms", f"Make {config.rooms + 1} rooms", command, 45)
+    return _step("rooms", f"Make {config.rooms + 1} rooms", command)
 
 
-def _train(config: DemoConfig, where: Places, room: Path, cuda: bool) -> Stage:
-    steps = config.splat_steps or 0
-    command = (
-        f"ns-train fit3d-splat --data {_quoted(room)} --output-dir {_quoted(where.root / 'runs')} --timestamp {_RUN} "
-        f"--vis tensorboard --viewer.quit-on-train-completion True --machine.seed {config.seed} "
-        f"--max-num-iterations {steps} --steps-per-save {max(steps // 4, 1)} "
-        f"--optimizers.means.scheduler.max-steps {steps} {_backbone(config, '--pipeline.datamanager.')} "
-        "--pipeline.model.features lift --pipeline.model.background-color black --pipeline.model.num-downscales 0 "
-    )
-    if not cuda:  # small photos and few steps: densify early, and not beyond what a CPU renders quickly
-        command += (
-            f"--pipeline.model.sh-degree 1 --pipeline.model.warmup-length {steps * 3 // 8} "
-            f"--pipeline.model.stop-split-at {steps * 6 // 10} --pipeline.model.reset-alpha-every 1000000 "
+def after_the_loop(config: DemoConfig) -> list[Step]:
+    """Returns what only the demo's page shows: pictures of held-out views, and points found again.
+
+    Args:
+        config: With all sizes filled in.
+    """
+    where, steps = places(config), []
+    for room in where.lifted_rooms:
+        folder = where.evaluation(room)
+        command = (
+            f"ns-eval --load-config {_quoted(where.run(room) / 'config.yml')} --output-path "
+            f"{_quoted(folder / 'eval.json')} --render-output-path {_quoted(folder)}"
         )
-    command += f"nerfstudio-data --eval-mode interval --eval-interval {EVAL_INTERVAL}"
-    return _stage(f"train_{room.name}", f"Train a splat of {room.name} and lift features onto it", command, 45)
-
-
-def _evaluate(where: Places, room: Path) -> Stage:
-    run = where.run(room)
+        steps.append(_step(f"eval_{room.name}", f"Measure the held-out views of {room.name}", command))
+    weights = config.backbone_weights
+    backbone = f"--backbone {config.backbone}" + (f" --backbone-weights {_quoted(weights)}" if weights else "")
+    control = f" --control {_quoted(where.distilled('control'))}" if config.control else ""
     command = (
-        f"ns-eval --load-config {_quoted(run / 'config.yml')} --output-path {_quoted(run / 'eval.json')} "
-        f"--render-output-path {_quoted(run / 'eval')}"
-    )
-    return _stage(f"eval_{room.name}", f"Measure the held-out views of {room.name}", command, 2)
-
-
-def _distill(config: DemoConfig, where: Places, targets: str, title: str) -> Stage:
-    steps = config.distill_steps or 0
-    folder = where.distilled(targets)
-    command = (
-        f"fit3d-distill --runs {_quoted(where.root / 'runs')} --output-dir {_quoted(folder)} --resume "
-        f"--targets {targets} --steps {steps} --seed {config.seed} --save-every {max(steps // 5, 1)} "
-        f"--keep-checkpoints 1 --cache-dir {_quoted(where.root / 'photos')}"
-    )
-    return _stage(folder.name, title, command, 95)
-
-
-def _correspondence(config: DemoConfig, where: Places) -> Stage:
-    command = (
-        f"fit3d-probe correspondence --data {_quoted(where.held_out_room)} {_backbone(config)} "
-        f"{_distilled(config, where)} --assemblies original tuned concat --pairs-per-bin 8 "
+        f"fit3d-probe correspondence --data {_quoted(where.held_out_room)} {backbone} "
+        f"--tuned {_quoted(where.distilled('lifted'))}{control} --assemblies original tuned concat --pairs-per-bin 8 "
         f"--output-dir {_quoted(where.probe('correspondence'))}"
     )
-    return _stage("correspondence", "Find points again in other views of the held-out room", command, 20)
+    return [*steps, _step("correspondence", "Find points again in other views of the held-out room", command)]
 
 
-def _probe(config: DemoConfig, where: Places, kind: str) -> Stage:
-    # Photos are small and features are cached once: processes that read ahead would cost more than they bring.
-    command = (
-        f"fit3d-probe {kind} --dataset rooms --data {_quoted(where.root / 'rooms')} {_backbone(config)} "
-        f"{_distilled(config, where)} --assemblies original tuned concat "
-        f"--long-side {max(config.width or 0, config.height or 0)} --workers 0 "
-        f"--output-dir {_quoted(where.probe(kind))}"
-    )
-    return _stage(kind, f"Probe {kind} on the held-out room", command, 60)
-
-
-def _stage(name: str, title: str, command: str, seconds: float) -> Stage:
-    return Stage(name, title, tuple(shlex.split(command)), seconds)
-
-
-def _backbone(config: DemoConfig, prefix: str = "--") -> str:
-    """The flags that choose the backbone."""
-    weights = config.backbone_weights
-    return f"{prefix}backbone {config.backbone}" + (f" {prefix}backbone-weights {_quoted(weights)}" if weights else "")
-
-
-def _distilled(config: DemoConfig, where: Places) -> str:
-    """The flags that name the distilled backbones."""
-    control = f" --control {_quoted(where.distilled('control'))}" if config.control else ""
-    return f"--tuned {_quoted(where.distilled('lifted'))}{control}"
+def _step(name: str, title: str, command: str) -> Step:
+    return Step(name, title, tuple(shlex.split(command)), Settings(num_cores()), key=command)
 
 
 def _quoted(path: Path) -> str:

@@ -35,8 +35,7 @@ OUTSIDE: dict[str, tuple[str, ...]] = {
             *("compat.py", "schedulers.py", "datamanager.py", "model.py", "trainer.py", "pipeline.py", "config.py"),
             *("data/", "runs/", "scenes/", "viewer/", "commands/"),
         )
-    )
-    + ("demo/commands.py",),
+    ),
     "gsplat": ("fit3d_ns/rasterization/", "fit3d_ns/compat.py"),
     "timm": ("fit3d_ns/backbones/",),
     "viser": ("fit3d_ns/viewer/",),

@@ -129,6 +129,23 @@ def read_state(places: Places, name: str, source: Mapping[str, Any]) -> SceneSta
     return state
 
 
+def read_recorded_state(places: Places, name: str) -> SceneState:
+    """Returns the state of a scene that is known to be done.
+
+    Args:
+        places: Of the output folder.
+        name: The scene.
+
+    Raises:
+        UserError: If there is none, or it is damaged.
+    """
+    path = places.state(name)
+    try:
+        return SceneState(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path} is missing or damaged: start again.") from error
+
+
 def write_state(places: Places, state: SceneState) -> None:
     """Writes a scene's state, as one step."""
     atomic_write_json(places.state(state.name), asdict(state))
@@ -138,13 +155,16 @@ def _describe(source: Mapping[str, Any]) -> str:
     return " ".join([str(source.get("path")), *map(str, source.get("parser") or ())])
 
 
-def keep_settings(root: Path, settings: dict[str, Any], free: Mapping[str, Any]) -> dict[str, Any]:
+def keep_settings(
+    root: Path, settings: dict[str, Any], free: Mapping[str, Any], name: str = SETTINGS
+) -> dict[str, Any]:
     """Writes down what a loop is begun with, or checks that it goes on with the same.
 
     Args:
         root: The output folder.
         settings: `LoopConfig.decisive`.
         free: Settings that are taken from the first start where the user gives none, with what they are at first.
+        name: Of the file.
 
     Returns:
         The settings in force.
@@ -152,20 +172,20 @@ def keep_settings(root: Path, settings: dict[str, Any], free: Mapping[str, Any])
     Raises:
         UserError: If the folder holds a loop of other settings.
     """
-    path = root / SETTINGS
+    path = root / name
     try:
         stored = json.loads(path.read_text()) if path.is_file() else None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error}): restore it, or choose another --output-dir.") from error
     if stored is None:
-        settings = {**settings, **{name: value for name, value in free.items() if settings[name] is None}}
+        settings = {**settings, **{key: value for key, value in free.items() if settings[key] is None}}
         atomic_write_json(path, settings)
         return settings
-    settings = {**settings, **{name: stored.get(name) for name in free if settings[name] is None}}
-    for name in settings:
-        if stored.get(name) != settings[name]:
+    settings = {**settings, **{key: stored.get(key) for key in free if settings[key] is None}}
+    for key in settings:
+        if stored.get(key) != settings[key]:
             raise UserError(
-                f"{root} was begun with --{name.replace('_', '-')} {stored.get(name)} instead of {settings[name]}: go "
+                f"{root} was begun with --{key.replace('_', '-')} {stored.get(key)} instead of {settings[key]}: go "
                 "on with the same, or choose another --output-dir."
             )
     return settings
@@ -186,10 +206,10 @@ def check_folder(root: Path) -> None:
             raise UserError(f"{root} holds files of another command ({foreign[0]}): choose another --output-dir.")
 
 
-def stored_settings(root: Path) -> dict[str, Any]:
+def stored_settings(root: Path, name: str = SETTINGS) -> dict[str, Any]:
     """Returns the settings that a loop was begun with; none where there is no loop."""
     try:
-        return json.loads((root / SETTINGS).read_text())
+        return json.loads((root / name).read_text())
     except (OSError, ValueError):
         return {}
 

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from fit3d_loop.config import LoopConfig
 from fit3d_loop.machine import Packing, Photos, choose_packing
 from fit3d_loop.stages import Job, Result, record_failure, work_on_scene
+from fit3d_loop.steps import ThisMachine
 from fit3d_loop.worker import end_all
 from fit3d_ns.support.errors import UserError, first_line
 
@@ -103,17 +104,13 @@ def _again(outcome: Outcome, attempts: int) -> bool:
     return False
 
 
-class _Processes:
+class _Processes(ThisMachine):
     """Threads of this process, each waiting for the command of one scene."""
 
     name = "processes of this machine"
 
     def __init__(self, packing: Packing) -> None:
         self.packing = packing
-
-    def whole(self, work: Callable[..., Any], *arguments: Any) -> Any:
-        """See `Engine`."""
-        return work(*arguments)
 
     def run(self, jobs: Sequence[Job], show: Callable[[Sequence[Outcome]], None]) -> list[Outcome]:
         """See `Engine`."""
@@ -184,7 +181,8 @@ def _ray(config: LoopConfig, photos: Photos, threads: int) -> Iterator["_Ray"]:
             ray.init(address=address, **quiet)
             if ray.cluster_resources().get("GPU"):  # where this process runs there may be none
                 choose: Any = ray.remote(num_gpus=1)(choose_packing)
-                packing = ray.get(choose.remote(photos, threads, config.scenes_at_once))
+                found: Any = ray.get(choose.remote(photos, threads, config.scenes_at_once))
+                packing = found
     except (ConnectionError, RuntimeError, ValueError, OSError, TimeoutError) as error:
         if isinstance(error, UserError):
             raise
@@ -233,17 +231,19 @@ class _Ray:
         if not self._elsewhere:
             return work(*arguments)
         import ray
+        from ray.exceptions import RayTaskError
 
         gpus = max((node["Resources"].get("GPU", 0) for node in ray.nodes() if node["Alive"]), default=0)
         task: Any = ray.remote(max_retries=_ATTEMPTS, num_gpus=gpus)(work)
         try:
             return ray.get(task.remote(*arguments))
-        except ray.exceptions.RayTaskError as error:
+        except RayTaskError as error:
             raise error.cause if isinstance(error.cause, UserError) else error from None
 
     def run(self, jobs: Sequence[Job], show: Callable[[Sequence[Outcome]], None]) -> list[Outcome]:
         """See `Engine`."""
         import ray
+        from ray.exceptions import RayError
 
         cpus, share = self.packing.threads, self.packing.gpu_share
         if self.packing.at_once * cpus > self.packing.cores:
@@ -258,7 +258,7 @@ class _Ray:
                 job, number = waiting.pop(reference)
                 try:
                     outcome = Outcome(job, *ray.get(reference))
-                except ray.exceptions.RayError as error:
+                except RayError as error:
                     outcome = Outcome(job, "lost", f"Ray lost the process of a scene ({first_line(error)}).")
                 if _again(outcome, number):
                     whole = self._task.options(num_cpus=cpus, num_gpus=1.0 if share else 0)

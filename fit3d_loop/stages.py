@@ -124,7 +124,7 @@ def _geometry(job: Job, state: SceneState) -> None:
     run = job.places.geometry(source.name)
     taken = _run(job, "geometry", train_words(job))
     found = json.loads((run / GEOMETRY_RECORD).read_text())
-    state.geometry = {"config": str(run / CONFIG), "seconds": taken.seconds, "made": made, **found}
+    state.geometry = {"config": str(run / CONFIG), "made": made, **vars(taken), **found}
     write_state(job.places, state)
 
 

@@ -63,6 +63,14 @@ class WholeMachine(Protocol):
         ...
 
 
+class ThisMachine:
+    """Runs steps where this process is."""
+
+    def whole(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        """See `WholeMachine`."""
+        return work(*arguments)
+
+
 def read_record(places: Places, name: str) -> StepRecord | None:
     """Returns the record of a step; None if it is not done."""
     try:

@@ -21,6 +21,7 @@ from fit3d_rooms.dataset import RoomSettings, write_index
 
 ROOT = Path(__file__).parents[2]
 TINY_ROOM = ROOT / "tests" / "data" / "tiny_room"
+RUN = "loop/geometry/room_000/fit3d-splat/geometry"
 SETTINGS = RoomSettings(seed=3, views=16, width=96, height=72)
 
 
@@ -64,7 +65,7 @@ def demo(tmp_path_factory, teacher_weights):
     folder = tmp_path_factory.mktemp("demo") / "out"
     shutil.copytree(TINY_ROOM, folder / "rooms" / "room_000")  # a finished room of these settings
     write_index(folder / "rooms", SETTINGS)
-    killed = kill_when(start(folder, teacher_weights), folder, "runs/*/*/*/nerfstudio_models/step-*.ckpt")
+    killed = kill_when(start(folder, teacher_weights), folder, f"{RUN}/nerfstudio_models/step-*.ckpt")
     files = modified(folder / "rooms")
     process = start(folder, teacher_weights)
     output, _ = process.communicate(timeout=900)
@@ -74,15 +75,16 @@ def demo(tmp_path_factory, teacher_weights):
 
 def test_a_killed_demo_goes_on_where_it_was(demo):
     folder = demo["folder"]
-    assert "1 of 8: Make 2 rooms (about" in demo["killed"]
-    assert "1 of 8: Make 2 rooms: done before" in demo["output"]
+    assert "Make 2 rooms (" in demo["killed"] and "Make 2 rooms: done before" in demo["output"]
     now = modified(folder / "rooms")
     assert {name: now[name] for name in demo["rooms"]} == demo["rooms"]
-    assert re.search(r"Done loading Nerfstudio checkpoint\s+from\s+\S*step-0000000[123]0\.ckpt", demo["output"])
-    records = {path.stem: json.loads(path.read_text()) for path in (folder / "stages").glob("*.json")}
-    assert [name for name, record in records.items() if record["resumed"]] == ["train_room_000"]
-    assert all(record["seconds"] > 0 and record["cpu_seconds"] > 0 for record in records.values())
-    checkpoints = [path.name for path in folder.glob("runs/*/*/*/nerfstudio_models/*")]
+    log = re.sub(r"\s", "", (folder / "loop/logs/room_000-geometry.log").read_text())  # lines are wrapped
+    assert re.search(r"DoneloadingNerfstudiocheckpointfrom\S*step-0000000[123]\d\.ckpt", log)
+    records = [
+        json.loads(path.read_text()) for path in [*folder.glob("steps/*.json"), *folder.glob("loop/steps/*.json")]
+    ]
+    assert len(records) == 8 and all(one["seconds"] > 0 and one["cpu_seconds"] > 0 for one in records)
+    checkpoints = [path.name for path in (folder / RUN / "nerfstudio_models").iterdir()]
     assert checkpoints == ["step-000000039.ckpt"]
 
 
@@ -109,9 +111,9 @@ def test_the_page_tells_the_whole_story(demo):
 def test_numbers_of_the_page_are_those_of_the_files(demo):
     folder = demo["folder"]
     rows = tables((folder / "report.html").read_text())
-    found = json.loads((folder / "probes/correspondence/metrics.json").read_text())["rows"]
+    found = json.loads((folder / "correspondence/metrics.json").read_text())["rows"]
     for kind, metric in (("segmentation", "miou"), ("depth", "rmse")):
-        metrics = json.loads((folder / f"probes/{kind}/metrics.json").read_text())["rows"]
+        metrics = json.loads((folder / f"loop/probes/{kind}/metrics.json").read_text())["rows"]
         assert list(metrics) == ["original", "tuned", "concat", "control", "control_concat"]
         for name, values in metrics.items():
             cell = f"{values[metric]['mean']:.4f}"
@@ -119,19 +121,19 @@ def test_numbers_of_the_page_are_those_of_the_files(demo):
             assert len(matching) == 2, (kind, name)  # in short, and in the probe's own table
             if name in found:
                 assert f"{found[name]['recall_in_photo_pixels']['10px']:.4g}" in matching[0]
-        differences = json.loads((folder / f"probes/{kind}/metrics.json").read_text())["differences"]
+        differences = json.loads((folder / f"loop/probes/{kind}/metrics.json").read_text())["differences"]
         assert {("tuned", "original"), ("tuned", "control")} <= {(one["row"], one["baseline"]) for one in differences}
         for one in differences:
             gain = one["value"] if kind == "segmentation" else -one["value"]
             assert any(row[1:4] == [one["row"], one["baseline"], f"{gain:+.4f}"] for row in rows)
     together = json.loads((folder / "metrics.json").read_text())
-    assert together["depth"] == json.loads((folder / "probes/depth/metrics.json").read_text())
-    run = folder / "runs/room_000/fit3d-splat/demo"
-    scores, lift = json.loads((run / "eval.json").read_text())["results"], json.loads((run / "lift.json").read_text())
+    assert together["depth"] == json.loads((folder / "loop/probes/depth/metrics.json").read_text())
+    scores = json.loads((folder / "eval/room_000/eval.json").read_text())["results"]
+    lift = json.loads((folder / RUN / "lift.json").read_text())
     expected = [str(lift["gaussians"]), *(f"{scores[name]:.4g}" for name in ("psnr", "ssim", "feature_cosine"))]
     assert any(row[:5] == ["room_000", *expected] for row in rows)
-    for name in ("tuned", "control"):
-        mean = json.loads((folder / name / "metrics.json").read_text())["mean"]
+    for name, place in (("tuned", "loop/rounds/1"), ("control", "loop/controls/control")):
+        mean = json.loads((folder / place / "metrics.json").read_text())["mean"]
         assert any(
             row[:3] == [f"{name}, after", f"{mean['l1_after']:.4g}", f"{mean['cosine_after']:.4g}"] for row in rows
         )
@@ -142,27 +144,28 @@ def test_the_commands_of_the_page_can_be_typed(demo):
     commands = [html.unescape(text) for text in re.findall(r"<pre>(.*?)</pre>", (folder / "report.html").read_text())]
     names = [command.split()[0] for command in commands]
     assert names == [
-        *("fit3d-rooms", "ns-train", "ns-eval", "fit3d-distill", "fit3d-distill"),
-        *("fit3d-probe", "fit3d-probe", "fit3d-probe", ".venv/bin/ns-viewer"),
+        *("fit3d", "fit3d-rooms", "fit3d-distill", "fit3d-distill", "fit3d-probe", "fit3d-probe"),
+        *("ns-eval", "fit3d-probe", ".venv/bin/ns-viewer"),
     ]
-    metrics = folder / "probes/depth/metrics.json"
+    metrics = folder / "loop/probes/depth/metrics.json"
     before = json.loads(metrics.read_text())
-    assert before["command"] == commands[7]
-    words = shlex.split(commands[7])
-    environment = {**os.environ, "FIT3D_CACHE": str(folder / "cache")}
-    command = [str(Path(sys.executable).parent / words[0]), *words[1:]]
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=900)
+    assert before["command"] == commands[5]
+    environment = {**os.environ, "FIT3D_CACHE": str(folder / "cache"), "PYTHONPATH": str(ROOT)}
+    for command, module in ((commands[5], "probe.cli"), (commands[0], "fit3d_loop")):
+        words = [sys.executable, "-m", module, *shlex.split(command)[1:]]
+        subprocess.run(words, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=900)
     assert json.loads(metrics.read_text())["rows"] == before["rows"]
 
 
 def test_a_finished_demo_does_nothing_again(demo, teacher_weights):
     folder = demo["folder"]
-    before = modified(folder / "stages")
+    before = {**modified(folder / "steps"), **modified(folder / "loop" / "steps")}
     output, _ = start(folder, teacher_weights).communicate(timeout=900)
-    assert output.count("done before") == 8 and modified(folder / "stages") == before
+    assert output.count("done before") == 5
+    assert {**modified(folder / "steps"), **modified(folder / "loop" / "steps")} == before
 
 
 def test_a_folder_of_another_demo_is_refused(demo):
     config = DemoConfig(output_dir=demo["folder"], rooms=1, splat_steps=41)
-    with pytest.raises(UserError, match="holds a demo with .* instead of .*: go on with the same settings"):
+    with pytest.raises(UserError, match="was begun with .* instead of .*: go on with the same"):
         run_demo(config)

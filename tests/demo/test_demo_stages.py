@@ -1,15 +1,17 @@
-"""The demo's stages without the long work: what is run, what is skipped, what is refused."""
+"""The demo's choices without the long work: what is run, what is refused."""
 
-import json
 from pathlib import Path
 
 import pytest
+import tyro
 
 from demo.cli import run_demo
 from demo.config import DemoConfig, complete
 from demo.results import comparisons
-from demo.runner import hold, run_stages
-from demo.stages import Stage, stages
+from demo.stages import after_the_loop, as_typed, before_the_loop, loop_config, places, write_scene_list
+from fit3d_loop.config import LoopConfig
+from fit3d_loop.records import Places, try_lock
+from fit3d_loop.scene_list import read_scenes
 from fit3d_ns.support.errors import UserError
 
 BACKBONE = "dinov2_small_focus"
@@ -40,8 +42,9 @@ def test_bad_choices_leave_nothing_that_a_next_start_would_meet(tmp_path, choice
 
 def test_without_a_control_nothing_asks_for_one():
     config = complete(DemoConfig(backbone=BACKBONE, control=False), cuda=False)
-    words = [word for stage in stages(config, cuda=False) for word in stage.command]
-    assert "--tuned" in words and "--control" not in words and "control" not in words
+    words = [word for step in after_the_loop(config) for word in step.words]
+    assert "--tuned" in words and "--control" not in words
+    assert loop_config(config, cuda=False).controls == ()
 
 
 def test_paths_with_spaces_stay_whole(tmp_path, monkeypatch):
@@ -49,39 +52,36 @@ def test_paths_with_spaces_stay_whole(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     chosen = DemoConfig(output_dir=Path("my demo"), backbone=BACKBONE, backbone_weights=Path("w w.pth"))
     config = complete(chosen, cuda=False)
-    for stage in stages(config, cuda=False):
-        assert any(word.startswith("my demo/") for word in stage.command)
-        assert not any(word in ("my", "w", "w.pth") for word in stage.command)
+    steps = [before_the_loop(config).words, *(step.words for step in after_the_loop(config))]
+    for words in [*steps, as_typed(loop_config(config, cuda=False))]:
+        assert any("my demo/" in word for word in words)
+        assert not any(word in ("my", "w", "w.pth") for word in words)
 
 
-def test_only_the_same_command_counts_as_done(tmp_path, capsys):
-    # A command that refuses to run tells whether it was run.
-    stage = Stage("rooms", "Make rooms", ("fit3d-rooms", str(tmp_path / "rooms"), "--views", "1"), 1.0)
-    record = {"command": [*stage.command, "--seed", "7"], "seconds": 2.0, "cpu_seconds": 3.0, "resumed": False}
-    path = tmp_path / "stages" / "rooms.json"
-    path.parent.mkdir()
-    path.write_text(json.dumps(record))
-    with pytest.raises(UserError, match="ended with the error above: fit3d-rooms .*--views 1"):
-        run_stages(tmp_path, [stage])
-    assert "--views 1 is too few" in capsys.readouterr().err
-    path.write_text(json.dumps({**record, "command": list(stage.command)}))
-    (done,) = run_stages(tmp_path, [stage])
-    assert (done.seconds, done.cpu_seconds) == (2.0, 3.0)
+def test_the_loop_is_shown_as_it_can_be_typed():
+    config = loop_config(complete(DemoConfig(backbone=BACKBONE), cuda=False), cuda=False)
+    words = as_typed(config)
+    assert words[0] == "fit3d" and tyro.cli(LoopConfig, args=list(words[1:])) == config
 
 
-def test_a_command_that_is_not_installed_is_named(tmp_path):
-    with pytest.raises(UserError, match="fit3d-nothing is not installed"):
-        run_stages(tmp_path, [Stage("none", "None", ("fit3d-nothing",), 1.0)])
+def test_held_out_views_are_those_of_the_list(tmp_path):
+    config = complete(DemoConfig(output_dir=tmp_path, backbone=BACKBONE, rooms=2), cuda=False)
+    for room in places(config).lifted_rooms:
+        room.mkdir(parents=True)
+        (room / "transforms.json").touch()
+    scenes, _ = read_scenes(write_scene_list(config))
+    assert [scene.name for scene in scenes] == ["room_000", "room_001"]
+    assert scenes[0].parser == ("nerfstudio-data", "--eval-mode", "interval", "--eval-interval", "5")
 
 
 def test_two_demos_do_not_share_a_folder(tmp_path):
-    with hold(tmp_path / "out"):
+    out = tmp_path / "out"
+    with try_lock(Places(out).lock("demo")):
         with pytest.raises(UserError, match="Another demo is at work"):
-            hold(tmp_path / "out")
-    hold(tmp_path / "out").release()
+            run_demo(DemoConfig(output_dir=out, backbone=BACKBONE))
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be used"):
-        hold(tmp_path / "file" / "out")
+        run_demo(DemoConfig(output_dir=tmp_path / "file" / "out", backbone=BACKBONE))
 
 
 @pytest.mark.parametrize(
