@@ -172,7 +172,13 @@ def keep_settings(
     Raises:
         UserError: If the folder holds a loop of other settings.
     """
-    path = root / name
+    path, lock = root / name, Places(root).lock(name)
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(lock):  # the jobs of an array begin together
+        return _keep_settings(path, settings, free)
+
+
+def _keep_settings(path: Path, settings: dict[str, Any], free: Mapping[str, Any]) -> dict[str, Any]:
     try:
         stored = json.loads(path.read_text()) if path.is_file() else None
     except (OSError, ValueError) as error:
@@ -185,8 +191,8 @@ def keep_settings(
     for key in settings:
         if stored.get(key) != settings[key]:
             raise UserError(
-                f"{root} was begun with --{key.replace('_', '-')} {stored.get(key)} instead of {settings[key]}: go "
-                "on with the same, or choose another --output-dir."
+                f"{path.parent} was begun with --{key.replace('_', '-')} {stored.get(key)} instead of {settings[key]}: "
+                "go on with the same, or choose another --output-dir."
             )
     return settings
 
