@@ -259,6 +259,32 @@ def reset_opacities(strategy: Any) -> None:
     strategy.step_post_backward = step_post_backward
 
 
+def compile_splatfacto(device: torch.device) -> None:
+    """Lets splatfacto's matrix inverse, which is compiled when it is first called on CUDA, be compiled now.
+
+    Args:
+        device: Where the model is.
+    """
+    from nerfstudio.models import splatfacto
+
+    if device.type == "cuda":
+        splatfacto.get_viewmat(torch.eye(4, device=device)[None, :3])
+
+
+def read_pictures_by_their_interface() -> None:
+    """Lets nerfstudio's main branch read pictures with Pillow 13.
+
+    Its ``pil_to_numpy`` calls private functions of Pillow, whose arguments changed (``data/utils/data_utils.py``
+    at 50e0e3c7; 1.1.5 has no such function). What Pillow offers everybody gives the same array.
+    """
+    from nerfstudio.data.datasets import base_dataset
+    from nerfstudio.data.utils import data_utils
+
+    for module in (data_utils, base_dataset):
+        if hasattr(module, "pil_to_numpy"):
+            setattr(module, "pil_to_numpy", np.array)
+
+
 def clamp_refinement_pause(strategy: Any) -> bool:
     """Lets scenes densify whose number of images would stop it for good.
 

@@ -11,7 +11,12 @@ from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataPars
 from nerfstudio.engine.optimizers import AdamOptimizerConfig
 from nerfstudio.plugins.types import MethodSpecification
 
-from fit3d_ns.compat import guard_nerfstudio, install_error_hook, register_safe_globals
+from fit3d_ns.compat import (
+    guard_nerfstudio,
+    install_error_hook,
+    read_pictures_by_their_interface,
+    register_safe_globals,
+)
 from fit3d_ns.datamanager import Fit3DDataManagerConfig
 from fit3d_ns.model import Fit3DSplatModelConfig
 from fit3d_ns.pipeline import Fit3DPipelineConfig
@@ -23,6 +28,7 @@ from fit3d_ns.trainer import Fit3DTrainerConfig
 
 register_safe_globals()
 install_error_hook()
+read_pictures_by_their_interface()
 guard_nerfstudio(parse_configuration, read_checkpoint)
 
 

@@ -113,7 +113,10 @@ def rasterize(
 
 
 def check_backend(device: torch.device) -> None:
-    """Checks, before any long work, that `rasterize` can run on a device.
+    """Checks, before any long work, that `rasterize` can run on a device, and imports and compiles what it takes.
+
+    So nothing of it is left to the first picture: nerfstudio's viewer ends a render that a newer camera makes
+    superfluous at any line, also inside an import, which then stays half done.
 
     Args:
         device: Where training or rendering will run.
@@ -122,6 +125,10 @@ def check_backend(device: torch.device) -> None:
         UserError: The device is neither the CPU nor a CUDA device of this machine, or gsplat's kernels are missing.
     """
     if device.type == "cpu":
+        from fit3d_ns.rasterization import cpu  # noqa: F401
+        from fit3d_ns.rasterization.kernel_runner import compile_kernels
+
+        compile_kernels(torch.float32)
         return
     if device.type != "cuda" or not torch.cuda.is_available():
         raise UserError(

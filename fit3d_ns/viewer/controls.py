@@ -117,6 +117,7 @@ class FeatureControls(nn.Module):
 
     def _start(self, viewer: Any) -> None:
         self._view.viewer = viewer
+        self._view.prepare()
         self._run = Path(viewer.log_filename).parent
         port, asked = viewer.viser_server.get_port(), viewer.config.websocket_port
         if asked is not None and port != asked:

@@ -3,9 +3,11 @@
 import threading
 from typing import Any
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from fit3d_ns import compat
 from fit3d_ns.features.colors import SceneColors
 from fit3d_ns.features.pca import ColorBasis
 from fit3d_ns.model import Fit3DSplatModel
@@ -49,6 +51,7 @@ class FeatureView:
         self.num_clusters = 8
         self.segment = False
         self.viewer: Any = None
+        self._renders_for_browser: type[threading.Thread] | None = None
         self._basis: ColorBasis | None = None
         self._centres: tuple[int, Float[Tensor, "k C"]] | None = None
         self._disagreement: Disagreement | None = None
@@ -150,13 +153,20 @@ class FeatureView:
             return box
         return GaussianSelection(self.similar(), box)
 
+    def prepare(self) -> None:
+        """Imports and compiles what pictures take, before the first render: one may be ended at any line."""
+        from nerfstudio.viewer.render_state_machine import RenderStateMachine
+        from nerfstudio.viewer_legacy.server import viewer_utils  # noqa: F401 - `LazyOutputs` asks for its exception
+
+        self._renders_for_browser = RenderStateMachine
+        fit_clusters(torch.eye(3), torch.ones(3), 2)  # scikit-learn imports more when it is first used
+        compat.compile_splatfacto(self.model.device)
+
     def in_browser(self) -> bool:
         """Returns whether this thread renders for a browser."""
-        if self.viewer is None:
-            return False
-        from nerfstudio.viewer.render_state_machine import RenderStateMachine
-
-        return isinstance(threading.current_thread(), RenderStateMachine)
+        return self._renders_for_browser is not None and isinstance(
+            threading.current_thread(), self._renders_for_browser
+        )
 
     def _weights(self) -> Float[Tensor, "N"]:
         model = self.model

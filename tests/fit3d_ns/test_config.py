@@ -73,3 +73,24 @@ def test_learning_rates_are_plain_floats(methods):
             for each, schedule in ((optimizer, scheduler), (reference_optimizer, expected)):
                 each.step()
                 schedule.step()
+
+
+def test_pictures_are_read_by_what_pillow_offers_everybody(monkeypatch):
+    """The main branch of nerfstudio has a reader that calls private functions of Pillow; 1.1.5 has none."""
+    import numpy as np
+    from nerfstudio.data.datasets import base_dataset
+    from nerfstudio.data.utils import data_utils
+    from PIL import Image
+
+    from fit3d_ns.compat import read_pictures_by_their_interface
+
+    def broken(image):
+        raise TypeError("function takes exactly 2 arguments (1 given)")
+
+    for module in (base_dataset, data_utils):
+        monkeypatch.setattr(module, "pil_to_numpy", broken, raising=False)
+    read_pictures_by_their_interface()
+    values = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
+    for module in (base_dataset, data_utils):
+        found = module.pil_to_numpy(Image.fromarray(values))  # type: ignore[attr-defined]
+        assert found.dtype == np.uint8 and (found == values).all() and found.flags.writeable
