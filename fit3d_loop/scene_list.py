@@ -11,12 +11,12 @@ from typing import Any, Literal
 import yaml
 
 from fit3d_ns.data.folders import is_leftover, is_photo
+from fit3d_ns.data.layouts import find_model
 from fit3d_ns.runs.config_reader import find_runs
 from fit3d_ns.runs.names import CHECKPOINTS, CONFIG, METHOD
 from fit3d_ns.support.errors import UserError, first_line
 
 _DATAPARSERS = ("nerfstudio-data", "colmap", "blender-data", "scannetpp-data")
-_SPARSE = ("sparse/0", "colmap/sparse/0", "sparse")
 _YAML_KEYS = ("data", "name", "dataparser", "flags", "run", "ply")
 _METHOD_LINE = re.compile(r"^method_name: ['\"]?([^'\"\s]+)", re.MULTILINE)
 _BACKBONE_LINE = re.compile(r"^ +backbone: ['\"]?([^'\"\s]+)", re.MULTILINE)
@@ -242,11 +242,11 @@ def _recognise(path: Path) -> SceneSource | str:
     if (path / "transforms.json").is_file():
         return SceneSource(name, "photos", path, "nerfstudio-data", ("nerfstudio-data",))
     images = next((folder for folder in ("images", "input") if (path / folder).is_dir()), None)
-    for sparse in _SPARSE if images is not None else ():
-        if any((path / sparse / f"cameras{kind}").is_file() for kind in (".bin", ".txt")):
-            # nerfstudio would ask whether it may write smaller photos into the scene.
-            parser = ("colmap", "--colmap-path", sparse, "--images-path", str(images), "--downscale-factor", "1")
-            return SceneSource(name, "photos", path, f"COLMAP, {sparse}", parser)
+    sparse = find_model(path) if images is not None else None
+    if sparse is not None:
+        # nerfstudio would ask whether it may write smaller photos into the scene.
+        parser = ("colmap", "--colmap-path", sparse, "--images-path", str(images), "--downscale-factor", "1")
+        return SceneSource(name, "photos", path, f"COLMAP, {sparse}", parser)
     if (path / "transforms_train.json").is_file():
         return SceneSource(name, "photos", path, "Blender", ("blender-data",))
     if (path / "dslr" / "nerfstudio" / "transforms.json").is_file():
