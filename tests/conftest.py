@@ -11,9 +11,14 @@ TINY_TEACHER = "test_vit"
 """A timm ViT of 64 channels with patches of 16 pixels, made for tests."""
 
 
-def pytest_collection_modifyitems(items):
-    """Skips tests marked ``gpu`` where no CUDA device is present, and ``browser`` where no browser is."""
-    reasons = {"gpu": None if torch.cuda.is_available() else "needs a CUDA device", "browser": viewer_page.missing()}
+def pytest_collection_modifyitems(config, items):
+    """Skips tests marked ``gpu`` where no CUDA device is present, ``browser`` where no browser is, ``slow`` unasked."""
+    asked = "slow" in config.getoption("markexpr")
+    reasons = {
+        "gpu": None if torch.cuda.is_available() else "needs a CUDA device",
+        "browser": viewer_page.missing(),
+        "slow": None if asked else "takes ten minutes: -m slow",
+    }
     for item in items:
         for marker, reason in reasons.items():
             if marker in item.keywords and reason is not None:
