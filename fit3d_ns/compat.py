@@ -259,6 +259,27 @@ def reset_opacities(strategy: Any) -> None:
     strategy.step_post_backward = step_post_backward
 
 
+def neighbour_distances(positions: torch.Tensor, count: int) -> torch.Tensor:
+    """Returns what splatfacto takes as the distances of points to their neighbours, wherever nerfstudio keeps that.
+
+    A method of the model in 1.1.5, a function of `nerfstudio.utils.math` on the main branch (50e0e3c7).
+
+    Args:
+        positions: [N, 3] float32.
+        count: Neighbours K of each.
+
+    Returns:
+        [N, K] float32.
+    """
+    from nerfstudio.models.splatfacto import SplatfactoModel
+    from nerfstudio.utils import math as nerfstudio_math
+
+    if hasattr(nerfstudio_math, "k_nearest_sklearn"):
+        return getattr(nerfstudio_math, "k_nearest_sklearn")(positions, count)[0]
+    method: Callable[..., Any] = SplatfactoModel.k_nearest_sklearn
+    return torch.from_numpy(method(None, positions, count)[0])
+
+
 def compile_splatfacto(device: torch.device) -> None:
     """Lets splatfacto's matrix inverse, which is compiled when it is first called on CUDA, be compiled now.
 

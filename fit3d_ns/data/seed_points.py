@@ -1,15 +1,14 @@
 """Points that Gaussians start from: read in double precision, and judged by the Gaussians that are made of them."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from fit3d_ns.compat import neighbour_distances
 from fit3d_ns.data.ply_file import read_elements
 from fit3d_ns.support.errors import DamagedFile, UserError, first_line
 
@@ -156,11 +155,7 @@ def has_size(positions: Float[Tensor, "N 3"]) -> Tensor:
     Returns:
         Boolean, shape [N].
     """
-    from nerfstudio.models.splatfacto import SplatfactoModel
-
-    nearest: Callable[..., Any] = SplatfactoModel.k_nearest_sklearn
-    distances, _ = nearest(None, positions, _NEIGHBOURS)
-    scales = torch.from_numpy(distances).mean(dim=-1).log()  # [N]
+    scales = neighbour_distances(positions, _NEIGHBOURS).mean(dim=-1).log()  # [N]
     sizes = scales.exp()
     # The rasteriser squares sizes.
     return torch.isfinite(scales) & (sizes > 0) & torch.isfinite(sizes.square())
