@@ -50,7 +50,7 @@ from fit3d_ns.runs.bundle import BundleCameras, BundleInfo, BundleView, SceneTen
 from fit3d_ns.support.command_line import run_command
 from fit3d_ns.support.errors import UserError
 from fit3d_ns.support.files import atomic_write_json, atomic_write_text
-from fit3d_ns.support.processes import World, join_world
+from fit3d_ns.support.processes import World, join_world, wait_for_all
 
 
 @dataclass
@@ -109,12 +109,12 @@ def main(benchmark: Benchmark) -> None:
         folder = benchmark.folder or Path(tempfile.gettempdir()) / f"fit3d-distillation-{os.getppid()}"
         if world.is_main:
             _make_scenes(benchmark, folder)
-        world.wait()
+        wait_for_all()
         scenes = open_scenes(sorted(folder.glob("bundles/*")), None)
         try:
             rows = [_measure(benchmark, scenes, batch_size, world, folder) for batch_size in benchmark.batch_sizes]
         finally:
-            world.wait()
+            wait_for_all()
             if world.is_main and benchmark.folder is None:
                 shutil.rmtree(folder)
         if world.is_main:
@@ -151,7 +151,7 @@ def _measure(
     student = load_student(config, scenes, device)
     photos = PhotoStore(scenes, student.info.patch_size, device, folder / "photo-cache", resident_bytes=8 * 10**9)
     photos.fill(world.rank, world.size, show=False)
-    world.wait()
+    wait_for_all()
     targets = LiftedTargets(scenes, bank, device, "weight", 0.5)
     sampled = [scene.sampled_views() for scene in scenes]
     recipe = choose_recipe(config, sum(len(views.views) for views in sampled), world.size)

@@ -15,7 +15,7 @@ from distill.sampler import Batch, Sample, Sampler
 from distill.scenes import Scene, SceneBank
 from distill.step import StepInput
 from distill.targets import TargetSource
-from fit3d_ns.support.processes import World
+from fit3d_ns.support.processes import World, sum_over_processes
 
 
 @dataclass
@@ -163,7 +163,7 @@ class Feed:
             weights[: len(pairs)] = _mirrored(torch.stack([weight for _, weight in pairs]), flips)
         if len(images) < self._share:
             images = torch.cat([images, images[:1].expand(self._share - len(images), -1, -1, -1)])
-        total_weight = self._world.sum(weights.sum())
+        total_weight = sum_over_processes(weights.sum())
         fullness = torch.tensor(len(batch.samples) / self._sampler.batch_size).to(device, non_blocking=True)
         return StepInput(images, targets, weights, total_weight, fullness)
 

@@ -23,7 +23,7 @@ from fit3d_ns.backbones.other_formats import check_dinov2, check_onnx
 from fit3d_ns.backbones.result_folder import METRICS_NAME, write_model_card, write_weights
 from fit3d_ns.support.curve_log import CurveLog
 from fit3d_ns.support.errors import UserError
-from fit3d_ns.support.processes import World
+from fit3d_ns.support.processes import World, wait_for_all
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -103,10 +103,10 @@ class Session:
                 self.resumed,
             )
             decoded = self.photos.fill(world.rank, world.size, show=world.is_main)
-            world.wait()
+            wait_for_all()
             if world.local_size < world.size:  # another machine's share may have gone to a disk of its own
                 decoded += self.photos.fill(world.local_rank, world.local_size, show=False)
-                world.wait()
+                wait_for_all()
             if decoded:
                 _LOGGER.info(f"Decoded {decoded} photos; the next start finds them.")
             num_views, num_scenes = self.sampler.num_views, len(self.scenes)
@@ -122,7 +122,7 @@ class Session:
             result = trainer.train()
             if world.is_main:
                 self._finish(result)
-            world.wait()  # a process that leaves early takes the others' connection with it
+            wait_for_all()  # a process that leaves early takes the others' connection with it
         finally:
             if self.curves is not None:
                 self.curves.close()

@@ -31,7 +31,7 @@ from distill.student import make_average, plain_state_dict, prepare_training
 from fit3d_ns.backbones import Backbone
 from fit3d_ns.support.curve_log import CurveLog
 from fit3d_ns.support.errors import UserError
-from fit3d_ns.support.processes import World
+from fit3d_ns.support.processes import World, sum_over_processes, wait_for_all
 from fit3d_ns.support.progress import progress
 
 _LOGGER = logging.getLogger(__name__)
@@ -228,7 +228,7 @@ class Trainer:
         if self._recent:
             values = torch.stack([loss for _, loss in self._recent] + [torch.zeros_like(self._recent[0][1])])
             values[-1] = float(self._stop_asked)
-            *losses, stop = self._world.sum(values.double()).tolist()
+            *losses, stop = sum_over_processes(values.double()).tolist()
             for (batch, _), loss in zip(self._recent, losses):
                 if not math.isfinite(loss):
                     raise UserError(self._broken(batch))
@@ -236,7 +236,7 @@ class Trainer:
             self._recent.clear()
             if stop:
                 self._save()
-                self._world.wait()  # torchrun ends all processes soon after the first has gone, also one that writes
+                wait_for_all()  # torchrun ends all processes soon after the first has gone, also one that writes
                 _LOGGER.info(f"Stopped after step {self._step} of {self.num_steps}: go on with --resume.")
                 sys.exit(128 + signal.SIGTERM)
         return sum(losses) / len(losses) if losses else float("nan")

@@ -333,6 +333,8 @@ def clamp_refinement_pause(strategy: Any) -> bool:
 def resume_adds_steps(trainer: type[Any]) -> bool:
     """Whether nerfstudio's trainer counts ``max_num_iterations`` from the resumed step (1.1.5) or from zero (later).
 
+    Told by the source: 1.1.5 is the newest release, so there is no number yet to compare with.
+
     Args:
         trainer: nerfstudio's ``Trainer`` class.
     """

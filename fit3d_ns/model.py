@@ -17,7 +17,7 @@ from torch.nn import Parameter
 
 from fit3d_ns import compat
 from fit3d_ns.backbones import BackboneInfo, patch_grid
-from fit3d_ns.features.correspondences import View
+from fit3d_ns.features.correspondences import SURFACE_SIDE, View
 from fit3d_ns.features.decoder import FeatureDecoder
 from fit3d_ns.features.grid import FEATURE_GRIDS, FeatureGrid, sample_teacher, sampling_offset
 from fit3d_ns.features.metrics import feature_cosine, feature_l1
@@ -306,7 +306,7 @@ class Fit3DSplatModel(SplatfactoModel):
         (height, width), K = image_size(camera), K.clone()
         K[0] *= depth.shape[1] / width
         K[1] *= depth.shape[0] / height
-        return View(viewmat, K, depth.shape[1], depth.shape[0], depth, accumulation)
+        return View(viewmat, K, depth.shape[1], depth.shape[0], depth, accumulation).thinned(SURFACE_SIDE)
 
     def get_loss_dict(
         self, outputs: dict[str, Any], batch: dict[str, Any], metrics_dict: dict[str, Any] | None = None

@@ -139,7 +139,7 @@ class TrainedProbeConfig(DataConfig):
     checkpoint_every: int = 1000
     """Steps between checkpoints; a killed run goes on from the last."""
     vis: Literal["none", "tensorboard", "wandb"] = "none"
-    """Where losses are shown, besides losses.jsonl."""
+    """Where losses are shown, besides curves/seed_N/curves.jsonl."""
 
     @property
     def norm(self) -> bool | None:

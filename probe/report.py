@@ -9,13 +9,12 @@ import sys
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
-from fit3d_ns.support.console import rank
 from fit3d_ns.support.errors import UserError
 from fit3d_ns.support.files import atomic_path, atomic_write_json, atomic_write_text
 from fit3d_ns.support.html_report import Report
@@ -189,7 +188,7 @@ def write_report(
         runs = [content["rows"][row.name] for content in finished]
         numbers[row.name] = {key: summarize([run["scores"][key] for run in runs]) for key, _ in columns}
         numbers[row.name]["channels"] = row_width(row, width)
-        numbers[row.name]["learning_rates"] = [run["learning_rate"] for run in runs]
+        numbers[row.name]["learning_rates"] = [run["learning_rate"] for run in runs if "learning_rate" in run]
         numbers[row.name]["validation"] = [run["validation"] for run in runs]
         if task.data.classes:
             per_class = zip(*(run["scores"]["iou"] for run in runs))
@@ -314,61 +313,3 @@ def add_pictures(report: Report, results: ResultFolder, task: Task, rows: Sequen
         row: list[tuple[str, np.ndarray]] = [("photo", pictures["photo"]), ("truth", pictures["truth"])]
         row += [(name, pictures[name]) for name in names if name in pictures]
         report.add_pictures(row, title=task.data.test[place].name)
-
-
-class LossLog:
-    """Writes losses of the first process; the file may be appended to by a resumed run."""
-
-    def __init__(self, folder: Path, vis: Literal["none", "tensorboard", "wandb"], config: dict[str, Any]) -> None:
-        """Opens what is asked for.
-
-        Args:
-            folder: The run's.
-            vis: Besides losses.jsonl.
-            config: Shown beside the run, in Weights & Biases.
-
-        Raises:
-            UserError: If a tool is not installed.
-        """
-        self._path = folder / "losses.jsonl"
-        self._board: Any | None = None
-        self._run: Any | None = None
-        if rank():
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            if vis == "tensorboard":
-                from torch.utils.tensorboard import SummaryWriter
-
-                self._board = SummaryWriter(str(folder / "tensorboard"))
-            elif vis == "wandb":
-                import wandb  # type: ignore[import-not-found]
-
-                self._run = wandb.init(project="fit3d-probe", dir=str(folder), config=config)
-        except ImportError:
-            raise UserError(f"--vis {vis} needs the package {vis}: install it with pip.") from None
-
-    def write(self, seed: int, step: int, losses: dict[str, float]) -> None:
-        """Adds the losses of a step, by head."""
-        if rank():
-            return
-        try:
-            with self._path.open("a") as file:
-                file.write(json.dumps({"seed": seed, "step": step, **losses}) + "\n")
-        except OSError as error:
-            raise UserError(f"Cannot write {self._path} ({error.strerror}): free space there.") from None
-        for name, value in losses.items():
-            if self._board is not None:
-                self._board.add_scalar(f"loss/seed_{seed}/{name}", value, step)
-        if self._run is not None:
-            # Steps of their own: those of Weights & Biases only ever grow, and each seed begins anew.
-            self._run.define_metric(f"loss/seed_{seed}/*", step_metric=f"step/seed_{seed}")
-            values = {f"loss/seed_{seed}/{name}": value for name, value in losses.items()}
-            self._run.log({**values, f"step/seed_{seed}": step})
-
-    def close(self) -> None:
-        """Ends what was opened."""
-        if self._board is not None:
-            self._board.close()
-        if self._run is not None:
-            self._run.finish()

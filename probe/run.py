@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from fit3d_ns.support.console import rank
+from fit3d_ns.support.curve_log import CurveLog
 from fit3d_ns.support.errors import UserError
 from fit3d_ns.support.processes import World, gather_objects, join_world, wait_for_all, world_size
 from fit3d_ns.support.progress import progress
@@ -24,7 +25,7 @@ from probe.exact.run import run_exact
 from probe.features import FrozenBackbones, Row, choose_rows, load_backbones, row_features
 from probe.partners import note_in_model_cards, require_one_each
 from probe.protocols import DepthRecipe, FastRecipe, Optimization, choose_fast_recipe, choose_recipe, override
-from probe.report import LossLog, ResultFolder, provenance, report_title, write_report
+from probe.report import ResultFolder, provenance, report_title, write_report
 from probe.sources import CachedSource, OnlineSource, Source, whole_size
 from probe.tasks import TASKS, Task
 from probe.training import Head, HeadBank, mean_losses
@@ -90,7 +91,7 @@ class _Setup:
     widths: tuple[int, int]
     device: torch.device
     results: ResultFolder
-    log: LossLog
+    question: dict[str, Any]
 
 
 def run_trained_probe(config: TrainedProbeConfig, kind: Kind) -> None:
@@ -154,13 +155,11 @@ def _run(config: TrainedProbeConfig, kind: Kind, world: World) -> None:
     wait_for_all()
     source, facts = _make_source(config, task, fast, backbones, device, results)
     widths = (backbones.info.width, _cls_width(backbones, device))
-    log = LossLog(results.folder, config.vis, question)
-    setup = _Setup(config, task, rows, optimization, source, widths, device, results, log)
+    setup = _Setup(config, task, rows, optimization, source, widths, device, results, question)
     for position, seed in enumerate(config.seeds):
         if results.read_seed(seed) is None:
             _run_seed(setup, seed, with_panels=position == 0)
         wait_for_all()
-    log.close()
     if rank() == 0:
         notes = [*data.notes, *checked.remarks]
         facts |= {"labels_seen": checked.labels_seen, "valid_share": checked.valid_share}
@@ -206,7 +205,13 @@ def _run_seed(setup: _Setup, seed: int, with_panels: bool) -> None:
     bank = HeadBank(task, setup.rows, optimization, setup.widths, seed, setup.device)
     fingerprint = f"{results.fingerprint}-{seed}"
     first = bank.load(results.checkpoint(seed), fingerprint, setup.device)
-    seconds, trained = _train(setup, bank, seed, first, fingerprint)
+    log = None
+    if rank() == 0:
+        folder = results.folder / "curves" / f"seed_{seed}"
+        log = CurveLog(folder, setup.config.vis, "fit3d-probe", {**setup.question, "seed": seed}, first)
+    seconds, trained = _train(setup, bank, seed, first, fingerprint, log)
+    if log is not None:
+        log.close()
     validation: dict[str, dict[str, Any]] = {}
     if task.data.validation is not None:
         validation, _ = evaluate(task, setup.source, "validation", bank.heads)
@@ -240,7 +245,9 @@ def _run_seed(setup: _Setup, seed: int, with_panels: bool) -> None:
         results.write_seed(seed, content, timing)
 
 
-def _train(setup: _Setup, bank: HeadBank, seed: int, first: int, fingerprint: str) -> tuple[float, int]:
+def _train(
+    setup: _Setup, bank: HeadBank, seed: int, first: int, fingerprint: str, log: CurveLog | None
+) -> tuple[float, int]:
     """Trains heads from a step on; returns the seconds it took and the photos seen."""
     optimization, total = setup.optimization, setup.optimization.iterations
     batches = setup.source.training(seed, first, total, optimization.batch_size)
@@ -252,7 +259,8 @@ def _train(setup: _Setup, bank: HeadBank, seed: int, first: int, fingerprint: st
             remark = ""
             if (step + 1) % _LOG_EVERY == 0 or last:
                 by_head = mean_losses(bank, losses)
-                setup.log.write(seed, step + 1, by_head)
+                if log is not None:
+                    log.write(step + 1, {f"loss/{name}": value for name, value in by_head.items()})
                 remark = f"loss {next(iter(by_head.values())):.3f}"
             if (step + 1) % setup.config.checkpoint_every == 0 or last:
                 bank.save(setup.results.checkpoint(seed), step + 1, fingerprint)

@@ -7,11 +7,15 @@ at (j + 0.5, i + 0.5).
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+SURFACE_SIDE = 1600
+"""Most pixels of the longer side of a view's surface that is kept: 40 views of 12 megapixels would take gigabytes, and
+only the surface at patch centres is asked for."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,23 @@ class View:
             raise ValueError(
                 f"accumulation {list(self.accumulation.shape)} and depth {list(self.depth.shape)} differ in size"
             )
+
+    def thinned(self, longest: int) -> "View":
+        """Returns the view with its surface at fewer pixels, evenly spaced ones, if it has more.
+
+        Args:
+            longest: Most pixels of the depth map's longer side, at least 1.
+        """
+        share = longest / max(self.depth.shape)
+        if share >= 1:
+            return self
+        size = [max(1, round(side * share)) for side in self.depth.shape]
+
+        def thin(values: Float[Tensor, "H W"]) -> Float[Tensor, "h w"]:
+            return torch.nn.functional.interpolate(values[None, None], size, mode="nearest-exact")[0, 0]
+
+        accumulation = None if self.accumulation is None else thin(self.accumulation)
+        return replace(self, depth=thin(self.depth), accumulation=accumulation)
 
 
 @dataclass(frozen=True)

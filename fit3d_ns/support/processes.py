@@ -37,16 +37,6 @@ class World:
         """Whether this process prints and writes."""
         return self.rank == 0
 
-    def wait(self) -> None:
-        """Returns when all processes have come here."""
-        wait_for_all()
-
-    def sum(self, values: Tensor) -> Tensor:
-        """Returns the sum of a tensor over all processes; ``values`` itself is changed."""
-        if self.size > 1:
-            dist.all_reduce(values)
-        return values
-
     def smallest(self, *numbers: int) -> list[int]:
         """Returns each number's smallest value over all processes."""
         values = torch.tensor(numbers, device=self.device)
@@ -145,10 +135,15 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
         offset += gradient.numel()
 
 
-def sum_over_processes(value: torch.Tensor) -> None:
-    """Replaces a tensor, of one shape everywhere, by the sum of all processes' tensors."""
+def sum_over_processes(value: Tensor) -> Tensor:
+    """Returns the sum of all processes' tensors.
+
+    Args:
+        value: This process's, of one shape everywhere; changed in place.
+    """
     if world_size() > 1:
         dist.all_reduce(value)
+    return value
 
 
 def gather_objects(value: Any) -> list[Any]:

@@ -22,8 +22,8 @@ class SegmentationTask(Task[SegmentationRecipe]):
     headline = "miou"
     higher_is_better = True
 
-    def __init__(self, data: ProbeData, recipe: SegmentationRecipe) -> None:
-        """Takes the data set and the recipe."""
+    def __init__(self, data: ProbeData, recipe: SegmentationRecipe | None = None) -> None:
+        """Takes the data set and the recipe, see `Task`."""
         super().__init__(data, recipe)
         self.num_outputs = len(data.classes)
         self._colors = np.array(data.colors or class_colors(len(data.classes)), np.uint8)

@@ -33,10 +33,26 @@ class Task(ABC, Generic[RecipeType]):
     """Metric that choices are made by."""
     higher_is_better: bool
 
-    def __init__(self, data: ProbeData, recipe: RecipeType) -> None:
-        """Takes the data set and the full protocol's recipe."""
+    def __init__(self, data: ProbeData, recipe: RecipeType | None = None) -> None:
+        """Takes the data set and the full protocol's recipe.
+
+        Args:
+            data: The data set.
+            recipe: None where nothing is trained, and only metrics and pictures are asked for.
+        """
         self.data = data
-        self.recipe = recipe
+        self._recipe = recipe
+
+    @property
+    def recipe(self) -> RecipeType:
+        """The full protocol's recipe.
+
+        Raises:
+            ValueError: If there is none.
+        """
+        if self._recipe is None:
+            raise ValueError(f"{type(self).__name__} was made without a recipe")
+        return self._recipe
 
     @abstractmethod
     def make_head(self, width: int, cls_width: int, fuse: bool) -> nn.Module:

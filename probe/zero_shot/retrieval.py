@@ -25,7 +25,6 @@ from probe.data.loading import load_data
 from probe.features import FrozenBackbones, Row, choose_untrained_rows, load_backbones, row_features
 from probe.heads import resize_maps
 from probe.partners import require_one_each
-from probe.protocols import Optimization, SegmentationRecipe
 from probe.report import ResultFolder, provenance, write_report
 from probe.tasks.segmentation import SegmentationTask
 
@@ -76,7 +75,7 @@ def _run(config: RetrievalConfig, device: torch.device) -> None:
     }
     results = ResultFolder(config.output_dir, question)
     results.start()
-    task = SegmentationTask(data, SegmentationRecipe("retrieval-v1", Optimization(1, 1, (1.0,), 0.0, "poly", 0.0, 1.0)))
+    task = SegmentationTask(data)
     memory = build_memory(config, data, rows, backbones, device)
     metrics = {row.name: task.new_metric().to(device) for row in rows}
     places = [data.test.index(sample) for sample in evenly_spaced(data.test, _PANELS)]
@@ -97,9 +96,7 @@ def _run(config: RetrievalConfig, device: torch.device) -> None:
                 results.write_panel(place, "photo", task.read(data.test[place])[0])
                 results.write_panel(place, "truth", task.picture(target))
             advance(1)
-    scores = {
-        name: {"scores": metric.scores(), "learning_rate": 0.0, "validation": {}} for name, metric in metrics.items()
-    }
+    scores = {name: {"scores": metric.scores(), "validation": {}} for name, metric in metrics.items()}
     results.write_seed(config.seed, scores, {})
     summary = {
         "probe": "retrieval",

@@ -1,9 +1,10 @@
 """Many pairs of views at once, against pairs taken one by one."""
 
 import itertools
+from dataclasses import replace
 
 import torch
-from test_metrics import make_view
+from test_metrics import EYES, TARGETS, make_view
 
 from fit3d_ns.features.correspondences import View, ViewStack, correspondences
 from fit3d_ns.features.metrics import choose_pairs
@@ -57,3 +58,21 @@ def test_pairs_are_chosen_by_what_each_of_both_views_sees_of_the_other(monkeypat
             monkeypatch.setattr("fit3d_ns.features.metrics._POINTS_PER_STEP", points)
             assert choose_pairs(views, GRIDS, min_overlap=overlap, min_displacement=displacement) == expected
     assert counts[0] > counts[1] > counts[2]
+
+
+def test_a_thinned_surface_matches_the_same_points():
+    grid = (9, 12)
+    views = [make_view(EYES[index], TARGETS[index]) for index in (1, 2)]
+    views = [replace(view, accumulation=torch.ones_like(view.depth)) for view in views]
+    thin = [view.thinned(112) for view in views]
+    for few, all_of_it in zip(thin, views):
+        assert few.depth.shape == few.accumulation.shape == (84, 112) and few.K is all_of_it.K
+        assert set(few.depth.flatten().tolist()) <= set(all_of_it.depth.flatten().tolist()), "no depth is invented"
+        assert all_of_it.thinned(224) is all_of_it
+    whole, few = correspondences(views[0], views[1], grid, grid), correspondences(thin[0], thin[1], grid, grid)
+    targets = dict(zip(few.patch_index.tolist(), few.target))
+    shared = [index for index in whole.patch_index.tolist() if index in targets]
+    assert len(shared) >= 0.9 * max(len(whole), len(few)) and len(whole) > 20
+    both = torch.stack([targets[index] for index in shared])
+    kept = torch.tensor([index in targets for index in whole.patch_index.tolist()])
+    assert (both - whole.target[kept]).norm(dim=-1).median() < 0.1  # in patches; a match may be off by 1.5

@@ -9,6 +9,8 @@ from PIL import Image
 from probe_files import TINY, save_png
 from safetensors.torch import save_file
 
+from probe.config import SegmentationConfig
+
 
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory) -> dict[str, Path]:
@@ -60,5 +62,25 @@ def colored_blocks(tmp_path):
                 save_png(root / f"{split}annot" / f"photo_{index}.png", labels)
                 save_png(root / f"{split}depth" / f"photo_{index}.png", depth)
         return root
+
+    return make
+
+
+@pytest.fixture
+def tiny_config(weights, colored_blocks, tmp_path):
+    """Builds a probe of the tiny backbone and its tuned copy on colored blocks."""
+    root = colored_blocks()
+
+    def make(output: str, kind=SegmentationConfig, **options):
+        fields = {
+            "data": root,
+            "backbone": TINY,
+            "backbone_weights": weights["original"],
+            "tuned": (str(weights["tuned"]),),
+            "output_dir": tmp_path / output,
+            "workers": 0,
+            "device": "cpu",
+        }
+        return kind(**{**fields, **options})
 
     return make

@@ -27,23 +27,9 @@ ROOM = Path(__file__).parents[1] / "data" / "tiny_room"
 
 
 @pytest.fixture
-def make_config(weights, colored_blocks, tmp_path):
+def make_config(tiny_config):
     """Builds an exact probe of the tiny backbone on colored blocks, whose patches hold one class each."""
-    root = colored_blocks()
-
-    def make(output: str, kind=SegmentationConfig, **options):
-        fields = {
-            "data": root,
-            "backbone": TINY,
-            "backbone_weights": weights["original"],
-            "tuned": (str(weights["tuned"]),),
-            "output_dir": tmp_path / output,
-            "workers": 0,
-            "device": "cpu",
-        }
-        return kind(**{**fields, **options})
-
-    return make
+    return tiny_config
 
 
 @pytest.fixture

@@ -22,25 +22,12 @@ from probe.run import run_trained_probe
 
 
 @pytest.fixture
-def make_config(weights, colored_blocks, tmp_path):
+def make_config(tiny_config):
     """Builds a short probe of the tiny backbone; small crops, so that the full protocol takes a second."""
-    root = colored_blocks()
 
     def make(output: str, kind=SegmentationConfig, **options):
-        fields = {
-            "data": root,
-            "backbone": TINY,
-            "backbone_weights": weights["original"],
-            "tuned": (weights["tuned"],),
-            "output_dir": tmp_path / output,
-            "protocol": "paper",
-            "iterations": 6,
-            "batch_size": 4,
-            "learning_rates": (1e-2,),
-            "workers": 0,
-            "device": "cpu",
-        }
-        return kind(**{**fields, **options})
+        short = {"protocol": "paper", "iterations": 6, "batch_size": 4, "learning_rates": (1e-2,)}
+        return tiny_config(output, kind, **{**short, **options})
 
     return make
 
@@ -85,7 +72,9 @@ def test_fast_segmentation_learns_and_reports(make_config, weights, tmp_path):
     assert page.count("<img") == 3 * 5 and "class 2" in page and "torch" in page and "by mIoU on held-out" in page
     numbers = json.loads((folder / "metrics.json").read_text())
     assert numbers["versions"]["timm"] and numbers["command"] and numbers["facts"]["labels_seen"] == 3
-    assert (folder / "losses.jsonl").read_text().count("\n") >= 2
+    for seed in (0, 1):
+        lines = (folder / "curves" / f"seed_{seed}" / "curves.jsonl").read_text().splitlines()
+        assert lines and all(json.loads(line)["step"] > 0 for line in lines)
 
 
 def test_full_segmentation_resumes_to_the_same_result(make_config, tmp_path, monkeypatch):
@@ -144,7 +133,7 @@ def test_depth_runs_both_protocols(make_config, tmp_path, protocol):
     scores = _rows(tmp_path / "depth")["concat"]
     # Depths are 1, 2 and 3 m by colour; a constant guess is off by .8 m.
     assert scores["rmse"]["mean"] < 0.7 and scores["d3"]["mean"] > 0.5
-    assert list((tmp_path / "depth" / "tensorboard").glob("events*"))
+    assert list((tmp_path / "depth" / "curves" / "seed_0" / "tensorboard").glob("events*"))
 
 
 def test_a_shared_cache_knows_how_the_truth_was_read(make_config, tmp_path):
