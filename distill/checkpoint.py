@@ -5,15 +5,18 @@ import re
 import shutil
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from fit3d_ns.runs.checkpoints import refusal_reason
-from fit3d_ns.support.errors import UserError, first_line
+from fit3d_ns.support.errors import DamagedFile, UserError, first_line
 from fit3d_ns.support.files import atomic_path
+from fit3d_ns.support.json_files import build
+from fit3d_ns.support.tensor_files import is_finite
+from fit3d_ns.support.torch_files import read_torch
 
 SCHEMA = 2
 FOLDER = "checkpoints"
@@ -104,14 +107,15 @@ def load_checkpoint(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
         UserError: If it is damaged, holds more than tensors and plain values, or belongs to other settings.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises a different kind for each sort of damage
+        state = read_torch(path)
+        if not isinstance(state, dict) or state.get("schema") != SCHEMA:
+            raise UserError(f"{path} is not a checkpoint that this version of fit3d-distill wrote: start anew.")
+        _check_state(state)
+    except (FileNotFoundError, DamagedFile) as error:
         raise UserError(
-            f"The checkpoint {path} cannot be read ({refusal_reason(error)}): delete it to go on from the one before, "
-            "or start anew in another --output-dir."
+            f"The checkpoint {path} cannot be read ({error}): delete it to go on from the one before, or start anew in "
+            "another --output-dir."
         ) from error
-    if not isinstance(state, dict) or state.get("schema") != SCHEMA:
-        raise UserError(f"{path} is not a checkpoint that this version of fit3d-distill wrote: start anew.")
     saved = state["settings"]
     before, now = saved.get("student", {}), settings["student"]
     if before != now:
@@ -129,6 +133,57 @@ def load_checkpoint(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
             "same, or use another --output-dir."
         )
     return state
+
+
+@dataclass(frozen=True)
+class _State:
+    """What a checkpoint holds; tensors are looked at one by one."""
+
+    schema: int
+    step: int
+    num_steps: int
+    settings: dict[str, Any]
+    block_bytes: int | None
+    model: dict[str, Any]
+    optimizer: dict[Any, Any]
+    average: dict[str, Any] | None
+    random: dict[str, Any]
+    losses: Any
+    validation: Any
+    curve: Any
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.step <= self.num_steps:
+            raise ValueError(f"step is {self.step}, not from 0 to {self.num_steps}")
+        if not isinstance(self.settings.get("student"), dict):
+            raise ValueError("settings.student is no dictionary")
+        for name in ("torch", "cuda", "python", "numpy"):
+            if name not in self.random:
+                raise ValueError(f"random.{name} is missing")
+        pairs = isinstance(self.losses, list) and all(_is_pair(entry) for entry in self.losses)
+        measured = isinstance(self.validation, list) and all(
+            len(entry) == 2 and isinstance(entry[1], dict) for entry in self.validation
+        )
+        if not pairs or not measured or not _is_pair(self.curve):
+            raise ValueError("losses, validation or curve are no lists of pairs")
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == 2 and all(isinstance(x, (int, float)) for x in value)
+
+
+def _check_state(state: dict[Any, Any]) -> None:
+    """Refuses a state that no training can go on from."""
+    build(_State, state)
+    for name, holder in (("model", state["model"]), ("average", state["average"] or {})):
+        for key, tensor in holder.items():
+            if not isinstance(tensor, torch.Tensor) or not is_finite(tensor):
+                raise DamagedFile(f"{name}.{str(key)[:60]} is no tensor of finite numbers")
+    for key, moments in state["optimizer"].items():
+        values = list(moments.values()) if isinstance(moments, dict) else [None]
+        for value in values:
+            if not isinstance(value, (torch.Tensor, int, float)) or not is_finite(torch.as_tensor(value)):
+                raise DamagedFile(f"optimizer.{key} holds no finite numbers")
 
 
 def random_state() -> dict[str, Any]:

@@ -80,7 +80,9 @@ class ControlTargets:
 
     def _see(self, scene: int, views: Sequence[int]) -> Float[Tensor, "V C h w"]:
         images = self._photos.get([(scene, view) for view in views])
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._device.type == "cuda"):
+        usual = "bf16" if self._device.type == "cuda" else "fp32"
+        precision = self._scenes[scene].info.teacher_precision or usual  # as the maps that were lifted
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=precision == "bf16"):
             if self._kind == "control-shift":
                 return shifted_mean(self._teacher, images)
             return self._teacher(images.float() / 255.0).patch_tokens.float()

@@ -16,9 +16,9 @@ from torch import Tensor
 from distill.scenes import Scene
 from fit3d_ns.data.photos import Photo, read_photo
 from fit3d_ns.support.errors import DamagedFile, UserError
-from fit3d_ns.support.files import user_cache_directory
+from fit3d_ns.support.files import discard, user_cache_directory
 from fit3d_ns.support.progress import progress
-from fit3d_ns.support.tensor_files import TensorSpec, discard, read_tensors, write_tensors
+from fit3d_ns.support.tensor_files import TensorSpec, read_tensors, write_tensors
 
 _LOGGER = logging.getLogger(__name__)
 

@@ -36,6 +36,11 @@ from fit3d_ns.viewer.outputs import look
 _LOGGER = logging.getLogger(__name__)
 
 
+def _last_line(error: Exception) -> str:
+    """What torch says of tensors that do not fit stands at the end of many lines."""
+    return next(reversed(str(error).strip().splitlines()), type(error).__name__).strip()
+
+
 @dataclass
 class Fit3DPipelineConfig(VanillaPipelineConfig):
     """Configuration of data and model together."""
@@ -119,7 +124,15 @@ class Fit3DPipeline(VanillaPipeline):
             loaded_state: Tensors and the extra state by name.
             step: Of the checkpoint.
         """
-        super().load_pipeline(loaded_state, step)
+        try:
+            super().load_pipeline(loaded_state, step)
+        except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(
+                f"The checkpoint does not fit the run's configuration and scene ({_last_line(error)}): use another "
+                "checkpoint of that run, or restore its config.yml."
+            ) from error
         self.feature_view.refresh()
 
     def get_extra_state(self) -> dict[str, Any]:
@@ -299,7 +312,16 @@ class Fit3DPipeline(VanillaPipeline):
             }
         )
         self.datamanager.load_sampler_state(state["sampler"])
-        generators = state["random"]
+        try:
+            self._restore_random_state(state["random"])
+        except (RuntimeError, KeyError, ValueError, TypeError, IndexError) as error:
+            raise UserError(
+                f"The state of the random generators in the checkpoint is damaged ({_last_line(error)}): use another "
+                "checkpoint of that run."
+            ) from error
+
+    @staticmethod
+    def _restore_random_state(generators: dict[str, Any]) -> None:
         torch.set_rng_state(generators["torch"])
         if len(generators["cuda"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(generators["cuda"])

@@ -15,7 +15,7 @@ from fit3d_ns.compat import resume_adds_steps
 from fit3d_ns.runs.checkpoints import find_checkpoint, read_checkpoint, run_folder
 from fit3d_ns.runs.config_reader import read_config
 from fit3d_ns.runs.names import CONFIG, EXTRA_STATE, RECORD
-from fit3d_ns.support.errors import UserError
+from fit3d_ns.support.errors import UserError, first_line
 from fit3d_ns.support.files import atomic_write_text, explain_unwritable, sync_to_disk
 from fit3d_ns.support.output_folders import hold_folder
 
@@ -168,7 +168,15 @@ class Fit3DTrainer(Trainer):
             state = read_checkpoint(checkpoint)  # a damaged file is said in one sentence
             self.pipeline.check_resumes(checkpoint, state["pipeline"].get(EXTRA_STATE) or {})  # type: ignore[operator]
             self.config.load_dir, self.config.load_checkpoint = None, checkpoint
-        super()._load_checkpoint()
+        try:
+            super()._load_checkpoint()
+        except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
+            if wanted is None or isinstance(error, UserError):
+                raise
+            raise UserError(
+                f"The checkpoint {self.config.load_checkpoint} does not fit ({first_line(error)}): use another "
+                "checkpoint of that run."
+            ) from error
         if wanted is None:
             return
         if self._start_step >= self.config.max_num_iterations:

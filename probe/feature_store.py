@@ -14,9 +14,10 @@ from torch import Tensor
 from fit3d_ns.backbones import BackboneOutput
 from fit3d_ns.support.console import rank
 from fit3d_ns.support.errors import DamagedFile, UserError
+from fit3d_ns.support.files import discard
 from fit3d_ns.support.processes import wait_for_all, world_size
 from fit3d_ns.support.progress import progress
-from fit3d_ns.support.tensor_files import discard, read_tensors, write_tensors
+from fit3d_ns.support.tensor_files import read_tensors, write_tensors
 from probe.data.base import Sample, file_stamp
 from probe.data.batches import ordered_samples
 from probe.features import FrozenBackbones

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import math
 import shlex
 import statistics
@@ -13,17 +14,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
-from fit3d_ns.support.errors import UserError
-from fit3d_ns.support.files import atomic_path, atomic_write_json, atomic_write_text
+from fit3d_ns.support.errors import DamagedFile, UserError
+from fit3d_ns.support.files import atomic_write_json, atomic_write_text, discard, without_non_finite
 from fit3d_ns.support.html_report import Report
+from fit3d_ns.support.json_files import build, read_json
 from fit3d_ns.support.output_folders import hold_folder
 from fit3d_ns.support.processes import world_size
 from probe.features import Row, row_width
 from probe.metrics import DEPTH_METRICS, NORMAL_METRICS
+from probe.panels import Panels
 from probe.tasks.task import Task
 
+_LOGGER = logging.getLogger(__name__)
 _PACKAGES = ("fit3d-ns", "torch", "torchmetrics", "timm", "numpy")
 
 
@@ -44,15 +47,16 @@ class ResultFolder:
         self._question = json.loads(json.dumps(question, sort_keys=True, default=str))
         content = json.dumps(self._question, sort_keys=True)
         self.fingerprint = hashlib.blake2b(content.encode(), digest_size=12).hexdigest()
+        self.panels = Panels(folder / "panels", self.fingerprint)
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{folder} is a file: name a folder with --output-dir.")
         path = folder / "question.json"
         if path.is_file():
+            difference = None
             try:
-                found = json.loads(path.read_text())
-            except (OSError, ValueError):
-                found = {}
-            difference = _first_difference(found, self._question)
+                difference = _first_difference(build(dict[str, Any], read_json(path)), self._question)
+            except DamagedFile as error:  # all that was finished carries the question's fingerprint
+                _LOGGER.warning(f"{path} is damaged and made anew: {error}.")
             if difference is not None:
                 raise UserError(
                     f"{folder} holds the results of another probe (it differs in {difference}): choose another "
@@ -73,31 +77,30 @@ class ResultFolder:
         return self.folder / "checkpoints" / f"seed_{seed}.pt"
 
     def read_seed(self, seed: int) -> dict[str, Any] | None:
-        """Returns a finished seed's results."""
+        """Returns a finished seed's results; None if there are none of this question, or they are damaged."""
+        path = self.folder / "seeds" / f"seed_{seed}.json"
         try:
-            content = json.loads((self.folder / "seeds" / f"seed_{seed}.json").read_text())
-        except (OSError, ValueError):
+            content = read_json(path)
+            if not isinstance(content, dict) or content.get("digest") != _digest(content):
+                raise DamagedFile("its checksum differs from its data")
+        except FileNotFoundError:
             return None
-        return content if content.get("fingerprint") == self.fingerprint else None
+        except DamagedFile as error:
+            _LOGGER.warning(f"{path} is damaged and made anew: {error}.")
+            discard(path)
+            return None
+        return content if content["fingerprint"] == self.fingerprint else None
 
     def write_seed(self, seed: int, rows: dict[str, Any], timing: dict[str, float]) -> None:
         """Writes a finished seed's results."""
-        content = {"fingerprint": self.fingerprint, "seed": seed, "rows": rows, "timing": timing}
-        atomic_write_json(self.folder / "seeds" / f"seed_{seed}.json", content)
+        content: dict[str, Any] = {"fingerprint": self.fingerprint, "seed": seed, "rows": rows, "timing": timing}
+        content = without_non_finite(content)
+        atomic_write_json(self.folder / "seeds" / f"seed_{seed}.json", {**content, "digest": _digest(content)})
 
-    def write_panel(self, place: int, name: str, picture: np.ndarray) -> None:
-        """Keeps a picture for the report."""
-        with atomic_path(self.folder / "panels" / f"{place:06d}_{name}.png") as temporary:
-            Image.fromarray(picture).save(temporary, format="PNG")
 
-    def read_panels(self) -> dict[int, dict[str, np.ndarray]]:
-        """Returns the pictures that were kept, by place and name."""
-        panels: dict[int, dict[str, np.ndarray]] = {}
-        for path in sorted((self.folder / "panels").glob("[0-9]*_*.png")):
-            place, _, name = path.stem.partition("_")
-            with Image.open(path) as picture:
-                panels.setdefault(int(place), {})[name] = np.asarray(picture.convert("RGB"))
-        return panels
+def _digest(content: dict[str, Any]) -> str:
+    text = json.dumps({key: value for key, value in content.items() if key != "digest"}, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def summarize(values: Sequence[float | None]) -> dict[str, Any]:
@@ -303,7 +306,7 @@ def add_class_table(report: Report, classes: Sequence[str], numbers: dict[str, A
 
 def add_pictures(report: Report, results: ResultFolder, task: Task, rows: Sequence[str]) -> None:
     """Adds the test photos that were kept, with their truth and the predictions of some rows, to a page."""
-    panels = results.read_panels()
+    panels = results.panels.read()
     if not panels:
         return
     names = [name for name in _PANEL_ROWS if name in rows]

@@ -157,7 +157,7 @@ def _run(config: TrainedProbeConfig, kind: Kind, world: World) -> None:
     widths = (backbones.info.width, _cls_width(backbones, device))
     setup = _Setup(config, task, rows, optimization, source, widths, device, results, question)
     for position, seed in enumerate(config.seeds):
-        if results.read_seed(seed) is None:
+        if results.read_seed(seed) is None or (position == 0 and not results.panels.are_whole()):
             _run_seed(setup, seed, with_panels=position == 0)
         wait_for_all()
     if rank() == 0:
@@ -222,9 +222,11 @@ def _run_seed(setup: _Setup, seed: int, with_panels: bool) -> None:
     evaluation_seconds = time.monotonic() - start
     if rank() == 0:
         for place, pictures in panels.items():
-            results.write_panel(place, "photo", task.test_target(*task.read(task.data.test[place]))[0])
+            results.panels.write(place, "photo", task.test_target(*task.read(task.data.test[place]))[0])
             for name, picture in pictures.items():
-                results.write_panel(place, name, picture)
+                results.panels.write(place, name, picture)
+        if with_panels:
+            results.panels.seal()
         content = {
             name: {
                 "scores": scores[head.key],

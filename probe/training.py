@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from fit3d_ns.backbones import BackboneOutput
 from fit3d_ns.support.console import rank
-from fit3d_ns.support.errors import UserError
+from fit3d_ns.support.errors import DamagedFile, UserError, first_line
 from fit3d_ns.support.files import atomic_path
 from fit3d_ns.support.processes import average_gradients, gather_objects, wait_for_all
+from fit3d_ns.support.tensor_files import is_finite
+from fit3d_ns.support.torch_files import read_torch
 from probe.features import Row, row_features, row_width
 from probe.heads import LossFunction
 from probe.protocols import Optimization
@@ -168,7 +170,8 @@ class HeadBank:
         if not path.is_file():
             return 0
         try:
-            state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+            state: dict[str, Any] = read_torch(path, device=device)
+            _check_finite(state)
             if state["fingerprint"] != fingerprint:
                 return 0
             for head in self.heads:
@@ -180,8 +183,15 @@ class HeadBank:
             return int(state["step"])
         except Exception as error:  # torch.load raises half a dozen kinds on damaged files
             raise UserError(
-                f"The checkpoint {path} is damaged ({type(error).__name__}): delete it to start anew."
+                f"The checkpoint {path} is damaged ({first_line(error)}): delete it to start anew."
             ) from None
+
+
+def _check_finite(value: Any) -> None:
+    if isinstance(value, Tensor) and not is_finite(value):
+        raise DamagedFile("it holds NaN or infinite values")
+    for item in value.values() if isinstance(value, dict) else ():
+        _check_finite(item)
 
 
 def mean_losses(bank: HeadBank, losses: list[Tensor]) -> dict[str, float]:

@@ -83,7 +83,7 @@ def build_model(architecture: NamedBackbone, device: str | torch.device) -> nn.M
 
     if not _is_known(architecture):
         raise UserError(
-            f"{BACKBONE_FLAG} {architecture.name}: timm {timm.__version__} does not have it yet (as "
+            f"{{backbone}} {architecture.name}: timm {timm.__version__} does not have it yet (as "
             f"{architecture.timm_id}): run `pip install --upgrade timm`, or choose another."
         )
     device = torch.device(device)
@@ -144,7 +144,7 @@ def check_memory(architecture: NamedBackbone, device: str | torch.device) -> Non
         _, size, name = max(fitting)  # of its family before others, large before small
         advice = f"{name} ({size / 2**30:.1f} GiB) does"
     raise UserError(
-        f"{BACKBONE_FLAG} {architecture.name}: its weights, {needed / copies / 2**30:.1f} GiB in fp32, do not fit into "
+        f"{{backbone}} {architecture.name}: its weights, {needed / copies / 2**30:.1f} GiB in fp32, do not fit into "
         f"the {free / 2**30:.1f} GiB that are free on {device.type}: {advice}."
     )
 

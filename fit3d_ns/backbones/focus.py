@@ -16,8 +16,8 @@ from torch import Tensor
 
 from fit3d_ns.backbones.registry import FOCUS_NAME, NAMED_BACKBONES
 from fit3d_ns.support.errors import DamagedFile, UserError
-from fit3d_ns.support.files import user_cache_directory
-from fit3d_ns.support.tensor_files import discard, read_tensors, write_tensors
+from fit3d_ns.support.files import discard, user_cache_directory
+from fit3d_ns.support.tensor_files import read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from onnx import GraphProto

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fit3d_ns.backbones.transformers_layout import ANCHORS, from_transformers
-from fit3d_ns.support.errors import UserError
+from fit3d_ns.support.errors import DamagedFile, UserError
+from fit3d_ns.support.tensor_files import is_finite, read_tensors
+from fit3d_ns.support.torch_files import read_torch
 
 _LOGGER = logging.getLogger(__name__)
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
@@ -105,21 +105,23 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 def _read_file(path: Path) -> Any:
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            return read_tensors(path, checksum=False, values=False).tensors
         if path.suffix in WEIGHT_SUFFIXES:
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return read_torch(path)
+    except FileNotFoundError:
+        raise UserError(f"There is no weight file {path}: check {{backbone_weights}}.") from None
+    except DamagedFile as error:
+        if isinstance(error.__cause__, pickle.UnpicklingError):
+            raise UserError(
+                f"{path} is damaged or holds more than tensors, which is not loaded because it could run code "
+                f"({error}): save its state dict alone, best as .safetensors, and pass that to {{backbone_weights}}."
+            ) from None
         raise UserError(
-            f"{path} is no weight file that can be read: give a {', '.join(WEIGHT_SUFFIXES)} to {{backbone_weights}}."
-        )
-    except pickle.UnpicklingError:
-        raise UserError(
-            f"{path} is damaged or holds more than tensors, which is not loaded because it could run code: "
-            f"save its state dict alone, best as .safetensors, and pass that to {{backbone_weights}}."
+            f"{path} is damaged or truncated ({error}): get it again, or check {{backbone_weights}}."
         ) from None
-    except (SafetensorError, OSError, EOFError, RuntimeError, ValueError, KeyError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path} is damaged or truncated: get it again, or check {{backbone_weights}}.") from None
+    raise UserError(
+        f"{path} is no weight file that can be read: give a {', '.join(WEIGHT_SUFFIXES)} to {{backbone_weights}}."
+    )
 
 
 def to_timm_layout(state_dict: dict[str, Tensor], model: nn.Module, path: Path, name: str) -> dict[str, Tensor]:
@@ -168,6 +170,10 @@ def to_timm_layout(state_dict: dict[str, Tensor], model: nn.Module, path: Path, 
         _LOGGER.info("%s: left out the head (%s)", path, _summary(heads))
     converted = {key: tensor for key, tensor in converted.items() if key not in heads}
     _check_fit(converted, expected, path, name)
+    for key, tensor in converted.items():
+        if expected[key].is_floating_point() and not (tensor.is_floating_point() and is_finite(tensor)):
+            fact = "NaN or infinite values" if tensor.is_floating_point() else f"whole numbers ({tensor.dtype})"
+            raise UserError(f"{path} is damaged ('{key}' holds {fact}): get it again, or check {{backbone_weights}}.")
     return {
         key: tensor.to(torch.float32) if tensor.is_floating_point() else tensor for key, tensor in converted.items()
     }

@@ -89,8 +89,8 @@ def _download(architecture: NamedBackbone, repository: str, revision: str | None
             raise UserError(
                 f"The weights of {architecture.name} could not be downloaded ({error}): they are under "
                 f"{architecture.gate}, so agree to it at https://huggingface.co/{repository} and log in with `hf auth "
-                f"login`, or download {filenames[0]} there, or the authors' own file, and pass it with {WEIGHTS_FLAG} "
-                "PATH."
+                f"login`, or download {filenames[0]} there, or the authors' own file, and pass it with "
+                "{backbone_weights} PATH."
             ) from None
         raise UserError(
             f"The weights of {architecture.name} are not on this machine and could not be downloaded ({error}): "

@@ -24,10 +24,10 @@ from torch import Tensor
 
 from fit3d_ns.backbones import Backbone, BackboneSpec, backbone_identity, patch_grid, resize_to_patches
 from fit3d_ns.support.errors import DamagedFile, UserError
-from fit3d_ns.support.files import atomic_write_json
+from fit3d_ns.support.files import atomic_write_json, discard
 from fit3d_ns.support.progress import progress
 from fit3d_ns.support.samples import batches_of_like
-from fit3d_ns.support.tensor_files import TensorSpec, discard, read_tensors, write_tensors
+from fit3d_ns.support.tensor_files import TensorSpec, read_tensors, write_tensors
 
 CACHE_SCHEMA = 2
 """Raise it when the same image and teacher come to be stored in another way."""

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from fit3d_ns.compat import register_safe_globals
+from fit3d_ns.runs.checkpoint_checks import check_state
 from fit3d_ns.runs.names import (
     CHECKPOINTS,
     CONFIG,
@@ -24,8 +23,10 @@ from fit3d_ns.runs.names import (
     LIFTED,
     SPLAT,
 )
-from fit3d_ns.support.errors import UserError
+from fit3d_ns.support.errors import DamagedFile, UserError
 from fit3d_ns.support.files import atomic_path, explain_unwritable
+from fit3d_ns.support.tensor_files import TensorSpec, read_tensors
+from fit3d_ns.support.torch_files import read_torch
 
 _CHECKPOINT = re.compile(r"step-(\d+)\.ckpt")
 
@@ -86,6 +87,10 @@ def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
     state = _read_alone(checkpoint)
     if GEOMETRY in state:
         state["pipeline"] = {**_gaussians(checkpoint, state[GEOMETRY]), **state["pipeline"], **_lifted(checkpoint)}
+        try:
+            check_state(state, checkpoint)
+        except DamagedFile as error:
+            raise UserError(f"{run_folder(checkpoint)} is damaged ({error}): lift again.") from error
     return state
 
 
@@ -134,13 +139,14 @@ def geometry_reference(geometry: Path, checkpoint: Path, num_gaussians: int) -> 
 def _read_alone(checkpoint: Path) -> dict[str, Any]:
     register_safe_globals()
     try:
-        state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch raises a different kind for each sort of damage
+        state = read_torch(checkpoint, mmap=True)
+        check_state(state, checkpoint)
+    except FileNotFoundError as error:
+        raise UserError(f"The checkpoint {checkpoint} does not exist: check the path.") from error
+    except DamagedFile as error:
         raise UserError(
-            f"The checkpoint {checkpoint} cannot be read ({refusal_reason(error)}): use another checkpoint of that run."
+            f"The checkpoint {checkpoint} cannot be read ({error}): use another checkpoint of that run."
         ) from error
-    if not isinstance(state, dict) or "pipeline" not in state:
-        raise UserError(f"{checkpoint} is not a nerfstudio checkpoint: it holds no `pipeline` entry.")
     return state
 
 
@@ -174,9 +180,10 @@ def _gaussians(checkpoint: Path, reference: Any) -> dict[str, Tensor]:
     """Reads the Gaussians that a lift was lifted onto, by their names in a checkpoint."""
     path = _geometry_file(checkpoint, reference)
     try:
-        tensors = load_file(path) if path.suffix == ".safetensors" else _read_alone(path)["pipeline"]
+        is_run = path.suffix != ".safetensors"
+        tensors = _read_alone(path)["pipeline"] if is_run else read_tensors(path, checksum=False).tensors
         gaussians = {f"{GAUSSIANS}{name}": tensors[f"{GAUSSIANS}{name}"] for name in SPLAT}
-    except (OSError, SafetensorError, KeyError) as error:
+    except (FileNotFoundError, DamagedFile, KeyError) as error:
         raise UserError(f"The geometry {path} is damaged ({error}): restore it, or lift again.") from error
     counts = {len(tensor) for tensor in gaussians.values()}
     if counts != {reference.get("num_gaussians")}:
@@ -186,12 +193,8 @@ def _gaussians(checkpoint: Path, reference: Any) -> dict[str, Tensor]:
 
 def _lifted(checkpoint: Path) -> dict[str, Tensor]:
     """Reads features and decoder of a lift, by their names in a checkpoint."""
-    path = run_folder(checkpoint) / LIFTED
-    try:
-        tensors = load_file(path)
-        return {f"{GAUSSIANS}{FEATURES}": tensors[FEATURES].float(), DECODER_WEIGHT: tensors[DECODER]}
-    except (OSError, SafetensorError, KeyError) as error:
-        raise UserError(f"{path} is missing or damaged ({error}): lift again.") from error
+    tensors = read_lifted(run_folder(checkpoint), whole=True)
+    return {f"{GAUSSIANS}{FEATURES}": tensors[FEATURES].float(), DECODER_WEIGHT: tensors[DECODER]}
 
 
 def drop_optimizer_state(checkpoint: Path) -> None:
@@ -212,16 +215,31 @@ def drop_optimizer_state(checkpoint: Path) -> None:
         torch.save({**state, "optimizers": {}, "schedulers": {}, "scalers": {}}, temporary)
 
 
-def refusal_reason(error: Exception) -> str:
-    """Says why torch's restricted loader gave a file up, without torch's advice to load it unrestricted.
+def read_lifted(run: Path, whole: bool = False) -> dict[str, Tensor]:
+    """Reads what was lifted onto every Gaussian.
 
     Args:
-        error: What ``torch.load(..., weights_only=True)`` raised.
+        run: The folder of a run or lift.
+        whole: Whether features and decoder must be there, as in a lift that stands apart from its geometry.
+
+    Returns:
+        ``fit3d_variance`` [N], ``fit3d_coverage`` [N], and maybe features [N, D] and decoder [C, D, 3, 3].
+
+    Raises:
+        UserError: If the file is missing or damaged.
     """
-    asked_for = re.search(r"GLOBAL (\S+)", str(error))
-    if asked_for is not None:
-        return f"it asks for `{asked_for[1]}`, which is neither a tensor nor a plain value, and was not loaded"
-    return f"it is damaged or was not written by torch, {type(error).__name__}"
+    path = run / LIFTED
+    half_or_full = (torch.float16, torch.float32)
+    needed = {name: TensorSpec(torch.float32, ("N",)) for name in ("fit3d_variance", "fit3d_coverage")}
+    parts = {FEATURES: TensorSpec(half_or_full, ("N", "D")), DECODER: TensorSpec(torch.float32, ("C", "D", 3, 3))}
+    try:
+        # Files of version 0.1.0 carry no checksum.
+        found = read_tensors(path, {**needed, **(parts if whole else {})}, {} if whole else parts, checksum=False)
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing: lift again.") from error
+    except DamagedFile as error:
+        raise UserError(f"{path} is damaged ({error}): lift again.") from error
+    return found.tensors
 
 
 def check_features(state: Mapping[str, Tensor], dim: int, width: int) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -85,6 +85,7 @@ def read_config(path: Path) -> Any:
     if not isinstance(config, TrainerConfig):
         raise UserError(f"{path} is not the configuration of a nerfstudio run: name the config.yml of a run.")
     _check_parts(config, path)
+    _check_fields(config, path)
     _resolve_paths(config, path.parent)
     return config
 
@@ -129,6 +130,43 @@ def _check_parts(config: Any, path: Path) -> None:
             raise UserError(
                 f"The configuration {path} is damaged ({name} is {type(part).__name__}): restore it or train again."
             )
+
+
+def _check_fields(config: Any, path: Path, name: str = "") -> None:
+    """Refuses fields of another kind: no number where a number stands by default, no part where a part does.
+
+    Only what the class says by a plain type or by words, since nerfstudio's other annotations are not kept to.
+    """
+    hints = _plain_hints(type(config))
+    for field in dataclasses.fields(config):
+        value, where = getattr(config, field.name, None), f"{name}.{field.name}".removeprefix(".")
+        hint = hints.get(field.name)
+        wrong = hint is not None and value != field.default and not _is_of(hint, value)
+        wrong = wrong or (field.name == "_target" and not callable(value))
+        if field.default_factory is not dataclasses.MISSING and dataclasses.is_dataclass(field.default_factory):
+            wrong = wrong or not dataclasses.is_dataclass(value)
+        if wrong:
+            shown = repr(value)[:40]
+            raise UserError(f"The configuration {path} is damaged ({where} is {shown}): restore it or train again.")
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            _check_fields(value, path, where)
+
+
+def _is_of(hint: Any, value: Any) -> bool:
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+
+
+@cache
+def _plain_hints(kind: type) -> dict[str, Any]:
+    try:
+        hints = get_type_hints(kind)
+    except (NameError, TypeError):  # names that only its own module knows
+        return {}
+    return {name: hint for name, hint in hints.items() if hint in (int, float, bool) or get_origin(hint) is Literal}
 
 
 def _resolve_paths(config: Any, run: Path) -> None:

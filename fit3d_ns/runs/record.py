@@ -1,20 +1,20 @@
 """What ``fit3d-lift`` leaves in a run for looking at."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from fit3d_ns.lifting.lift import Lift
 from fit3d_ns.lifting.settings import LiftSettings
+from fit3d_ns.runs.checkpoints import read_lifted
 from fit3d_ns.runs.names import FEATURES, LIFTED, RECORD, REPORT
-from fit3d_ns.support.errors import UserError
-from fit3d_ns.support.files import atomic_write_bytes, atomic_write_json
+from fit3d_ns.support.files import atomic_write_json
 from fit3d_ns.support.html_report import Report
+from fit3d_ns.support.tensor_files import write_tensors
 
 
 def write_lifted(folder: Path, lift: Lift, tensors: Mapping[str, Tensor] | None = None) -> None:
@@ -33,9 +33,7 @@ def write_lifted(folder: Path, lift: Lift, tensors: Mapping[str, Tensor] | None 
     for name, tensor in (tensors or {}).items():
         half = name == FEATURES and float(tensor.abs().max()) < torch.finfo(torch.float16).max
         stored[name] = tensor.half() if half else tensor.float()
-    atomic_write_bytes(
-        folder / LIFTED, save({name: tensor.detach().cpu().contiguous() for name, tensor in stored.items()})
-    )
+    write_tensors(folder / LIFTED, stored)
 
 
 def write_record(
@@ -66,11 +64,7 @@ def read_disagreement(run: Path) -> tuple[Tensor, Tensor] | None:
     Raises:
         UserError: If the file is damaged.
     """
-    path = run / LIFTED
-    if not path.is_file():
+    if not os.path.lexists(run / LIFTED):
         return None
-    try:
-        with safe_open(path, framework="pt") as tensors:
-            return tensors.get_tensor("fit3d_variance"), tensors.get_tensor("fit3d_coverage")
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} is damaged ({error}): lift the run again to see where views disagree.") from error
+    tensors = read_lifted(run)
+    return tensors["fit3d_variance"], tensors["fit3d_coverage"]

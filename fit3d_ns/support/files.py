@@ -160,17 +160,33 @@ def atomic_write_json(path: Path | str, data: Any) -> None:
     Raises:
         TypeError: if ``data`` holds anything else.
     """
-    atomic_write_text(path, json.dumps(_without_non_finite(data), indent=2, allow_nan=False) + "\n")
+    atomic_write_text(path, json.dumps(without_non_finite(data), indent=2, allow_nan=False) + "\n")
 
 
-def _without_non_finite(data: Any) -> Any:
+def without_non_finite(data: Any) -> Any:
+    """Returns JSON-able data with None in the place of NaN and infinity, as `atomic_write_json` writes them."""
     if isinstance(data, float):
         return data if math.isfinite(data) else None
     if isinstance(data, Mapping):
-        return {key: _without_non_finite(value) for key, value in data.items()}
+        return {key: without_non_finite(value) for key, value in data.items()}
     if isinstance(data, (list, tuple)):
-        return [_without_non_finite(value) for value in data]
+        return [without_non_finite(value) for value in data]
     return data
+
+
+def discard(path: Path) -> None:
+    """Removes what lies at the place of a file that is to be made anew: a file, a link or a folder.
+
+    Args:
+        path: The place; a folder is removed with all that is in it, and a link alone.
+    """
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+    except OSError:
+        pass  # who writes there next is told why it cannot be done
 
 
 def user_cache_directory() -> Path:

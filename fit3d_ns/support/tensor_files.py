@@ -6,7 +6,6 @@ what disks, networks and half-finished copies do to a file; it is no protection 
 
 import os
 import re
-import shutil
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,8 +28,8 @@ _OS_ERROR = re.compile(r"os error (\d+)")
 class TensorSpec:
     """What a tensor of a file must be."""
 
-    dtype: torch.dtype
-    """Its type."""
+    dtype: torch.dtype | tuple[torch.dtype, ...]
+    """Its type, or those that it may have."""
     shape: tuple[int | str, ...]
     """Its lengths; a name stands for any length from 1 on, the same one wherever the name stands."""
 
@@ -133,21 +132,6 @@ def is_finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
 
 
-def discard(path: Path) -> None:
-    """Removes what lies at the place of a file that is to be made anew: a file, a link or a folder.
-
-    Args:
-        path: The place; a folder is removed with all that is in it, and a link alone.
-    """
-    try:
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
-    except OSError:
-        pass  # who writes there next is told why it cannot be done
-
-
 def _reason(path: Path, error: Exception) -> str:
     if path.is_symlink() and not path.is_file():
         return "it is a link that leads to no file"
@@ -171,8 +155,9 @@ def _compare(
         tensor = tensors.get(name)
         if tensor is None:
             continue
-        if tensor.dtype != spec.dtype:
-            raise DamagedFile(f"{name} is of type {_word(tensor.dtype)} instead of {_word(spec.dtype)}")
+        allowed = spec.dtype if isinstance(spec.dtype, tuple) else (spec.dtype,)
+        if tensor.dtype not in allowed:
+            raise DamagedFile(f"{name} is of type {_word(tensor.dtype)} instead of {_word(allowed[0])}")
         found = tuple(tensor.shape)
         wanted = tuple(length if isinstance(length, int) else lengths.get(length, length) for length in spec.shape)
         fits = len(found) == len(wanted) and all(

@@ -317,6 +317,8 @@ def _patch_miou(batches: Iterable[tuple[Tensor, Tensor]], linear: LinearMap, num
 def _score_missing(setup: _Setup, stores: dict[str, dict[str, FeatureStore]]) -> None:
     """Scores the rows that have no sums on disk, in one pass over the test photos."""
     missing = [unit for unit in setup.units if setup.solved.read_sums(unit.key) is None]
+    if not setup.results.panels.are_whole():
+        missing = setup.units
     wait_for_all()
     if not missing:
         return
@@ -355,7 +357,8 @@ def _score_missing(setup: _Setup, stores: dict[str, dict[str, FeatureStore]]) ->
         panels.update(part)
     if rank() == 0:
         for (place, name), picture in panels.items():
-            setup.results.write_panel(place, name, picture)
+            setup.results.panels.write(place, name, picture)
+        setup.results.panels.seal()
         for unit in missing:
             setup.solved.write_sums(unit.key, sums[unit.key])
     wait_for_all()

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fit3d_ns.support.errors import DamagedFile
-from fit3d_ns.support.tensor_files import TensorSpec, discard, read_tensors, write_tensors
+from fit3d_ns.support.files import discard
+from fit3d_ns.support.tensor_files import TensorSpec, read_tensors, write_tensors
 from probe.exact.ridge import Choice, LinearMap
 from probe.report import ResultFolder
 

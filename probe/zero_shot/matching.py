@@ -12,7 +12,6 @@ from torch import Tensor
 
 from fit3d_ns.features.correspondences import View, correspondences
 from fit3d_ns.support.errors import UserError
-from probe.augment import resize_nearest
 from probe.features import even_padding
 from probe.heads import sample_map
 
@@ -182,8 +181,10 @@ def _grid_centres(size: tuple[int, int], grid: tuple[int, int]) -> tuple[Float[T
 def _grid_depth(view: View, grid: tuple[int, int]) -> tuple[Float[Tensor, "M 2"], Float[Tensor, "M"]]:
     """Pixels (x, y) of a grid's cell centres, and the depth there."""
     points = torch.stack(_grid_centres((view.height, view.width), grid), -1)
-    depth = torch.from_numpy(resize_nearest(view.depth.numpy(), grid).copy()).reshape(-1).double()
-    return points, depth
+    rows, columns = view.depth.shape  # maybe of another size than the photo
+    x, y = points.unbind(-1)
+    inside = (y * rows / view.height).long(), (x * columns / view.width).long()  # the pixel that a centre lies in
+    return points, view.depth[inside].double()
 
 
 def _nearest(a: Float[Tensor, "M C"], b: Float[Tensor, "K C"]) -> tuple[Tensor, Tensor]:

@@ -91,10 +91,10 @@ def _run(config: RetrievalConfig, device: torch.device) -> None:
                 prediction = resize_maps(votes[None], size)[0].argmax(0)
                 task.update(metrics[row.name], prediction, target)
                 if place in places:
-                    results.write_panel(place, row.name, task.picture(prediction))
+                    results.panels.write(place, row.name, task.picture(prediction))
             if place in places:
-                results.write_panel(place, "photo", task.read(data.test[place])[0])
-                results.write_panel(place, "truth", task.picture(target))
+                results.panels.write(place, "photo", task.read(data.test[place])[0])
+                results.panels.write(place, "truth", task.picture(target))
             advance(1)
     scores = {name: {"scores": metric.scores(), "validation": {}} for name, metric in metrics.items()}
     results.write_seed(config.seed, scores, {})

@@ -1,6 +1,7 @@
 """Controls: the teacher's own maps, blurred or shifted, with no 3D in them."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -140,3 +141,18 @@ def test_the_basis_leaves_out_what_the_decoder_does_not_use():
     basis = low_dimensional_basis(decoder)
     assert basis.shape == (6, 2)
     torch.testing.assert_close((basis @ basis.T).diagonal(), torch.tensor([1.0, 0, 0, 1, 0, 0]))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_teacher_computes_as_it_did_for_the_lift(make_scene, monkeypatch, precision):
+    """Its own maps differ between precisions by more than half precision does: control and target must share one."""
+    scenes, bank, photos, teacher, lifted = parts_of(make_scene())
+    info = replace(scenes[0].info, teacher_precision=precision)
+    monkeypatch.setattr(scenes[0].bundle, "info", info)
+    seen = ControlTargets("control", scenes, bank, photos, teacher, lifted, CPU)._see(0, [0])
+    images = photos.get([(0, 0)]).float() / 255
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        expected = teacher(images).patch_tokens.float()
+    assert torch.equal(seen, expected)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "fp32"):
+        assert not torch.equal(seen, teacher(images).patch_tokens.float())

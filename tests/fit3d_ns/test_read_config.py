@@ -228,3 +228,40 @@ def test_parts_that_are_something_else(saved, part, content, pattern):
 def test_missing_file(tmp_path):
     with pytest.raises(UserError, match="cannot be read.*check the path"):
         read_config(tmp_path / "config.yml")
+
+
+@pytest.mark.parametrize(
+    "part, name, value",
+    [
+        ("", "max_num_iterations", "word"),
+        ("", "max_num_iterations", None),
+        ("", "use_grad_scaler", 3),
+        ("", "vis", "nothing"),
+        ("pipeline.model", "sh_degree", [3]),
+        ("pipeline.model", "ssim_lambda", "much"),
+        ("pipeline.datamanager", "cache_images", "moon"),
+        ("", "machine", []),
+        ("pipeline.model.camera_optimizer", "_target", None),
+    ],
+)
+def test_fields_of_another_kind_are_refused(tmp_path, part, name, value):
+    from nerfstudio.configs.method_configs import all_methods
+
+    config = deepcopy(all_methods["fit3d-splat"])
+    config.timestamp, config.data = "r", tmp_path
+    (tmp_path / "config.yml").write_text(yaml.dump(config))
+    read_config(tmp_path / "config.yml")
+    holder = config
+    for step in filter(None, part.split(".")):
+        holder = getattr(holder, step)
+    setattr(holder, name, value)
+    (tmp_path / "config.yml").write_text(yaml.dump(config))
+    with pytest.raises(UserError, match=f"config.yml is damaged .*{name} is "):
+        read_config(tmp_path / "config.yml")
+
+
+def test_the_configuration_of_every_method_is_of_its_kinds():
+    from nerfstudio.configs.method_configs import all_methods
+
+    for name, config in all_methods.items():
+        config_reader._check_fields(config, Path(name))

@@ -18,6 +18,7 @@ from probe.features import centre_pad
 from probe.zero_shot import correspondence as correspondence_module
 from probe.zero_shot.correspondence import load_photos, run_correspondence
 from probe.zero_shot.matching import (
+    _grid_depth,
     choose_pairs_by_angle,
     features_on_grid,
     match_views,
@@ -239,3 +240,14 @@ def test_retrieval_command_finds_colours(tmp_path, weights, colored_blocks):
     run_retrieval(config)
     rows = json.loads((tmp_path / "out" / "metrics.json").read_text())["rows"]
     assert list(rows) == ["original"] and rows["original"]["aacc"]["mean"] > 0.6
+
+
+@pytest.mark.parametrize("grid", [(3, 4), (6, 8), (5, 9)])
+@pytest.mark.parametrize("scale", [1, 2])
+def test_depth_is_read_where_its_point_is(grid, scale):
+    """At the centre of a cell, not at its corner, also where depth has another size than the photo."""
+    rows, columns = HEIGHT * scale, WIDTH * scale
+    y, x = torch.meshgrid(torch.arange(rows) + 0.5, torch.arange(columns) + 0.5, indexing="ij")
+    for coordinate, axis in ((x / scale, 0), (y / scale, 1)):
+        points, depth = _grid_depth(View(torch.eye(4), torch.eye(3), WIDTH, HEIGHT, coordinate), grid)
+        assert (depth - points[:, axis]).abs().max() <= 0.5

@@ -1,6 +1,7 @@
 """Writes a lift beside the geometry that it belongs to, and knows one that is finished."""
 
-import json
+import logging
+import os
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
@@ -8,16 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fit3d_ns.data.photos import hash_file
 from fit3d_ns.lifting.lift import Lift
 from fit3d_ns.lifting.settings import LiftSettings
 from fit3d_ns.pipeline import Fit3DPipeline
-from fit3d_ns.runs.checkpoints import geometry_reference
+from fit3d_ns.runs.checkpoints import find_checkpoint, geometry_reference, read_checkpoint
+from fit3d_ns.runs.config_reader import read_config
+from fit3d_ns.runs.coordinates import read_coordinates
 from fit3d_ns.runs.names import (
-    CHECKPOINTS,
     CONFIG,
     COORDINATES,
     DECODER,
@@ -31,25 +32,40 @@ from fit3d_ns.runs.names import (
     SPLAT,
 )
 from fit3d_ns.runs.record import write_lifted, write_record
-from fit3d_ns.support.errors import UserError, first_line
-from fit3d_ns.support.files import atomic_path, is_complete_safetensors
+from fit3d_ns.support.errors import DamagedFile, UserError, first_line
+from fit3d_ns.support.files import atomic_path, discard
 from fit3d_ns.support.html_report import Report
+from fit3d_ns.support.json_files import build, read_json
+from fit3d_ns.support.tensor_files import read_tensors, write_tensors
 from fit3d_ns.trainer import Fit3DTrainerConfig
+
+_LOGGER = logging.getLogger(__name__)
 
 
 def finished_request(folder: Path) -> dict[str, Any] | None:
     """Returns what a finished lift in a folder was asked for; None if there is none that is whole.
 
+    The record counts only where every file that it vouches for opens; what is damaged is said, and made anew.
+
     Args:
         folder: Of the lift.
     """
-    whole = (folder / CONFIG).is_file() and is_complete_safetensors(folder / LIFTED)
-    if not whole or not any((folder / CHECKPOINTS).glob("step-*.ckpt")):
+    if not os.path.lexists(folder / CONFIG):
         return None
     try:
-        return json.loads((folder / RECORD).read_text())["request"]
-    except (OSError, ValueError, KeyError, TypeError):
+        request = build(dict[str, Any], build(dict[str, Any], read_json(folder / RECORD)).get("request"), "request")
+        read_config(folder)
+        read_checkpoint(find_checkpoint(folder))
+        read_coordinates(folder)
+    except FileNotFoundError:
         return None
+    except DamagedFile as error:
+        _LOGGER.warning("%s is damaged (%s): it is lifted anew.", folder / RECORD, error)
+        return None
+    except UserError as error:
+        _LOGGER.warning("%s It is lifted anew.", error)
+        return None
+    return request
 
 
 def write_geometry(folder: Path, source: Path, gaussians: Mapping[str, Tensor]) -> Path:
@@ -67,12 +83,23 @@ def write_geometry(folder: Path, source: Path, gaussians: Mapping[str, Tensor]) 
         UserError: If the disk is full or the folder cannot be written to.
     """
     path = folder / f"geometry-{hash_file(source)[:HASH_LETTERS]}.safetensors"
-    if not is_complete_safetensors(path):
+    if not _is_whole(path):
         tensors = {f"{GAUSSIANS}{name}": gaussians[name].detach().cpu().contiguous() for name in SPLAT}
         _check_space(folder, tensors)
-        with atomic_path(path) as temporary:
-            save_file(tensors, temporary)
+        discard(path)
+        write_tensors(path, tensors)
     return path
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        read_tensors(path)
+    except FileNotFoundError:
+        return False
+    except DamagedFile as error:
+        _LOGGER.warning("%s is damaged (%s): it is made anew.", path, error)
+        return False
+    return True
 
 
 def write_lift(
@@ -118,8 +145,8 @@ def write_lift(
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
         # The temporary files are those of a process that was killed while it wrote this lift.
         leftovers = [*checkpoint.parent.glob("step-*.ckpt"), *folder.rglob(".*.tmp")]
-        for old in [folder / CONFIG, folder / RECORD, *leftovers]:
-            old.unlink(missing_ok=True)
+        for old in [folder / CONFIG, folder / RECORD, folder / LIFTED, folder / COORDINATES, *leftovers]:
+            discard(old)
         _check_space(folder, {**state, **lifted})
         with atomic_path(folder / COORDINATES) as temporary:
             pipeline.datamanager.train_dataparser_outputs.save_dataparser_transform(temporary)
