@@ -41,7 +41,7 @@ class AbsentViews(EvaluationViews):
     """No held-out views; going through them says why."""
 
     def __iter__(self) -> Iterator[Any]:
-        raise UserError(self._datamanager.absent)
+        raise UserError(self._datamanager.absent or "The scene has no photos.")
 
 
 @dataclass

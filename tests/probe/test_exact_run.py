@@ -209,13 +209,13 @@ def test_all_rows_have_the_decay_that_the_first_chose(make_config, tmp_path):
 
 @pytest.mark.parametrize(("total", "share", "count", "longest"), [(398, 0.1, 40, 10), (40, 0.2, 8, 4), (5, 0.1, 1, 1)])
 def test_photos_are_held_out_in_blocks_all_over(total, share, count, longest):
-    held = exact_run._hold_out(SimpleNamespace(train=range(total)), share, 1000)
+    held = exact_run._hold_out(SimpleNamespace(train=range(total)), share, 1000)  # type: ignore[arg-type]
     assert len(held) == count == len(set(held)) and set(held) <= set(range(total))
     starts = [place for place in held if place - 1 not in held]
     assert all(place in held for start in starts for place in range(start, min(start + longest, total)))
     assert len(starts) == 1 or held[-1] - held[0] > total / 2
     with pytest.raises(UserError, match="too few to hold some out"):
-        exact_run._hold_out(SimpleNamespace(train=range(1)), share, 1000)
+        exact_run._hold_out(SimpleNamespace(train=range(1)), share, 1000)  # type: ignore[arg-type]
 
 
 def test_the_test_split_chooses_nothing(make_config, tmp_path):
