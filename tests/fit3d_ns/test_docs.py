@@ -83,6 +83,7 @@ def _configurations() -> dict[str, Any]:
 
     from benchmarks.evidence.config import EvidenceConfig
     from benchmarks.evidence.figure import EvidenceFigure
+    from benchmarks.faults.harness import FaultsConfig
     from demo.config import DemoConfig
     from distill.config import DistillConfig
     from fit3d_loop.config import LoopConfig
@@ -106,6 +107,7 @@ def _configurations() -> dict[str, Any]:
         "fit3d-rooms": RoomsConfig,
         "demo": DemoConfig,
         "benchmarks.evidence": EvidenceConfig,
+        "benchmarks.faults": FaultsConfig,
         "benchmarks.evidence.figure": EvidenceFigure,
     }
 
