@@ -122,9 +122,9 @@ def is_finite(tensor: Tensor) -> bool:
     """Returns whether no value is NaN or infinite.
 
     Args:
-        tensor: Of any type and shape.
+        tensor: Of any type and shape; one on the meta device has no values.
     """
-    if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.numel() == 0:
+    if tensor.is_meta or not (tensor.is_floating_point() or tensor.is_complex()) or tensor.numel() == 0:
         return True
     if tensor.is_complex():
         return bool(torch.isfinite(tensor).all())

@@ -1,6 +1,7 @@
 """Controls: the teacher's own maps, blurred or shifted, with no 3D in them."""
 
 import json
+import shutil
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +16,7 @@ from distill.photo_store import PhotoStore
 from distill.scenes import SceneBank, open_scenes
 from distill.student import load_teacher
 from distill.targets import LiftedTargets
-from fit3d_ns.backbones import BackboneOutput
+from fit3d_ns.backbones import BackboneOutput, BackboneSpec
 from fit3d_ns.features.metrics import feature_cosine
 from fit3d_ns.support.processes import World
 
@@ -103,10 +104,10 @@ def test_shifted_photos_are_brought_back_to_their_patches():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_control_learns_from_the_teacher_alone(make_scene, make_config, teacher_weights, tmp_path, monkeypatch, kind):
-    folder = make_scene()
-    info = json.loads((folder / "scene.json").read_text())
-    info["info"]["teacher_weights"] = str(tmp_path / "moved.safetensors")  # as on another machine
-    (folder / "scene.json").write_text(json.dumps(info))
+    elsewhere = tmp_path / "moved.safetensors"  # as on another machine
+    shutil.copy(teacher_weights, elsewhere)
+    folder = make_scene(spec=BackboneSpec("test_vit", elsewhere))
+    elsewhere.unlink()
     made, make = [], LiftedTargets.make
     monkeypatch.setattr(LiftedTargets, "make", lambda self, *args: made.append(args) or make(self, *args))
     config = make_config(folder, targets=kind, steps=30, student_weights=teacher_weights)

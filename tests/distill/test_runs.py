@@ -33,7 +33,10 @@ def test_runs_become_bundles_and_bundles_a_backbone(run, make_config, tmp_path, 
 def test_a_scene_that_is_gone_or_broken_is_named_with_this_commands_flags(run, tmp_path, make_config):
     room = (tmp_path / "room").rename(tmp_path / "elsewhere")
     (tmp_path / "empty").mkdir()
-    for root, sentence in ((None, "room is missing: .*--data-root"), ("empty", "could not be read .*--data-root")):
+    for root, sentence in (
+        (None, "room is missing: .*--data-root"),
+        ("empty", "empty is empty: name the folder that holds the scene"),
+    ):
         config = make_config(runs=(run,), data_root=root and tmp_path / root, bundles_only=True)
         with pytest.raises(UserError, match=sentence) as error:
             distil(config)

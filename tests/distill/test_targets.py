@@ -123,7 +123,7 @@ def test_two_shares_are_one_batch(make_scene, make_config, kept_bytes, monkeypat
     source = LiftedTargets(scenes, bank, CPU, "weight", 0.5)
     config = make_config(batch_size=4)
     sampler = Sampler([scene.sampled_views() for scene in scenes], 4, seed=0)
-    monkeypatch.setattr(World, "sum", lambda self, values: values)
+    monkeypatch.setattr("distill.feed.sum_over_processes", lambda values: values)
 
     def steps(rank, size, start=0):
         feed = Feed(scenes, sampler, source, bank, photos, config, World(rank, size, CPU), kept_bytes)

@@ -85,7 +85,7 @@ def views_at(eyes, targets):
     viewmats[:, :3, :3] = rotations
     viewmats[:, :3, 3] = -(rotations @ eyes[..., None])[..., 0]
     intrinsics = torch.tensor([[50.0, 0, 20], [0, 50, 15], [0, 0, 1]]).repeat(len(eyes), 1, 1)
-    views = [BundleView(f"{number}.png", "train", Photo("", "", 30, 40)) for number in range(len(eyes))]
+    views = [BundleView(f"{number}.png", "train", Photo("0.png", "0" * 64, 30, 40)) for number in range(len(eyes))]
     return views, BundleCameras(viewmats, intrinsics)
 
 

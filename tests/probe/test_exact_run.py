@@ -305,6 +305,8 @@ def test_mistakes_are_said_in_one_sentence(make_config, weights, colored_blocks,
     state = load_file(weights["tuned"])
     broken = tmp_path / "broken.safetensors"
     save_file({name: value * float("nan") for name, value in state.items()}, broken)
+    fails("broken.safetensors is damaged .*NaN.*--tuned", tuned=(str(broken),))
+    save_file({name: value * 1e30 for name, value in state.items()}, broken)  # finite, and too large to compute with
     fails("features of tuned are not finite.*photo_0.png", tuned=(str(broken),))
     one = colored_blocks("one_class")
     (one / "classes.txt").write_text("red\ngreen\nblue\n")
