@@ -56,8 +56,11 @@ class FakeBrowser:
             self.viewer.control_panel._output_render.value = output
         before = len(self.pictures)
         self.thread.action(RenderAction("move", self.viewer.get_camera_state(self)))
-        end = time.monotonic() + seconds
+        end, move = time.monotonic() + seconds, time.monotonic() + 5
         while time.monotonic() < end and self.alive:
+            if time.monotonic() > move:  # a first picture that was interrupted is not made again by itself
+                self.thread.action(RenderAction("move", self.viewer.get_camera_state(self)))
+                move = time.monotonic() + 5
             # The first picture may still be of what was chosen before; small ones are for while the camera moves.
             if len(self.pictures) >= before + 2 and max(self.pictures[-1].shape) == self.viewer.control_panel.max_res:
                 return self.pictures[-1]
