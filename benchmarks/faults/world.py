@@ -126,7 +126,7 @@ def values_of(path: Path) -> Any:
     return path.read_bytes()
 
 
-_TIMES = ("seconds", "per_sec", "modified_ns", "timing", "command", "fps", "memory")
+_TIMES = ("seconds", "per_sec", "modified_ns", "timing", "command", "fps", "memory", "checksum")
 
 
 def _without_times(value: Any) -> Any:

@@ -1,5 +1,7 @@
 """The folder that a training leaves: which files it holds, its card, and the layouts its weights are written in."""
 
+import hashlib
+import json
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -18,7 +20,7 @@ from fit3d_ns.backbones.other_formats import (
     write_transformers,
 )
 from fit3d_ns.support.errors import DamagedFile, UserError
-from fit3d_ns.support.files import atomic_path, atomic_write_json, atomic_write_text
+from fit3d_ns.support.files import atomic_path, atomic_write_json, atomic_write_text, without_non_finite
 from fit3d_ns.support.json_files import build, read_json
 
 WEIGHTS_NAME = "backbone.safetensors"
@@ -41,6 +43,9 @@ PROBES_NAME = "probes.json"
 """Tables of the probes that were run on the result, for the model card."""
 CARD_NAME = "card.json"
 """Where the weights come from, beside them."""
+
+_CHECKSUM = "checksum"
+"""Field of a card: hash of all others."""
 
 MEASURES = {
     "l1": "L1 to the target (lower is better)",
@@ -86,6 +91,9 @@ def read_card(folder: Path) -> dict[str, Any]:
     path = folder / CARD_NAME
     try:
         card = read_json(path)
+        # Cards of earlier versions carry none.
+        if isinstance(card, dict) and card.pop(_CHECKSUM, None) not in (None, _checksum(card)):
+            raise DamagedFile("it is not as it was written: its checksum differs")
         build(_Card, {key: card[key] for key in _Card.__dataclass_fields__ if key in card})
         check_identity(card["student"], "student")
     except FileNotFoundError:
@@ -93,6 +101,11 @@ def read_card(folder: Path) -> dict[str, Any]:
     except (DamagedFile, TypeError) as error:
         raise damaged_card(folder, error) from None
     return card
+
+
+def _checksum(card: Mapping[str, Any]) -> str:
+    text = json.dumps(without_non_finite(card), sort_keys=True)  # what is written, and what is read back
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def original_of(weights: Path | None, weights_sha256: str) -> dict[str, Any] | None:
@@ -176,7 +189,8 @@ def write_weights(
         others.append(write_onnx(folder / ONNX_NAME, averaged, card["student"]))
     if transformers_layout:
         others += write_transformers(folder / TRANSFORMERS_NAME, averaged, card["student"])
-    atomic_write_json(folder / CARD_NAME, {**card, **hashes})
+    card = {**card, **hashes}
+    atomic_write_json(folder / CARD_NAME, {**card, _CHECKSUM: _checksum(card)})
     # What is left of an earlier training, or another average.
     for name in {STUDENT_NAME, HALF_NAME, DINOV2_NAME, PROBES_NAME} - set(layouts):
         (folder / name).unlink(missing_ok=True)

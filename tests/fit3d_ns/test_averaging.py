@@ -127,7 +127,12 @@ def test_the_card_says_how_a_result_is_used(result, teacher_weights, tmp_path):
     before = load(folder / "student.safetensors", backbone_weights=teacher_weights)
     assert before.assembly == "concat" and before.tuned is not None
     assert before.tuned.identity["weights_sha256"] == _card(folder)["student_sha256"]
-    (folder / "card.json").write_text(json.dumps({**_card(folder), "assembly": "sideways"}))
+    changed = {**_card(folder), "assembly": "sideways"}
+    (folder / "card.json").write_text(json.dumps(changed))
+    with pytest.raises(UserError, match="card.json is damaged.*its checksum differs"):
+        load(folder)
+    del changed["checksum"]  # as cards of earlier versions are
+    (folder / "card.json").write_text(json.dumps(changed))
     with pytest.raises(UserError, match="card.json is damaged.*sideways"):
         load(folder)
 
