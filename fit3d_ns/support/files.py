@@ -1,5 +1,6 @@
 """Files that are either whole or absent: written under a temporary name, then renamed."""
 
+import glob
 import json
 import math
 import os
@@ -108,7 +109,7 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
     """Lends a temporary folder beside ``path`` and renames it to ``path`` when the block ends well.
 
     The folder that stood at ``path`` is deleted then, and not before. A process killed at any moment leaves a whole
-    folder or none; at worst hidden ``.*.tmp`` folders remain beside it.
+    folder or none; at worst hidden ``.*.tmp`` folders remain beside it, until the next one is written there.
 
     Args:
         path: where the folder is to stand in the end.
@@ -120,6 +121,7 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
         UserError: as `atomic_path`.
     """
     path = Path(path)
+    _remove_those_of_the_dead(path)
     old = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         with atomic_path(path) as temporary:
@@ -135,6 +137,24 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
         if old.exists() and not path.exists():
             os.replace(old, path)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _remove_those_of_the_dead(path: Path) -> None:
+    """Removes temporary folders of a place whose process, named in theirs, runs no more."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*-*.tmp"):
+        process = left.name.removeprefix(f".{path.name}.").partition("-")[0]
+        if process.isdecimal() and not _is_running(int(process)):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True  # somebody else's, as far as we may know
+    return True
 
 
 def atomic_write_bytes(path: Path | str, data: bytes) -> None:

@@ -2,13 +2,15 @@
 
 import os
 import resource
+import subprocess
+import sys
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from fit3d_ns.support.errors import UserError
-from fit3d_ns.support.files import atomic_path
+from fit3d_ns.support.files import atomic_folder, atomic_path
 
 WRITERS = {
     "torch": lambda path: torch.save({"values": torch.zeros(100_000)}, path),
@@ -47,3 +49,18 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch, syn
     with atomic_path(tmp_path / "file", sync=sync) as temporary:
         temporary.write_text("new")
     assert happened == ([str(temporary), "renamed", str(tmp_path)] if sync else ["renamed"])
+
+
+def test_a_folder_is_written_where_a_killed_process_left_its_own(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    left = tmp_path / f".bundle.{dead.pid}-0123abcd.tmp"
+    alive = tmp_path / f".bundle.{os.getpid()}-0123abcd.tmp"
+    other = tmp_path / f".another.{dead.pid}-0123abcd.tmp"
+    for folder in (left, alive, other):
+        folder.mkdir()
+        (folder / "part").write_text("half")
+    with atomic_folder(tmp_path / "bundle") as temporary:
+        (temporary / "whole").write_text("all")
+    assert not left.exists() and alive.exists() and other.exists()
+    assert (tmp_path / "bundle" / "whole").read_text() == "all"
