@@ -221,7 +221,7 @@ def _carry_out(words: list[str], progress: Path, settings: Settings) -> int:
     from fit3d_ns.support.command_line import run_command
     from fit3d_ns.support.progress import watch
 
-    torch.set_num_threads(settings.threads)
+    torch.set_num_threads(settings.threads)  # while there is one thread: a fork's thread pool is rebuilt at first use
     watch(_Reporter(progress))
     logging.captureWarnings(True)
     sys.argv = list(words)

@@ -101,8 +101,13 @@ def _be_a_command(call: Callable[[], None], output: int, limit: int | None, user
         os.close(output)
         sys.stdout = open(1, "w", buffering=1, closefd=False)
         sys.stderr = open(2, "w", buffering=1, closefd=False)
+        import torch
+
         from fit3d_ns.support.console import CONSOLE
 
+        # Now, while there is one thread: the first use of the thread pool after a fork rebuilds it, and two threads
+        # that do so at once find none ("Invalid thread pool").
+        torch.set_num_threads(1)
         CONSOLE.file = sys.stderr
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
             signal.signal(number, signal.SIG_DFL)

@@ -87,7 +87,7 @@ def _in_torch_file(change: Callable[[Any], Any]) -> Mutation:
         return {key: walk(item) for key, item in value.items()} if isinstance(value, dict) else value
 
     def mutate(path: Path, rng: random.Random) -> None:
-        # Files of the harness's own making, just written by the command under test.
+        # Files of the harness's own making, just written by the command under test; hostile ones never come here.
         torch.save(walk(torch.load(path, weights_only=False)), path)
 
     return mutate
@@ -95,7 +95,7 @@ def _in_torch_file(change: Callable[[Any], Any]) -> Mutation:
 
 def _entry(change: Callable[[dict, random.Random], None]) -> Mutation:
     def mutate(path: Path, rng: random.Random) -> None:
-        state = torch.load(path, weights_only=False)
+        state = torch.load(path, weights_only=False)  # likewise
         change(state, rng)
         torch.save(state, path)
 

@@ -49,15 +49,7 @@ def held_folder(folder: Path, flag: str) -> Iterator[None]:
 
 
 def hold_folder(folder: Path, flag: str) -> None:
-    """As `held_folder`, until this process ends.
-
-    Args:
-        folder: The folder; made if needed.
-        flag: By which the user names it, for the sentence.
-
-    Raises:
-        UserError: If another process is writing there, or it cannot be made.
-    """
+    """As `held_folder`, until this process ends; arguments and errors likewise."""
     name = os.path.realpath(folder)
     if name in _held:
         return
