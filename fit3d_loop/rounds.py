@@ -1,4 +1,4 @@
-"""The loop: scenes, then a student, then the next round with that student as the teacher; at the end the probes."""
+"""One round after the other: every scene lifted, a student distilled, the next round taught by it; then the probes."""
 
 import hashlib
 import json
