@@ -38,8 +38,8 @@ test: setup docs
 test-gsplat: setup
 	set -e; for version in 1.4.0 1.5.0 1.5.1 1.5.2 1.5.3; do \
 		$(BIN)/python -m pip install --quiet --no-deps --upgrade --target build/gsplat/$$version gsplat==$$version; \
-		PYTHONPATH=build/gsplat/$$version OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/fit3d_ns/test_gsplat.py \
-			tests/fit3d_ns/test_training.py tests/fit3d_ns/test_rasterization_forward.py; \
+		PYTHONPATH=build/gsplat/$$version OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/fit3d_ns/rasterization/test_gsplat.py \
+			tests/fit3d_ns/test_training.py tests/fit3d_ns/rasterization/test_rasterization_forward.py; \
 	done
 
 clean:

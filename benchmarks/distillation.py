@@ -43,7 +43,7 @@ from distill.targets import LiftedTargets
 from distill.trainer import Trainer
 from fit3d_ns.backbones import BackboneSpec, backbone_identity, describe_backbone
 from fit3d_ns.backbones.architecture import build_model, resolve_architecture
-from fit3d_ns.data.photos import Photo, hash_file
+from fit3d_ns.data.photos.described import Photo, hash_file
 from fit3d_ns.features.grid import FEATURE_GRIDS
 from fit3d_ns.features.rendering import Geometry
 from fit3d_ns.runs.bundle import BundleCameras, BundleInfo, BundleView, SceneTensors, write_bundle

@@ -21,13 +21,13 @@ from typing import Annotated, Any
 import torch
 import tyro
 
+from fit3d_loop.commands.worker import Settings
 from fit3d_loop.config import LoopConfig
-from fit3d_loop.machine import look_at_photos, num_cores
 from fit3d_loop.records import ORIGINAL, Places, read_state
-from fit3d_loop.runner import Outcome, open_engine
-from fit3d_loop.scene_list import SceneSource, read_scenes
-from fit3d_loop.stages import Job
-from fit3d_loop.worker import Settings
+from fit3d_loop.scenes.machine import look_at_photos, num_cores
+from fit3d_loop.scenes.runner import Outcome, open_engine
+from fit3d_loop.scenes.scene_list import SceneSource, read_scenes
+from fit3d_loop.scenes.stages import Job
 from fit3d_ns.support.command_line import run_command
 from fit3d_ns.support.errors import UserError
 from fit3d_ns.support.files import atomic_write_json

@@ -27,7 +27,7 @@ import tyro
 from PIL import Image
 from safetensors.torch import save_file
 
-from fit3d_ns.data.ply import rgb_to_sh, write_splat_ply
+from fit3d_ns.data.points.splat_ply import rgb_to_sh, write_splat_ply
 from fit3d_ns.rasterization import rasterize
 from fit3d_ns.support.console import CONSOLE
 from fit3d_ns.support.files import atomic_write_json

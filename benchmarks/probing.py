@@ -42,8 +42,8 @@ from probe.data.base import LabelRule, ProbeData, read_image
 from probe.data.batches import training_batches
 from probe.data.choice import DataChoice, DatasetName
 from probe.data.loading import load_data
-from probe.features import FrozenBackbones, Row, choose_rows
-from probe.partners import Partner
+from probe.features.partners import Partner
+from probe.features.rows import FrozenBackbones, Row, choose_rows
 from probe.protocols import SegmentationRecipe, choose_recipe
 from probe.run import run_trained_probe
 from probe.sources import OnlineSource, train_samples

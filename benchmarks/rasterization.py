@@ -16,7 +16,7 @@ import torch
 from fit3d_ns.rasterization import rasterize
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "fit3d_ns"))
-from rasterization_oracle import oracle_rasterize, random_scene  # noqa: E402  # pyright: ignore[reportMissingImports]
+from rasterization_oracle import oracle_rasterize, random_scene  # noqa: E402
 
 SCENES = [(20_000, 160, 120, 67), (20_000, 160, 120, 3), (50_000, 200, 150, 67), (50_000, 200, 150, 3)]
 
@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=9, help="timed calls; the median is printed")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    renderers = [("CPU backend", rasterize, "cpu", arguments.repeat)]
+    renderers: list[tuple[str, Callable, str, int]] = [("CPU backend", rasterize, "cpu", arguments.repeat)]
     if torch.cuda.is_available():
         renderers.append((f"gsplat on {torch.cuda.get_device_name()}", rasterize, "cuda", arguments.repeat))
     else:

@@ -9,10 +9,10 @@ import tyro
 
 from demo.config import DemoConfig, complete, settings
 from demo.stages import after_the_loop, as_typed, before_the_loop, loop_config, places, write_scene_list
+from fit3d_loop.commands.steps import StepRecord, ThisMachine, read_record, run_step
+from fit3d_loop.commands.worker import end_all
 from fit3d_loop.loop import run_loop
 from fit3d_loop.records import Places, keep_settings, stored_settings, try_lock
-from fit3d_loop.steps import StepRecord, ThisMachine, read_record, run_step
-from fit3d_loop.worker import end_all
 from fit3d_ns.backbones import BackboneSpec, weights_available
 from fit3d_ns.runs.names import CONFIG
 from fit3d_ns.support.command_line import run_command

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from demo.config import DemoConfig
-from demo.pictures import evaluation_views, feature_pictures, panels, photos
+from demo.report_pictures import evaluation_views, feature_pictures, panels, photos
 from demo.results import DemoResults, comparisons, read_results, write_metrics
 from demo.stages import EVAL_INTERVAL, Places, places
+from fit3d_loop.commands.steps import StepRecord
 from fit3d_loop.records import SceneState, read_recorded_state
-from fit3d_loop.steps import StepRecord
 from fit3d_ns.runs.names import CONFIG
 from fit3d_ns.support.html_report import Report
-from probe.report import COLUMNS, MEANINGS, format_summary
+from probe.output_folder import COLUMNS, MEANINGS, format_summary
 from probe.zero_shot.correspondence import SAME_PLACE
 
 _WARNING = (

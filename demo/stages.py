@@ -6,11 +6,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from demo.config import DemoConfig
+from fit3d_loop.commands.steps import Step
+from fit3d_loop.commands.worker import Settings
 from fit3d_loop.config import LoopConfig
-from fit3d_loop.machine import num_cores
 from fit3d_loop.records import Places as LoopPlaces
-from fit3d_loop.steps import Step
-from fit3d_loop.worker import Settings
+from fit3d_loop.scenes.machine import num_cores
 from fit3d_ns.support.files import atomic_write_text
 
 EVAL_INTERVAL = 5

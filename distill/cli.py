@@ -35,7 +35,7 @@ def distil(config: DistillConfig) -> None:
         SystemExit: After SIGTERM; a checkpoint was saved.
     """
     if config.average_only is not None:
-        from fit3d_ns.backbones.averaging import average_result
+        from fit3d_ns.backbones.students.averaging import average_result
 
         amount = INTERPOLATE if config.interpolate is None else config.interpolate
         files = average_result(config.average_only, amount, config.original_weights)

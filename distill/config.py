@@ -194,7 +194,7 @@ def check_choices(config: DistillConfig, num_processes: int) -> None:
         if value is not None and not (math.isfinite(value) and lowest <= value <= highest):
             raise UserError(f"--{name.replace('_', '-')} {value}: give {wanted}.")
     if config.interpolate is not None:
-        from fit3d_ns.backbones.averaging import check_amount  # needs torch, which --help does without
+        from fit3d_ns.backbones.students.averaging import check_amount  # needs torch, which --help does without
 
         check_amount(config.interpolate)
     batch_size = config.batch_size or (PAPER_BATCH if config.recipe == "paper" else None)

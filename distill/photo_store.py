@@ -14,7 +14,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from distill.scenes import Scene
-from fit3d_ns.data.photos import Photo, read_photo
+from fit3d_ns.data.photos.described import Photo, read_photo
 from fit3d_ns.support.errors import DamagedFile, UserError
 from fit3d_ns.support.files import discard, user_cache_directory
 from fit3d_ns.support.progress import progress
@@ -44,7 +44,7 @@ class PhotoStore:
         device: Where photos are needed.
         directory: Where decoded photos are kept; the user's cache folder if None.
         workers: Threads; as many as processors, at most 16, if 0.
-        data_root: See `fit3d_ns.data.photos.locate`.
+        data_root: See `fit3d_ns.data.photos.described.locate`.
         resident_bytes: Device memory for photos: if all fit, each is uploaded once and stays.
     """
 

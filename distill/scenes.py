@@ -15,7 +15,7 @@ from torch import Tensor
 
 from distill.config import DistillConfig
 from distill.sampler import SceneViews
-from fit3d_ns.data.photos import locate
+from fit3d_ns.data.photos.described import locate
 from fit3d_ns.runs.bundle import BundleCameras, BundleInfo, SceneBundle, SceneTensors, find_bundles
 from fit3d_ns.support.errors import UserError
 from fit3d_ns.support.processes import World
@@ -135,7 +135,7 @@ def open_scenes(folders: list[Path], data_root: Path | None) -> list[Scene]:
 
     Args:
         folders: The bundles.
-        data_root: Where photos are if they moved; see `fit3d_ns.data.photos.locate`.
+        data_root: Where photos are if they moved; see `fit3d_ns.data.photos.described.locate`.
 
     Returns:
         The scenes, in the given order.

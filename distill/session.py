@@ -7,10 +7,10 @@ import torch
 
 from distill.config import DistillConfig
 from distill.controls import ControlTargets
+from distill.evaluation import Averages, HeldOutViews, SceneResult, Validation, measure_scene
 from distill.feed import Feed
 from distill.photo_store import PhotoStore
 from distill.recipes import choose_recipe, explain
-from distill.results.evaluation import Averages, HeldOutViews, SceneResult, Validation, measure_scene
 from distill.results.report import Findings, write_metrics, write_report
 from distill.results.result import make_card, push_to_hub
 from distill.sampler import Sampler
@@ -18,9 +18,9 @@ from distill.scenes import Scene, SceneBank
 from distill.student import load_original, load_student, load_teacher, plain_state_dict
 from distill.targets import LiftedTargets, TargetSource
 from distill.trainer import Trainer, TrainingResult, read_resumed
-from fit3d_ns.backbones.averaging import interpolate
-from fit3d_ns.backbones.other_formats import check_dinov2, check_onnx
-from fit3d_ns.backbones.result_folder import METRICS_NAME, write_model_card, write_weights
+from fit3d_ns.backbones.students.averaging import interpolate
+from fit3d_ns.backbones.students.other_formats import check_dinov2, check_onnx
+from fit3d_ns.backbones.students.result_folder import METRICS_NAME, write_model_card, write_weights
 from fit3d_ns.support.curve_log import CurveLog
 from fit3d_ns.support.errors import UserError
 from fit3d_ns.support.processes import World, wait_for_all

@@ -21,9 +21,9 @@ from distill.checkpoint import (
     save_checkpoint,
 )
 from distill.config import DistillConfig
+from distill.evaluation import Validation
 from distill.feed import Feed
 from distill.recipes import Recipe
-from distill.results.evaluation import Validation
 from distill.sampler import Batch, Sampler
 from distill.scenes import Scene
 from distill.step import DistillLoss, EagerStep, GraphStep, StepRunner, learning_rate, make_optimizer, set_learning_rate

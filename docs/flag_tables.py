@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).parents[1]
 MARKER = re.compile(r"^<!-- flags: (\S+) (\S+)(?: (\S+))? -->$", re.MULTILINE)
 NEEDS = re.compile(r"^<!-- needs( on this page)?: (.+) -->$", re.MULTILINE)
-"""What the block of commands after it takes that no test can have (tests/fit3d_ns/documentation.py)."""
+"""What the block of commands after it takes that no test can have (tests/docs/documentation.py)."""
 _METAVARS = {"Path": "PATH", "int": "INT", "float": "FLOAT", "str": "TEXT", "bool": "{True,False}"}
 
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import torch
 
+from fit3d_loop.commands.worker import end_all
 from fit3d_loop.config import LoopConfig
-from fit3d_loop.machine import Photos, choose_packing, default_threads, free_disk, look_at_photos, num_cores
 from fit3d_loop.plan import check_disk, format_plan, make_plan
 from fit3d_loop.records import (
     Places,
@@ -20,10 +20,10 @@ from fit3d_loop.records import (
 )
 from fit3d_loop.report import write_report
 from fit3d_loop.rounds import Begun, Ending, failures, run_rounds
-from fit3d_loop.runner import open_engine
-from fit3d_loop.scene_list import backbone_of, read_scenes
-from fit3d_loop.table import Table
-from fit3d_loop.worker import end_all
+from fit3d_loop.scenes.machine import Photos, choose_packing, default_threads, free_disk, look_at_photos, num_cores
+from fit3d_loop.scenes.runner import open_engine
+from fit3d_loop.scenes.scene_list import backbone_of, read_scenes
+from fit3d_loop.scenes.table import Table
 from fit3d_ns.support.console import CONSOLE
 from fit3d_ns.support.errors import UserError
 

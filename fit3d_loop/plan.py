@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from distill.config import DistillConfig
 from distill.recipes import choose_recipe
-from fit3d_loop.machine import Packing, Photos
 from fit3d_loop.records import SceneState
 from fit3d_loop.rounds import Begun
+from fit3d_loop.scenes.machine import Packing, Photos
 from fit3d_ns.backbones import BackboneSpec, describe_backbone
 from fit3d_ns.support.errors import UserError
 

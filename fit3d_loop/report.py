@@ -5,12 +5,12 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from fit3d_loop.pictures import read_pictures
+from fit3d_loop.comparison_pictures import read_pictures
 from fit3d_loop.rounds import Begun, failures, step_records
-from fit3d_ns.backbones.result_folder import read_card
+from fit3d_ns.backbones.students.result_folder import read_card
 from fit3d_ns.support.files import atomic_write_json
 from fit3d_ns.support.html_report import Report
-from probe.report import COLUMNS, MEANINGS, format_summary
+from probe.output_folder import COLUMNS, MEANINGS, format_summary
 
 
 def read_metrics(loop: Begun) -> dict[str, Any]:

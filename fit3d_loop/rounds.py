@@ -8,16 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fit3d_loop.commands.steps import Step, StepRecord, is_done, read_record, run_step
+from fit3d_loop.commands.worker import Settings
+from fit3d_loop.comparison_pictures import picture_words
 from fit3d_loop.config import LoopConfig
-from fit3d_loop.pictures import picture_words
 from fit3d_loop.records import ORIGINAL, Places, SceneState, read_state, try_lock
-from fit3d_loop.runner import Engine
-from fit3d_loop.scene_list import SceneSource
-from fit3d_loop.stages import Job, is_ready
-from fit3d_loop.steps import Step, StepRecord, is_done, read_record, run_step
-from fit3d_loop.table import Table
-from fit3d_loop.worker import Settings
-from fit3d_ns.backbones.result_folder import CARD_NAME, WEIGHTS_NAME, read_card
+from fit3d_loop.scenes.runner import Engine
+from fit3d_loop.scenes.scene_list import SceneSource
+from fit3d_loop.scenes.stages import Job, is_ready
+from fit3d_loop.scenes.table import Table
+from fit3d_ns.backbones.students.result_folder import CARD_NAME, WEIGHTS_NAME, read_card
 from fit3d_ns.support.errors import UserError
 from fit3d_ns.support.files import atomic_path
 

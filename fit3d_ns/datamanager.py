@@ -18,9 +18,9 @@ from fit3d_ns.backbones import Backbone, BackboneInfo, BackboneSpec, describe_ba
 from fit3d_ns.compat import refuse_to_render_nothing
 from fit3d_ns.data.dataparsers import read_checked
 from fit3d_ns.data.feature_cache import FeatureCache, Precision, teacher_precision
-from fit3d_ns.data.masks import composite_on_black, patch_weights
-from fit3d_ns.data.photo_files import check_photos_exist, check_views_read_their_own_files, find_masks
-from fit3d_ns.data.photo_reader import PhotoDataset, PhotoReader
+from fit3d_ns.data.photos.masks import composite_on_black, patch_weights
+from fit3d_ns.data.photos.reader import PhotoDataset, PhotoReader
+from fit3d_ns.data.photos.view_files import check_photos_exist, check_views_read_their_own_files, find_masks
 from fit3d_ns.data.scene_checks import check_cameras_together, check_split, explain_unreadable_scene
 from fit3d_ns.data.splits import nothing_held_out
 from fit3d_ns.lifting.memory import ResidentMaps

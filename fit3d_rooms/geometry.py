@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fit3d_rooms.materials import TextureBank
-from fit3d_rooms.primitives import Patch
+from fit3d_rooms.building.primitives import Patch
+from fit3d_rooms.surfaces.materials import TextureBank
 
 TEXEL = 0.04
 """Distance of light map nodes on large surfaces, metres."""

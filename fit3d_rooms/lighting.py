@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from fit3d_rooms.building.objects import Bulb
+from fit3d_rooms.building.shell import REVEAL, Room
 from fit3d_rooms.geometry import PackedScene, RayScene
-from fit3d_rooms.objects import Bulb
-from fit3d_rooms.shell import REVEAL, Room
 
 SKY = np.array([2.6, 2.95, 3.3], np.float32)
 GROUND = np.array([0.85, 0.85, 0.7], np.float32)

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from fit3d_ns.support.errors import UserError
-from fit3d_rooms.camera_path import walk
-from fit3d_rooms.furnishing import EXPECTED, ROOM_KINDS, furnish
+from fit3d_rooms.building.furnishing import EXPECTED, ROOM_KINDS, furnish
+from fit3d_rooms.building.layout import Layout
+from fit3d_rooms.building.shell import add_openings, build_shell, make_room
 from fit3d_rooms.geometry import PackedScene, RayScene
-from fit3d_rooms.layout import Layout
 from fit3d_rooms.lighting import bake, make_lights
-from fit3d_rooms.materials import PALETTES, Materials
 from fit3d_rooms.rendering import Camera, Renderer, View
-from fit3d_rooms.shell import add_openings, build_shell, make_room
+from fit3d_rooms.surfaces.materials import PALETTES, Materials
+from fit3d_rooms.walk import walk
 
 FIELD_OF_VIEW = 75.0
 """Horizontal, degrees: the wide lens of a phone."""
@@ -26,7 +26,7 @@ class RenderedRoom:
     """Everything that is written about a room.
 
     Attributes:
-        kind: one of :data:`~fit3d_rooms.furnishing.ROOM_KINDS`.
+        kind: one of :data:`~fit3d_rooms.building.furnishing.ROOM_KINDS`.
         camera: of all views.
         poses: camera-to-world, metres, OpenGL axes, z up, float64 [V, 4, 4].
         views: rendered pictures, V.

@@ -11,7 +11,7 @@ from fit3d_ns.support.errors import UserError
 from probe.data.choice import DataChoice, DatasetName, Kind
 
 if TYPE_CHECKING:  # these need torch, which --help does without
-    from probe.partners import Partner
+    from probe.features.partners import Partner
 
 
 @dataclass
@@ -61,7 +61,7 @@ class FeatureConfig:
         Raises:
             UserError: If a backbone cannot be found, or a card contradicts a flag.
         """
-        from probe.partners import choose_spec, find_partners
+        from probe.features.partners import choose_spec, find_partners
 
         partners = find_partners(self.tuned, self.control)
         spec, sentence = choose_spec(

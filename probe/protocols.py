@@ -5,8 +5,8 @@ from typing import Literal
 
 from fit3d_ns.support.errors import UserError
 from probe.data.choice import Kind
-from probe.exact.logistic import LOGISTIC_DECAYS
-from probe.exact.ridge import RIDGE_DECAYS
+from probe.solvers.logistic import LOGISTIC_DECAYS
+from probe.solvers.ridge import RIDGE_DECAYS
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class FastRecipe:
 
 @dataclass(frozen=True)
 class ExactRecipe:
-    """Linear maps of standardised features, cached once, that solve a convex problem: see `probe.exact`."""
+    """Linear maps of standardised features, cached once, that solve a convex problem: see `probe.solvers`."""
 
     name: str
     decays: tuple[float, ...]

@@ -22,10 +22,10 @@ from probe.data.batches import check_batch_size
 from probe.data.choice import Kind
 from probe.data.loading import load_data
 from probe.exact.run import run_exact
-from probe.features import FrozenBackbones, Row, choose_rows, load_backbones, row_features
-from probe.partners import note_in_model_cards, require_one_each
+from probe.features.partners import note_in_model_cards, require_one_each
+from probe.features.rows import FrozenBackbones, Row, choose_rows, load_backbones, row_features
+from probe.output_folder import ResultFolder, provenance, report_title, write_report
 from probe.protocols import DepthRecipe, FastRecipe, Optimization, choose_fast_recipe, choose_recipe, override
-from probe.report import ResultFolder, provenance, report_title, write_report
 from probe.sources import CachedSource, OnlineSource, Source, whole_size
 from probe.tasks import TASKS, Task
 from probe.training import Head, HeadBank, mean_losses

@@ -25,8 +25,8 @@ from probe.data.batches import (
     sample_rng,
     training_batches,
 )
-from probe.feature_store import FeatureStore
-from probe.features import FrozenBackbones
+from probe.features.rows import FrozenBackbones
+from probe.features.store import FeatureStore
 from probe.heads import LossFunction, sample_map
 from probe.protocols import FastRecipe
 from probe.tasks.task import Task

@@ -17,7 +17,7 @@ from fit3d_ns.support.files import atomic_path
 from fit3d_ns.support.processes import average_gradients, gather_objects, wait_for_all
 from fit3d_ns.support.tensor_files import is_finite
 from fit3d_ns.support.torch_files import read_torch
-from probe.features import Row, row_features, row_width
+from probe.features.rows import Row, row_features, row_width
 from probe.heads import LossFunction
 from probe.protocols import Optimization
 from probe.tasks.task import Task

@@ -6,22 +6,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from paths import DATA
 from safetensors.torch import load_file
 
 from distill.checkpoint import load_checkpoint
-from fit3d_ns.backbones.result_folder import read_card
+from fit3d_ns.backbones.students.result_folder import read_card
 from fit3d_ns.runs.bundle import SCHEMA, SceneBundle
 from fit3d_ns.runs.checkpoints import read_lifted
 from fit3d_ns.runs.record import read_disagreement
 from fit3d_ns.support.errors import UserError
 from fit3d_ns.support.tensor_files import TensorSpec, read_tensors
 
-DATA = Path(__file__).parent / "data" / "formats"
+FORMATS = DATA / "formats"
 
 
 def test_bundles_of_every_schema_open():
     """Also: whoever raises the schema adds a bundle of it here."""
-    folders = {int(folder.name.removeprefix("bundle-")): folder for folder in DATA.glob("bundle-*")}
+    folders = {int(folder.name.removeprefix("bundle-")): folder for folder in FORMATS.glob("bundle-*")}
     assert set(folders) == set(range(1, SCHEMA + 1))
     for folder in folders.values():
         bundle = SceneBundle(folder)
@@ -37,7 +38,7 @@ def test_bundles_of_every_schema_open():
 
 @pytest.mark.parametrize("schema", [0, SCHEMA + 1, True, "2", None])
 def test_a_bundle_of_a_later_version_is_refused_by_its_schema(tmp_path, schema):
-    folder = Path(shutil.copytree(DATA / "bundle-2", tmp_path / "bundle"))
+    folder = Path(shutil.copytree(FORMATS / "bundle-2", tmp_path / "bundle"))
     content = json.loads((folder / "scene.json").read_text())
     (folder / "scene.json").write_text(json.dumps({**content, "schema": schema}))
     with pytest.raises(UserError, match=f"scene.json has the schema {schema}, this version reads 1 and {SCHEMA}"):
@@ -46,16 +47,16 @@ def test_a_bundle_of_a_later_version_is_refused_by_its_schema(tmp_path, schema):
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_cards_open(version):
-    card = read_card(DATA / f"card-{version}")
+    card = read_card(FORMATS / f"card-{version}")
     assert card["student"]["timm_id"] == "test_vit.r160_in1k" and card["weights_sha256"] == "2" * 64
 
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_lifts_open(version):
-    found = read_disagreement(DATA / f"lift-{version}")
+    found = read_disagreement(FORMATS / f"lift-{version}")
     assert found is not None and [tensor.shape for tensor in found] == [(20,), (20,)]
     if version == 2:
-        assert read_lifted(DATA / "lift-2", whole=True)["fit3d_features"].shape == (20, 4)
+        assert read_lifted(FORMATS / "lift-2", whole=True)["fit3d_features"].shape == (20, 4)
 
 
 CACHES = {
@@ -67,12 +68,12 @@ CACHES = {
 
 @pytest.mark.parametrize("name", CACHES)
 def test_files_of_caches_open(name):
-    path = DATA / f"{name}.safetensors"
+    path = FORMATS / f"{name}.safetensors"
     found = read_tensors(path, CACHES[name])
     assert all(torch.equal(found.tensors[key], tensor) for key, tensor in load_file(path).items())
 
 
 def test_a_checkpoint_of_distillation_opens():
-    student = json.loads((DATA / "card-1" / "card.json").read_text())["student"]
-    state = load_checkpoint(DATA / "distill-2.pt", {"student": student, "seed": 0})
+    student = json.loads((FORMATS / "card-1" / "card.json").read_text())["student"]
+    state = load_checkpoint(FORMATS / "distill-2.pt", {"student": student, "seed": 0})
     assert state["step"] == 1 and state["model"]["w"].tolist() == [1, 1]

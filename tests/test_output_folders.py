@@ -4,15 +4,14 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from paths import ROOT
 
 from fit3d_ns.support import output_folders
 from fit3d_ns.support.errors import UserError
 from fit3d_ns.support.output_folders import held_folder, staged_folder
 
-ROOT = Path(__file__).parents[1]
 HOLD = """
 import sys, time
 from pathlib import Path

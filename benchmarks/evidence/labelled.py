@@ -15,15 +15,15 @@ from PIL import Image
 from torch import Tensor
 
 from fit3d_ns.backbones import Backbone
-from fit3d_ns.data.pictures import open_depth, open_labels
+from fit3d_ns.data.photos.picture_files import open_depth, open_labels
 from fit3d_ns.features.correspondences import View
 from fit3d_ns.features.metrics import MatchedViews
 from probe.data.base import IGNORE, Sample, read_image
 from probe.data.own import read_posed_scene
 from probe.data.pairing import pair_folders
-from probe.exact import GramSums, choose_ridge, fit_logistic
-from probe.metrics import DepthMetric, SegmentationMetric
-from probe.patch_targets import majority_labels, patch_means
+from probe.solvers import GramSums, choose_ridge, fit_logistic
+from probe.tasks.metrics import DepthMetric, SegmentationMetric
+from probe.tasks.patch_targets import majority_labels, patch_means
 from probe.zero_shot.correspondence import load_photos
 
 NYU_SIZE, CAMVID_SIZE = (336, 448), (280, 378)

@@ -12,9 +12,9 @@ from benchmarks.evidence.labelled import CAMVID_SIZE, NYU_SIZE, Labelled, LastFr
 from benchmarks.evidence.pieces import Records
 from benchmarks.evidence.students import Commands, Student
 from benchmarks.evidence.unlabelled import HeldOutScenes
-from distill.results.evaluation import Averages
+from distill.evaluation import Averages
 from fit3d_ns.backbones import Backbone, BackboneSpec, load_backbone
-from fit3d_ns.backbones.result_folder import STUDENT_NAME, WEIGHTS_NAME, read_card
+from fit3d_ns.backbones.students.result_folder import STUDENT_NAME, WEIGHTS_NAME, read_card
 
 
 class Measuring:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.evidence.config import EvidenceConfig, Kind
-from fit3d_ns.backbones.result_folder import WEIGHTS_NAME
+from fit3d_ns.backbones.students.result_folder import WEIGHTS_NAME
 from fit3d_ns.support.files import atomic_write_json
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
+from distill.evaluation import HeldOutViews
 from distill.photo_store import PhotoStore
-from distill.results.evaluation import HeldOutViews
 from distill.scenes import SceneBank, open_scenes
 from distill.targets import LiftedTargets
 from fit3d_ns.backbones import Backbone

@@ -1,1 +1,1 @@
-"""What a training leaves: measures on held-out views, the result and its card, metrics and the report."""
+"""What a training leaves: the result and its card, metrics and the report."""

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from distill.results.evaluation import SceneResult, average, average_curve
-from fit3d_ns.backbones.result_folder import CARD_NAME, MEASURES, METRICS_NAME
+from distill.evaluation import SceneResult, average, average_curve
+from fit3d_ns.backbones.students.result_folder import CARD_NAME, MEASURES, METRICS_NAME
 from fit3d_ns.features.pca import ColorBasis
 from fit3d_ns.support.files import atomic_write_json
 from fit3d_ns.support.html_report import Report

@@ -10,7 +10,7 @@ from distill.config import DistillConfig
 from distill.recipes import Recipe
 from distill.scenes import Scene
 from distill.trainer import TrainingResult
-from fit3d_ns.backbones.averaging import default_assembly
+from fit3d_ns.backbones.students.averaging import default_assembly
 from fit3d_ns.support.errors import UserError
 
 _NOT_SETTINGS = (

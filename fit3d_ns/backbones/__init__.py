@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     )
     from fit3d_ns.backbones.backbone import Backbone, BackboneOutput, load_backbone
     from fit3d_ns.backbones.dense_features import DenseFeatures, load, load_published
-    from fit3d_ns.backbones.fine_tuned import FineTuned, find_fine_tuned, load_fine_tuned, student_spec
     from fit3d_ns.backbones.identity import backbone_identity, hash_state_dict, spec_of_identity
-    from fit3d_ns.backbones.published import PUBLISHED_BACKBONES, PublishedBackbone
     from fit3d_ns.backbones.registry import NAMED_BACKBONES, NamedBackbone
     from fit3d_ns.backbones.sizing import input_size, patch_grid, resize_to_patches
     from fit3d_ns.backbones.spec import Assembly, BackboneInfo, BackboneSpec
-    from fit3d_ns.backbones.weights import weights_available
+    from fit3d_ns.backbones.students.fine_tuned import FineTuned, find_fine_tuned, load_fine_tuned, student_spec
+    from fit3d_ns.backbones.students.published import PUBLISHED_BACKBONES, PublishedBackbone
+    from fit3d_ns.backbones.weights.finding import weights_available
 
 __all__ = [
     "ASSEMBLIES",
@@ -65,13 +65,13 @@ _HOMES = {
     "fit3d_ns.backbones.assembly": "ASSEMBLIES assemble assembled_width needs_original needs_tuned",
     "fit3d_ns.backbones.backbone": "Backbone BackboneOutput load_backbone",
     "fit3d_ns.backbones.dense_features": "DenseFeatures load load_published",
-    "fit3d_ns.backbones.fine_tuned": "FineTuned find_fine_tuned load_fine_tuned student_spec",
+    "fit3d_ns.backbones.students.fine_tuned": "FineTuned find_fine_tuned load_fine_tuned student_spec",
     "fit3d_ns.backbones.identity": "backbone_identity hash_state_dict spec_of_identity",
-    "fit3d_ns.backbones.published": "PUBLISHED_BACKBONES PublishedBackbone",
+    "fit3d_ns.backbones.students.published": "PUBLISHED_BACKBONES PublishedBackbone",
     "fit3d_ns.backbones.registry": "NAMED_BACKBONES NamedBackbone",
     "fit3d_ns.backbones.sizing": "input_size patch_grid resize_to_patches",
     "fit3d_ns.backbones.spec": "Assembly BackboneInfo BackboneSpec",
-    "fit3d_ns.backbones.weights": "weights_available",
+    "fit3d_ns.backbones.weights.finding": "weights_available",
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names.split()}
 

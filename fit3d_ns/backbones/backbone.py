@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fit3d_ns.backbones.architecture import build_model, check_memory, describe_backbone, resolve_architecture
 from fit3d_ns.backbones.identity import hash_state_dict, load_weights, make_identity
 from fit3d_ns.backbones.spec import BackboneInfo, BackboneSpec
-from fit3d_ns.backbones.weights import find_weights
+from fit3d_ns.backbones.weights.finding import find_weights
 
 if TYPE_CHECKING:  # torch.hub's users have torch and timm, and need nothing else
     from jaxtyping import Float

@@ -12,11 +12,17 @@ from torch import Tensor, nn
 from fit3d_ns.backbones.architecture import resolve_architecture
 from fit3d_ns.backbones.assembly import ASSEMBLIES, assemble, assembled_width, needs_original, needs_tuned
 from fit3d_ns.backbones.backbone import Backbone, BackboneOutput, load_backbone
-from fit3d_ns.backbones.fine_tuned import FineTuned, check_original, find_fine_tuned, load_fine_tuned, looks_like_path
-from fit3d_ns.backbones.published import PUBLISHED_BACKBONES
 from fit3d_ns.backbones.registry import find_named
 from fit3d_ns.backbones.sizing import DEFAULT_MAX_SIZE, resize_to_patches
 from fit3d_ns.backbones.spec import Assembly, BackboneSpec
+from fit3d_ns.backbones.students.fine_tuned import (
+    FineTuned,
+    check_original,
+    find_fine_tuned,
+    load_fine_tuned,
+    looks_like_path,
+)
+from fit3d_ns.backbones.students.published import PUBLISHED_BACKBONES
 from fit3d_ns.support.errors import UserError, flags_are
 
 if TYPE_CHECKING:  # torch.hub's users have torch and timm, and need nothing else

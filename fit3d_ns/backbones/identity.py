@@ -14,8 +14,8 @@ from torch import Tensor
 
 from fit3d_ns.backbones.architecture import describe_backbone, resolve_architecture, skeleton
 from fit3d_ns.backbones.spec import BackboneInfo, BackboneSpec
-from fit3d_ns.backbones.state_dicts import read_state_dict, to_timm_layout, weight_files
-from fit3d_ns.backbones.weights import find_weights
+from fit3d_ns.backbones.weights.finding import find_weights
+from fit3d_ns.backbones.weights.state_dicts import read_state_dict, to_timm_layout, weight_files
 from fit3d_ns.support.errors import UserError
 from fit3d_ns.support.files import atomic_write_json, user_cache_directory
 from fit3d_ns.support.json_files import build

@@ -24,7 +24,7 @@ SLOW_IMPORTS = (
     "fit3d_ns.commands.lift.sources",
     "fit3d_ns.scenes.lift",
     "fit3d_ns.scenes.photo_check",
-    "fit3d_ns.backbones.fine_tuned",
+    "fit3d_ns.backbones.students.fine_tuned",
     "fit3d_ns.runs.bundling",
 )
 """What training, lifting and bundling a scene import, in three quarters of the time that a short one takes; for a

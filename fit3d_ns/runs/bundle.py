@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fit3d_ns.backbones import patch_grid
 from fit3d_ns.backbones.identity import check_identity
-from fit3d_ns.data.photos import Photo
+from fit3d_ns.data.photos.described import Photo
 from fit3d_ns.features.grid import FeatureGrid
 from fit3d_ns.features.rendering import Geometry
 from fit3d_ns.support.errors import DamagedFile, UserError

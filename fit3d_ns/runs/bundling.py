@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from fit3d_ns.backbones import backbone_identity
-from fit3d_ns.backbones.result_folder import original_of
+from fit3d_ns.backbones.students.result_folder import original_of
 from fit3d_ns.compat import nerfstudio_needed
-from fit3d_ns.data.photos import DATA_ROOT_FLAG, Photo, hash_file, locate
+from fit3d_ns.data.photos.described import DATA_ROOT_FLAG, Photo, hash_file, locate
 from fit3d_ns.features.grid import FEATURE_GRIDS, FeatureGrid
 from fit3d_ns.features.rendering import Geometry, viewmats_of
 from fit3d_ns.runs.bundle import (
@@ -151,7 +151,7 @@ def bundle_run(run: Run, folder: Path | None = None, data_root: Path | None = No
     Args:
         run: The run.
         folder: Where the bundle goes; ``bundle`` below the run if None.
-        data_root: Folder that holds the scene if it moved; see `fit3d_ns.data.photos.locate`.
+        data_root: Folder that holds the scene if it moved; see `fit3d_ns.data.photos.described.locate`.
 
     Returns:
         The bundle, and whether it was there already.
@@ -212,7 +212,7 @@ def read_views(
         run: The run.
         config: Its configuration.
         state: The ``pipeline`` entry of its checkpoint.
-        data_root: Folder that holds the scene if it moved; see `fit3d_ns.data.photos.locate`.
+        data_root: Folder that holds the scene if it moved; see `fit3d_ns.data.photos.described.locate`.
 
     Returns:
         All views, training views first, and one camera for each.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fit3d_ns.backbones.result_folder import CARD_NAME, WEIGHTS_NAME, read_card
+from fit3d_ns.backbones.students.result_folder import CARD_NAME, WEIGHTS_NAME, read_card
 from fit3d_ns.runs.checkpoints import read_extra_state
 from fit3d_ns.runs.names import HASH_LETTERS
 

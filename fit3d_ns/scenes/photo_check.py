@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from fit3d_ns.data.photo_reader import PhotoReader
+from fit3d_ns.data.photos.reader import PhotoReader
 from fit3d_ns.model import Fit3DSplatModel
 from fit3d_ns.support.samples import evenly_spaced
 

@@ -16,8 +16,8 @@ from nerfstudio.cameras.cameras import Cameras
 from torch import Tensor
 
 from fit3d_ns.data.feature_cache import FeatureCache, image_key
-from fit3d_ns.data.masks import composite_on_black, patch_weights
-from fit3d_ns.data.photo_reader import PhotoReader, PreparedPhoto
+from fit3d_ns.data.photos.masks import composite_on_black, patch_weights
+from fit3d_ns.data.photos.reader import PhotoReader, PreparedPhoto
 from fit3d_ns.datamanager import SPLITS, Fit3DDataManager
 from fit3d_ns.lifting.evaluation import EvaluationView
 from fit3d_ns.lifting.lift import LiftScene

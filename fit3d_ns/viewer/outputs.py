@@ -14,8 +14,8 @@ from torch import Tensor
 from fit3d_ns.scenes.teacher_views import seen_from
 from fit3d_ns.support.errors import UserError
 from fit3d_ns.viewer.clusters import UNASSIGNED, assign_clusters
+from fit3d_ns.viewer.drawing import heat_over, label_colors, lettering, luminance, over, resize
 from fit3d_ns.viewer.feature_view import FeatureView
-from fit3d_ns.viewer.pictures import heat_over, label_colors, lettering, luminance, over, resize
 from fit3d_ns.viewer.selection import similarity
 
 _LOGGER = logging.getLogger(__name__)

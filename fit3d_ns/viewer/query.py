@@ -10,7 +10,7 @@ from jaxtyping import Float
 from nerfstudio.cameras.cameras import Cameras
 from torch import Tensor
 
-from fit3d_ns.data.ply import standard_gaussians, write_splat_ply
+from fit3d_ns.data.points.splat_ply import standard_gaussians, write_splat_ply
 from fit3d_ns.support.errors import UserError
 from fit3d_ns.viewer.feature_view import FeatureView
 from fit3d_ns.viewer.outputs import LazyOutputs

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from fit3d_ns.data.pictures import open_depth, open_labels, open_photo, over_black, picture_size
+from fit3d_ns.data.photos.picture_files import open_depth, open_labels, open_photo, over_black, picture_size
 from fit3d_ns.support.errors import UserError
 from fit3d_ns.support.samples import evenly_spaced
 from probe.data.choice import Kind

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fit3d_ns.data.pictures import open_labels
+from fit3d_ns.data.photos.picture_files import open_labels
 from fit3d_ns.data.poses import check_poses
 from fit3d_ns.data.scene_file import frame_lens, read_scene_file
 from fit3d_ns.support.errors import UserError

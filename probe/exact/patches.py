@@ -12,10 +12,10 @@ from fit3d_ns.backbones import Assembly, BackboneOutput, assemble
 from fit3d_ns.support.console import rank
 from fit3d_ns.support.processes import world_size
 from probe.data.base import IGNORE
-from probe.exact.logistic import Batches
-from probe.exact.ridge import GramSums
-from probe.feature_store import FeatureStore
-from probe.features import Row
+from probe.features.rows import Row
+from probe.features.store import FeatureStore
+from probe.solvers.logistic import Batches
+from probe.solvers.ridge import GramSums
 
 ORIGINAL = "original"
 _MEMORY_SHARE = 0.6

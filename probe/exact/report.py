@@ -10,10 +10,9 @@ from fit3d_ns.support.html_report import Report
 from probe.exact.intervals import Bootstrap, Interval
 from probe.exact.patches import Unit
 from probe.exact.solved_rows import SolvedRows
-from probe.features import Row, row_width
-from probe.partners import Partner
-from probe.protocols import ExactRecipe
-from probe.report import (
+from probe.features.partners import Partner
+from probe.features.rows import Row, row_width
+from probe.output_folder import (
     COLUMNS,
     MEANINGS,
     ResultFolder,
@@ -25,6 +24,7 @@ from probe.report import (
     report_title,
     summarize,
 )
+from probe.protocols import ExactRecipe
 from probe.tasks import Task
 
 _SHOWN_CLASSES = 8

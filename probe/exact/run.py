@@ -23,19 +23,19 @@ from probe.data.base import ProbeData, Sample, check_data, data_identity
 from probe.data.batches import ordered_samples
 from probe.data.choice import Kind
 from probe.data.loading import load_data
-from probe.exact.logistic import approach_logistic, choose_logistic
 from probe.exact.patches import ORIGINAL, TrainingPatches, Unit, row_matrix, row_tokens
 from probe.exact.report import write_exact_report
-from probe.exact.ridge import Choice, GramSums, LinearMap, choose_ridge, fit_ridge
 from probe.exact.solved_rows import SolvedRows
-from probe.feature_store import FeatureStore
-from probe.features import FrozenBackbones, Row, choose_rows, load_backbones
-from probe.metrics import segmentation_scores, segmentation_sums
-from probe.partners import Partner, note_in_model_cards
+from probe.features.partners import Partner, note_in_model_cards
+from probe.features.rows import FrozenBackbones, Row, choose_rows, load_backbones
+from probe.features.store import FeatureStore
+from probe.output_folder import ResultFolder, provenance, report_title
 from probe.protocols import ExactRecipe, choose_exact_recipe, choose_recipe
-from probe.report import ResultFolder, provenance, report_title
+from probe.solvers.logistic import approach_logistic, choose_logistic
+from probe.solvers.ridge import Choice, GramSums, LinearMap, choose_ridge, fit_ridge
 from probe.sources import whole_size
 from probe.tasks import TASKS, Task
+from probe.tasks.metrics import segmentation_scores, segmentation_sums
 
 _LOGGER = logging.getLogger(__name__)
 _BLOCK = 10

@@ -11,8 +11,8 @@ from torch import Tensor
 from fit3d_ns.support.errors import DamagedFile
 from fit3d_ns.support.files import discard
 from fit3d_ns.support.tensor_files import TensorSpec, read_tensors, write_tensors
-from probe.exact.ridge import Choice, LinearMap
-from probe.report import ResultFolder
+from probe.output_folder import ResultFolder
+from probe.solvers.ridge import Choice, LinearMap
 
 _LOGGER = logging.getLogger(__name__)
 _MAP = {"weight": TensorSpec(torch.float32, ("K", "C")), "bias": TensorSpec(torch.float32, ("K",))}

@@ -10,8 +10,9 @@ from fit3d_ns.support.errors import UserError
 from probe.augment import augment_depth, augment_normals, change_colors, depth_window, draw_color_change
 from probe.data.base import Sample
 from probe.heads import TokenAndClassHead, expected_depth, resize_maps
-from probe.losses import fused, log_gradient, normal_distance, scale_invariant
-from probe.metrics import (
+from probe.protocols import DepthRecipe
+from probe.tasks.losses import fused, log_gradient, normal_distance, scale_invariant
+from probe.tasks.metrics import (
     DepthMetric,
     NormalMetric,
     depth_scores,
@@ -20,9 +21,8 @@ from probe.metrics import (
     normal_scores,
     normal_sums,
 )
-from probe.patch_targets import patch_means
-from probe.protocols import DepthRecipe
 from probe.tasks.normals import normals_from_depth
+from probe.tasks.patch_targets import patch_means
 from probe.tasks.task import Batch, Task, depth_colors
 
 

@@ -8,10 +8,10 @@ from fit3d_ns.backbones import BackboneOutput
 from probe.augment import augment_segmentation, distort, draw_distortion, resize_image, scaled_size
 from probe.data.base import IGNORE, ProbeData, Sample
 from probe.heads import SegmentationHead, resize_maps
-from probe.losses import cross_entropy, full_resolution_cross_entropy
-from probe.metrics import SegmentationMetric, segmentation_scores, segmentation_sums
-from probe.patch_targets import majority_labels
 from probe.protocols import SegmentationRecipe
+from probe.tasks.losses import cross_entropy, full_resolution_cross_entropy
+from probe.tasks.metrics import SegmentationMetric, segmentation_scores, segmentation_sums
+from probe.tasks.patch_targets import majority_labels
 from probe.tasks.task import Batch, Task, class_colors
 
 

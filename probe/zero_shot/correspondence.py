@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from fit3d_ns.data.pictures import open_depth
+from fit3d_ns.data.photos.picture_files import open_depth
 from fit3d_ns.features.correspondences import View
 from fit3d_ns.support.errors import UserError
 from fit3d_ns.support.files import atomic_write_json, atomic_write_text
@@ -21,9 +21,9 @@ from fit3d_ns.support.progress import progress
 from probe.config import CorrespondenceConfig
 from probe.data.base import read_image
 from probe.data.own import PosedScene, read_posed_scene
-from probe.features import FrozenBackbones, Row, choose_untrained_rows, load_backbones, row_features
-from probe.partners import require_one_each
-from probe.report import ResultFolder, markdown_table, provenance
+from probe.features.partners import require_one_each
+from probe.features.rows import FrozenBackbones, Row, choose_untrained_rows, load_backbones, row_features
+from probe.output_folder import ResultFolder, markdown_table, provenance
 from probe.zero_shot.matching import (
     ANGLE_BINS,
     Matches,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fit3d_ns.features.correspondences import View, correspondences
 from fit3d_ns.support.errors import UserError
-from probe.features import even_padding
+from probe.features.rows import even_padding
 from probe.heads import sample_map
 
 ANGLE_BINS = ((0.0, 15.0), (15.0, 30.0), (30.0, 60.0), (60.0, 180.0))

@@ -22,10 +22,10 @@ from probe.config import RetrievalConfig
 from probe.data.base import IGNORE, ProbeData, Sample, check_data, read_sample
 from probe.data.batches import ordered_samples
 from probe.data.loading import load_data
-from probe.features import FrozenBackbones, Row, choose_untrained_rows, load_backbones, row_features
+from probe.features.partners import require_one_each
+from probe.features.rows import FrozenBackbones, Row, choose_untrained_rows, load_backbones, row_features
 from probe.heads import resize_maps
-from probe.partners import require_one_each
-from probe.report import ResultFolder, provenance, write_report
+from probe.output_folder import ResultFolder, provenance, write_report
 from probe.tasks.segmentation import SegmentationTask
 
 _LOGGER = logging.getLogger(__name__)

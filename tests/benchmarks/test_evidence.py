@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from paths import ROOT, TINY_ROOM
 from torch import nn
 
 from benchmarks.evidence.config import EvidenceConfig
@@ -19,8 +20,6 @@ from benchmarks.evidence.tables import rules, write_tables
 from fit3d_ns.backbones import BackboneOutput
 from fit3d_ns.support.errors import UserError
 
-ROOT = Path(__file__).parents[2]
-TINY_ROOM = ROOT / "tests" / "data" / "tiny_room"
 RESULTS = ROOT / "benchmarks" / "results" / "evidence"
 PLACES = {"one": 1, "other": 2}
 

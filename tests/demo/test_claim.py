@@ -7,10 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from paths import ROOT
 
 from fit3d_ns.backbones import BackboneSpec, weights_available
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow

@@ -13,14 +13,13 @@ import time
 from pathlib import Path
 
 import pytest
+from paths import ROOT, TINY_ROOM
 
 from demo.cli import run_demo
 from demo.config import DemoConfig
 from fit3d_ns.support.errors import UserError
 from fit3d_rooms.dataset import RoomSettings, write_index
 
-ROOT = Path(__file__).parents[2]
-TINY_ROOM = ROOT / "tests" / "data" / "tiny_room"
 RUN = "loop/geometry/room_000/fit3d-splat/geometry"
 SETTINGS = RoomSettings(seed=3, views=16, width=96, height=72)
 

@@ -11,7 +11,7 @@ from demo.results import comparisons
 from demo.stages import after_the_loop, as_typed, before_the_loop, loop_config, places, write_scene_list
 from fit3d_loop.config import LoopConfig
 from fit3d_loop.records import Places, try_lock
-from fit3d_loop.scene_list import read_scenes
+from fit3d_loop.scenes.scene_list import read_scenes
 from fit3d_ns.support.errors import UserError
 
 BACKBONE = "dinov2_small_focus"

@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from paths import TINY_ROOM
 from PIL import Image
 
 from distill.config import DistillConfig
 from fit3d_ns.backbones import BackboneSpec, backbone_identity
-from fit3d_ns.backbones.result_folder import original_of
-from fit3d_ns.data.photos import Photo, hash_file
+from fit3d_ns.backbones.students.result_folder import original_of
+from fit3d_ns.data.photos.described import Photo, hash_file
 from fit3d_ns.features.grid import FEATURE_GRIDS
 from fit3d_ns.features.rendering import Geometry
 from fit3d_ns.runs.bundle import BundleCameras, BundleInfo, BundleView, SceneTensors, write_bundle
@@ -24,7 +25,6 @@ from fit3d_ns.runs.bundle import BundleCameras, BundleInfo, BundleView, SceneTen
 TINY_TEACHER = "test_vit"
 """A timm ViT of 64 channels with patches of 16 pixels, made for tests."""
 WIDTH = 64
-TINY_ROOM = Path(__file__).parents[1] / "data" / "tiny_room"
 
 
 @pytest.fixture(autouse=True)

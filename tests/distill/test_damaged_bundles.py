@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from paths import ROOT
 from safetensors.torch import load_file, save_file
 
 from benchmarks.faults.kinds import NotApplicable
@@ -17,8 +18,6 @@ from benchmarks.faults.mutations import apply, mutations_of
 from distill.cli import distil
 from fit3d_ns.runs.bundle import JSON_NAME, TENSORS_NAME, SceneBundle, find_bundles
 from fit3d_ns.support.errors import UserError
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("kind", mutations_of(Path(TENSORS_NAME)) | mutations_of(Path(JSON_NAME)))

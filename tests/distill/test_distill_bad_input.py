@@ -8,11 +8,11 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 import torch
+from paths import ROOT
 from torch._dynamo.exc import TorchDynamoException
 
 from distill.cli import distil
@@ -198,7 +198,7 @@ def test_a_step_that_cannot_be_captured(monkeypatch):
 
 
 def test_a_benchmarks_folder_of_other_scenes(tmp_path):
-    benchmark = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "distillation.py"))
+    benchmark = runpy.run_path(str(ROOT / "benchmarks" / "distillation.py"))
     choices = benchmark["Benchmark"](backbone="test_vit", size=(48, 64), scenes=2, gaussians=50, views=2)
     folder = tmp_path / "scenes"
     for _ in range(2):
@@ -211,7 +211,7 @@ def test_a_benchmarks_folder_of_other_scenes(tmp_path):
 def test_the_command_ends_in_one_sentence(tmp_path):
     result = subprocess.run(
         [sys.executable, "-m", "distill", "--bundles", str(tmp_path / "nowhere")],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=900,

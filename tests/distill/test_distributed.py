@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from paths import ROOT
 from safetensors.torch import load_file
 
 from distill.cli import distil
@@ -17,9 +18,6 @@ from distill.config import DistillConfig
 from distill.scenes import open_scenes
 from fit3d_ns.support.errors import UserError
 from fit3d_ns.support.processes import World, join_world
-
-ROOT = Path(__file__).parents[2]
-
 
 PLAIN_DESCENT = """
 import torch

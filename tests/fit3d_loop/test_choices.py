@@ -6,15 +6,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from paths import ROOT
 
 import fit3d_loop.loop as module
-from fit3d_loop import machine, plan
+from fit3d_loop import plan
 from fit3d_loop.loop import run_loop
-from fit3d_loop.machine import Photos, choose_packing
 from fit3d_loop.records import Places, SceneState, read_state, try_lock, write_state
+from fit3d_loop.scenes import machine
+from fit3d_loop.scenes.machine import Photos, choose_packing
 from fit3d_ns.support.errors import UserError
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(

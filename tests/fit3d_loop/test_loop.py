@@ -13,13 +13,13 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from paths import ROOT
 from tiny_scenes import VIEWS, break_scene, digest, leftovers, make_scene
 
-from fit3d_loop import stages, worker
+from fit3d_loop.commands import worker
 from fit3d_loop.loop import run_loop
+from fit3d_loop.scenes import stages
 from fit3d_ns.support.errors import UserError
-
-ROOT = Path(__file__).parents[2]
 
 
 def wait_for(condition, seconds: float = 240.0) -> None:

@@ -5,9 +5,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tiny_scenes import TINY_ROOM, make_scene
+from paths import TINY_ROOM
+from tiny_scenes import make_scene
 
-from fit3d_loop.scene_list import SceneSource, backbone_of, count_photos, read_scenes
+from fit3d_loop.scenes.scene_list import SceneSource, backbone_of, count_photos, read_scenes
 from fit3d_ns.support.errors import UserError
 
 

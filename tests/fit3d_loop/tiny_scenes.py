@@ -5,7 +5,8 @@ import json
 import shutil
 from pathlib import Path
 
-TINY_ROOM = Path(__file__).parents[1] / "data" / "tiny_room"
+from paths import TINY_ROOM
+
 VIEWS = 8
 
 

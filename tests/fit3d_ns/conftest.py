@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from paths import TINY_ROOM
 
-TINY_ROOM = Path(__file__).parents[1] / "data" / "tiny_room"
 TINY_TEACHER = "test_vit"
 """A timm ViT of 64 channels with patches of 16 pixels, made for tests."""
 

@@ -562,7 +562,7 @@ def _distorted(scene, k1):
 
 def test_teacher_sees_what_the_camera_renders_with_a_distorted_lens(scene, make_config, make_trainer):
     """Seed points, projected by the camera that is rendered, must have the colours of the photo the teacher saw."""
-    from fit3d_ns.data.masks import composite_on_black
+    from fit3d_ns.data.photos.masks import composite_on_black
 
     def colour_error(image, camera, points, colours):
         pose = camera.camera_to_worlds[0]

@@ -167,10 +167,10 @@ def test_seed_points_lie_on_what_is_seen(rooms):
 
 def test_cameras_stand_in_free_space():
     """Cameras keep away from furniture on the plan, from every surface in space, and stay at eye height."""
-    from fit3d_rooms.camera_path import clearance
     from fit3d_rooms.geometry import RayScene
     from fit3d_rooms.rendering import Camera
     from fit3d_rooms.room import plan_room
+    from fit3d_rooms.walk import clearance
 
     layout, scene, poses, _ = plan_room(5, 2, Camera(96, 72, 60.0), 12)
     positions = poses[:, :3, 3]
@@ -189,7 +189,7 @@ def test_cameras_stand_in_free_space():
 
 def test_footprints_do_not_overlap():
     """Furniture stands beside, not inside, other furniture, and within the walls."""
-    from fit3d_rooms.layout import overlap
+    from fit3d_rooms.building.layout import overlap
     from fit3d_rooms.rendering import Camera
     from fit3d_rooms.room import plan_room
 

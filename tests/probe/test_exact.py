@@ -10,7 +10,7 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 
-from probe.exact import (
+from probe.solvers import (
     GramSums,
     choose_logistic,
     choose_ridge,
@@ -18,7 +18,7 @@ from probe.exact import (
     fit_ridge,
     mean_squared_error,
 )
-from probe.patch_targets import majority_labels, patch_means
+from probe.tasks.patch_targets import majority_labels, patch_means
 
 
 def make_patches(count: int = 3000, width: int = 10, num_classes: int = 4, seed: int = 0):

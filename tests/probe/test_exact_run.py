@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from paths import ROOT, TINY_ROOM
 from PIL import Image
 from probe_files import TINY, save_png
 from safetensors import safe_open
@@ -22,8 +23,6 @@ from probe.config import DepthConfig, SegmentationConfig
 from probe.exact import patches
 from probe.exact import run as exact_run
 from probe.run import run_trained_probe
-
-ROOM = Path(__file__).parents[1] / "data" / "tiny_room"
 
 
 @pytest.fixture
@@ -102,13 +101,13 @@ def test_depth_is_found_and_duplicate_is_original(make_config, tmp_path):
 
 
 def test_normals_are_better_than_the_best_constant_guess(weights, tmp_path):
-    arguments = f"normals --dataset rooms --data {ROOM} --backbone {TINY} --backbone-weights {weights['original']}"
+    arguments = f"normals --dataset rooms --data {TINY_ROOM} --backbone {TINY} --backbone-weights {weights['original']}"
     main([*arguments.split(), "--workers", "0", "--device", "cpu", "--output-dir", str(tmp_path / "out")])
     from probe.data.choice import DataChoice
     from probe.data.loading import load_data
     from probe.tasks import TASKS
 
-    task = TASKS["normals"](load_data(DataChoice("rooms", ROOM, "normals")), None)
+    task = TASKS["normals"](load_data(DataChoice("rooms", TINY_ROOM, "normals")), None)
     truth = np.concatenate([task.read(sample)[1].reshape(-1, 3) for sample in task.data.test])
     truth = truth[np.square(truth).sum(-1) > 0.25]
     mean = truth.mean(0)
@@ -180,7 +179,7 @@ def test_two_processes_give_what_one_gives(make_config, weights, tmp_path, kind)
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).parents[2],
+        cwd=ROOT,
     )
     assert done.returncode == 0, done.stderr
     one, two = _metrics(tmp_path / "one"), _metrics(tmp_path / "two")

@@ -8,14 +8,14 @@ import pytest
 import torch
 from probe_files import TINY
 
-import probe.feature_store as module
+import probe.features.store as module
 from benchmarks.faults.mutations import ANY, SAFETENSORS, apply
 from fit3d_ns.backbones import BackboneSpec, load_backbone
 from fit3d_ns.support.errors import UserError
 from probe.config import DataChoice
 from probe.data.loading import load_data
-from probe.feature_store import SHARD, FeatureStore
-from probe.features import FrozenBackbones
+from probe.features.rows import FrozenBackbones
+from probe.features.store import SHARD, FeatureStore
 
 
 def test_a_slow_process_misses_no_shard(tmp_path, weights, colored_blocks, monkeypatch):

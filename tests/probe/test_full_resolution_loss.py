@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from probe.data.base import IGNORE
-from probe.losses import can_fuse, cell_cross_entropy, cross_entropy, full_resolution_cross_entropy
+from probe.tasks.losses import can_fuse, cell_cross_entropy, cross_entropy, full_resolution_cross_entropy
 
 
 def plain_cross_entropy(logits, labels):

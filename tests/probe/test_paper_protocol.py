@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fit3d_ns.backbones import BackboneOutput
-from probe.features import Row
+from probe.features.rows import Row
 from probe.protocols import choose_recipe
 from probe.run import _choose
 from probe.tasks import TASKS

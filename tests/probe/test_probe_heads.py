@@ -8,11 +8,11 @@ import torch.nn.functional as F
 
 from fit3d_ns.backbones import ASSEMBLIES, BackboneOutput, FineTuned, assemble, assembled_width
 from fit3d_ns.support.errors import UserError
-from probe.features import centre_pad, choose_rows, row_features
+from probe.features.partners import Partner
+from probe.features.rows import centre_pad, choose_rows, row_features
 from probe.heads import SegmentationHead, TokenAndClassHead, expected_depth, resize_maps, sample_map
-from probe.losses import cross_entropy
-from probe.partners import Partner
 from probe.protocols import Optimization
+from probe.tasks.losses import cross_entropy
 from probe.training import HeadBank, first_beta, learning_rate_factor
 
 WIDTH = 6

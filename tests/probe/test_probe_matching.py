@@ -14,7 +14,7 @@ from fit3d_ns.features.correspondences import View
 from fit3d_ns.support.errors import UserError
 from probe.config import CorrespondenceConfig, RetrievalConfig
 from probe.data.own import read_posed_scene
-from probe.features import centre_pad
+from probe.features.rows import centre_pad
 from probe.zero_shot import correspondence as correspondence_module
 from probe.zero_shot.correspondence import load_photos, run_correspondence
 from probe.zero_shot.matching import (

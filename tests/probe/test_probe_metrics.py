@@ -14,8 +14,8 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardInd
 
 from fit3d_ns.support.errors import UserError
 from probe.data.batches import check_batch_size
-from probe.losses import cross_entropy, log_gradient, normal_distance, scale_invariant
-from probe.metrics import DepthMetric, NormalMetric, SegmentationMetric, evaluation_mask
+from probe.tasks.losses import cross_entropy, log_gradient, normal_distance, scale_invariant
+from probe.tasks.metrics import DepthMetric, NormalMetric, SegmentationMetric, evaluation_mask
 
 
 def _reference_segmentation(predictions, truths, classes):

@@ -9,7 +9,7 @@ from picture_files import ORIENTATIONS, every_mode, save_turned
 from PIL import Image
 from probe_files import save_photo, save_png
 
-from fit3d_ns.data.pictures import open_photo, over_black
+from fit3d_ns.data.photos.picture_files import open_photo, over_black
 from fit3d_ns.support.errors import UserError
 from probe.data.base import check_data, read_image, read_sample
 from probe.data.choice import DataChoice, Kind

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from paths import ROOT, TINY_ROOM
 from PIL import Image
 from probe_files import TINY, save_png
 
@@ -183,7 +184,7 @@ def test_two_processes_equal_one(make_config, weights, tmp_path, monkeypatch, pr
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).parents[2],
+        cwd=ROOT,
     )
     assert done.returncode == 0, done.stderr
     said = json.loads((tmp_path / "two" / "metrics.json").read_text())["command"]
@@ -275,7 +276,7 @@ def test_published_checkpoint_layouts_load(make_config, weights, tmp_path):
 
 
 def test_normals_are_probed_on_a_room(weights, tmp_path):
-    room = Path(__file__).parents[1] / "data" / "tiny_room"
+    room = TINY_ROOM
     arguments = f"normals --dataset rooms --data {room} --backbone {TINY} --backbone-weights {weights['original']}"
     arguments += (
         f" --tuned {weights['tuned']} --protocol fast --iterations 4 --workers 0 --device cpu --output-dir {tmp_path}"

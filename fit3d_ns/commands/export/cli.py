@@ -110,17 +110,17 @@ def _export(command: ExportCommand, trained: Any, folder: Path) -> None:
     say_frame = f"Frame and features: {INDEX}"
     rgb: Any = None
     if command.splat:
-        from fit3d_ns.data.ply import write_splat_ply
+        from fit3d_ns.data.points.splat_ply import write_splat_ply
 
         write_splat_ply(folder / "splat.ply", trained.gaussians, trained.features, [say_frame])
     if command.pca_splat or command.point_cloud:
         rgb = trained.colors.of_gaussians(trained.features)
     if command.pca_splat:
-        from fit3d_ns.data.ply import write_colored_splat_ply
+        from fit3d_ns.data.points.splat_ply import write_colored_splat_ply
 
         write_colored_splat_ply(folder / "splat_pca.ply", trained.gaussians, rgb, [say_frame])
     if command.point_cloud:
-        from fit3d_ns.data.ply import sh_to_rgb, write_point_cloud
+        from fit3d_ns.data.points.splat_ply import sh_to_rgb, write_point_cloud
 
         photographic = sh_to_rgb(trained.gaussians["features_dc"])
         for name, color in (("points.ply", photographic), ("points_pca.ply", rgb)):

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from fit3d_ns.data.ply import standard_gaussians, visible_rows
+from fit3d_ns.data.points.splat_ply import standard_gaussians, visible_rows
 from fit3d_ns.features.colors import SceneColors
 from fit3d_ns.runs.bundling import Run
 from fit3d_ns.runs.checkpoints import find_checkpoint, read_checkpoint
@@ -30,7 +30,7 @@ class TrainedRun:
     state: dict[str, Any]
     """Tensors of the pipeline by name, memory-mapped."""
     gaussians: dict[str, Tensor]
-    """As `fit3d_ns.data.ply.write_splat_ply` takes them."""
+    """As `fit3d_ns.data.points.splat_ply.write_splat_ply` takes them."""
     features: Float[Tensor, "N D"]
     """Lifted features."""
     decoder: Float[Tensor, "C D 3 3"]

@@ -219,7 +219,7 @@ def _as_its_card_says(command: LiftCommand, student: BackboneSpec | None) -> Lif
 def _teacher_name(spec: BackboneSpec) -> str:
     """Returns the name of the lifts of a teacher: its own, and of a fine-tuned one the beginning of its hash too."""
     from fit3d_ns.backbones import backbone_identity
-    from fit3d_ns.backbones.result_folder import original_of
+    from fit3d_ns.backbones.students.result_folder import original_of
     from fit3d_ns.runs.teachers import teacher_name
 
     if spec.weights is None:

@@ -14,7 +14,7 @@ from nerfstudio.models.splatfacto import SplatfactoModelConfig
 from torch import Tensor
 
 from fit3d_ns.config import fit3d_splat
-from fit3d_ns.data.ply import read_ply, sh_degree, splatfacto_parameters
+from fit3d_ns.data.points.splat_ply import read_ply, sh_degree, splatfacto_parameters
 from fit3d_ns.runs.checkpoints import find_checkpoint, geometry_of, run_folder
 from fit3d_ns.runs.config_reader import find_runs, read_config
 from fit3d_ns.runs.names import CONFIG, LIFTS, METHOD, RECORD

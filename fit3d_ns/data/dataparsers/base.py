@@ -14,9 +14,9 @@ from torch import Tensor
 
 from fit3d_ns.compat import listing_without
 from fit3d_ns.data.folders import is_leftover
+from fit3d_ns.data.points.seed_points import read_point_cloud, sift
 from fit3d_ns.data.poses import check_poses
 from fit3d_ns.data.scene_file import CAMERA_MODELS, FISHEYE624, FrameLens
-from fit3d_ns.data.seed_points import read_point_cloud, sift
 from fit3d_ns.support.errors import UserError
 
 _LOGGER = logging.getLogger(__name__)

@@ -12,8 +12,8 @@ from nerfstudio.data.dataparsers.colmap_dataparser import ColmapDataParserConfig
 from fit3d_ns.data.dataparsers.base import LENS, SceneReader, make_cameras
 from fit3d_ns.data.dataparsers.colmap_cameras import check_camera_models, colmap_lens
 from fit3d_ns.data.layouts import find_model, layout_advice
+from fit3d_ns.data.points.seed_points import read_colmap_points
 from fit3d_ns.data.scene_file import FrameLens
-from fit3d_ns.data.seed_points import read_colmap_points
 from fit3d_ns.data.splits import check_listed, complete_lists, read_list
 from fit3d_ns.support.errors import UserError
 

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from fit3d_ns.data.dataparsers.base import LENS, SceneReader, make_cameras
 from fit3d_ns.data.layouts import layout_advice
-from fit3d_ns.data.photo_files import SmallerCopies, whole_path_copies
-from fit3d_ns.data.pictures import picture_size
+from fit3d_ns.data.photos.picture_files import picture_size
+from fit3d_ns.data.photos.view_files import SmallerCopies, whole_path_copies
+from fit3d_ns.data.points.seed_points import read_colmap_points, read_point_cloud
 from fit3d_ns.data.scene_file import LENS_KEYS, FrameLens, frame_lens, read_scene_file
-from fit3d_ns.data.seed_points import read_colmap_points, read_point_cloud
 from fit3d_ns.data.splits import SPLITS, check_listed, complete_lists
 from fit3d_ns.support.errors import UserError
 

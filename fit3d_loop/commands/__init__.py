@@ -1,0 +1,1 @@
+"""Commands as the loop runs them: each in a process of its own, once, with a record."""

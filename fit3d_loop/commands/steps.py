@@ -1,0 +1,133 @@
+"""Commands that are run once: each has a record, which is written last and found by the next start."""
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from fit3d_loop.commands.worker import CommandLost, Settings, Taken, run_words
+from fit3d_loop.records import Places
+from fit3d_ns.support.console import CONSOLE
+from fit3d_ns.support.files import atomic_write_json, atomic_write_text
+
+_ATTEMPTS = 2
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command."""
+
+    name: str
+    """Names its record."""
+    title: str
+    """For humans."""
+    words: tuple[str, ...]
+    """As typed in a shell."""
+    settings: Settings
+    """How it is run."""
+    key: str
+    """Of what it is made from; with another one it is done anew."""
+    folder: Path | None = None
+    """Its output, which is deleted where it was begun with another key."""
+    distributed: str | None = None
+    """Module that torchrun starts instead where the machine has several GPUs."""
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """A step that is done."""
+
+    name: str
+    title: str
+    command: list[str]
+    """Its words."""
+    key: str
+    seconds: float
+    """On the wall clock, of the start that finished it."""
+    cpu_seconds: float
+    """Of all threads together."""
+    resumed: bool
+    """Whether an earlier start had begun it."""
+
+
+class WholeMachine(Protocol):
+    """Where a step may run."""
+
+    def whole(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        """See `fit3d_loop.scenes.runner.Engine`."""
+        ...
+
+
+class ThisMachine:
+    """Runs steps where this process is."""
+
+    def whole(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        """See `WholeMachine`."""
+        return work(*arguments)
+
+
+def read_record(places: Places, name: str) -> StepRecord | None:
+    """Returns the record of a step; None if it is not done."""
+    try:
+        return StepRecord(**json.loads(places.step(name).read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def is_done(places: Places, step: Step) -> bool:
+    """Returns whether a step was done from what it would be made from now."""
+    record = read_record(places, step.name)
+    return record is not None and record.key == step.key
+
+
+def run_step(places: Places, step: Step, machine: WholeMachine) -> StepRecord:
+    """Does a step, unless it is done.
+
+    Args:
+        places: Of the output folder.
+        step: What to do.
+        machine: Where.
+
+    Returns:
+        Its record.
+
+    Raises:
+        UserError: If it failed.
+    """
+    record = read_record(places, step.name)
+    if record is not None and record.key == step.key:
+        CONSOLE.print(f"{step.title}: done before", highlight=False)
+        return record
+    begun = places.step(f"{step.name}.begun")
+    resumed = begun.exists() and begun.read_text() == step.key
+    if not resumed and step.folder is not None:
+        shutil.rmtree(step.folder, ignore_errors=True)  # made from something else
+    atomic_write_text(begun, step.key)
+    now, log = time.strftime("%H:%M:%S"), places.log(step.name)
+    CONSOLE.print(f"[bold]{step.title}[/bold] ({now}, log {log})", highlight=False, soft_wrap=True)
+    taken = machine.whole(_do, places, step)
+    record = StepRecord(step.name, step.title, list(step.words), step.key, taken.seconds, taken.cpu_seconds, resumed)
+    atomic_write_json(places.step(step.name), asdict(record))
+    begun.unlink(missing_ok=True)
+    CONSOLE.print(f"{step.title}: {taken.seconds:.0f} s", highlight=False)
+    return record
+
+
+def _do(places: Places, step: Step) -> Taken:
+    words = step.words
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if step.distributed is not None and gpus > 1:
+        words = ("torchrun", "--standalone", "--nproc-per-node", str(gpus), "-m", step.distributed, *step.words[1:])
+    log, progress, lock = (place(step.name) for place in (places.log, places.progress, places.lock))
+    for attempt in range(1, _ATTEMPTS + 1):
+        try:
+            return run_words(words, log, progress, lock, step.settings)
+        except CommandLost:
+            if attempt == _ATTEMPTS:
+                raise
+    raise AssertionError

@@ -1,0 +1,1 @@
+"""The things of a room: its shell, furniture and what stands on it, and where they stand."""
