@@ -1,5 +1,6 @@
-"""Our method from nerfstudio's list in nerfstudio's own training loop, as its `tests/test_train.py` runs the others: two
-steps on a Blender scene of one photo, without seed points, on the CPU.
+"""Our method from nerfstudio's list in nerfstudio's own loop, as its `tests/test_train.py` runs the others.
+
+Two steps on a Blender scene of one photo, without seed points, on the CPU.
 """
 
 import json
