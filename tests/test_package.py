@@ -15,8 +15,8 @@ import markdown
 import pytest
 import timm
 
-from fit3d_ns.backbones.published import PUBLISHED_BACKBONES
 from fit3d_ns.backbones.registry import FOCUS_NAME, NAMED_BACKBONES
+from fit3d_ns.backbones.students.published import PUBLISHED_BACKBONES
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("fit3d_ns", "fit3d_rooms", "fit3d_loop", "distill", "probe")
