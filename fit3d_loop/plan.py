@@ -9,6 +9,7 @@ from distill.recipes import choose_recipe
 from fit3d_loop.records import SceneState
 from fit3d_loop.rounds import Begun
 from fit3d_loop.scenes.machine import Packing, Photos
+from fit3d_loop.scenes.scene_list import scenes_in_words
 from fit3d_ns.backbones import BackboneSpec, describe_backbone
 from fit3d_ns.support.errors import UserError
 
@@ -75,14 +76,16 @@ def make_plan(loop: Begun, photos: Photos, packing: Packing) -> Plan:
         elif seconds is None:
             seconds = _START + config.geometry_steps * _CPU_STEP * photos.megapixels / packing.threads
         waves = math.ceil(len(untrained) / packing.at_once)
-        lines.append((f"geometry of {len(untrained)} scenes, {config.geometry_steps} steps each", waves * seconds / 60))
+        what = f"geometry of {scenes_in_words(len(untrained))}, {config.geometry_steps} steps each"
+        lines.append((what, waves * seconds / 60))
     each = mean_photos * (_LIFT_GPU if packing.gpus else _LIFT_CPU * max(photos.megapixels, 0.05)) + _START / 3
     for number in range(1, config.rounds + 1):
         missing = [state for state in states if str(number) not in state.rounds]
         if missing:
             seconds = _measured([state.rounds.get(str(number)) for state in states]) or each
             waves = math.ceil(len(missing) / packing.at_once)
-            lines.append((f"round {number}: lift features onto {len(missing)} scenes", waves * seconds / 60))
+            what = f"round {number}: lift features onto {scenes_in_words(len(missing))}"
+            lines.append((what, waves * seconds / 60))
         if not missing and loop.places.step(f"student{number}").is_file():
             continue
         recipe = choose_recipe(DistillConfig(), round(photos.total * 0.9), 1)
@@ -151,7 +154,7 @@ def format_plan(plan: Plan, loop: Begun, packing: Packing, free: float) -> str:
         free: Gigabytes that are free.
     """
     done = sum(loop.state(scene).geometry is not None for scene in loop.scenes)
-    lines = [f"{len(loop.scenes)} scenes, geometry of {done} is there. {packing.sentence}"]
+    lines = [f"{scenes_in_words(len(loop.scenes))}, geometry of {done} is there. {packing.sentence}"]
     lines += [f"{minutes:8.1f} min  {what}" for what, minutes in plan.lines] or ["Nothing is left to do."]
     lines.append(f"{plan.minutes:8.1f} min  in all, about")
     each, needed = plan.scene_gigabytes, plan.disk_gigabytes

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from fit3d_loop.scenes.scene_list import SceneSource, count_photos
+from fit3d_loop.scenes.scene_list import SceneSource, count_photos, scenes_in_words
 
 _MOST_AT_ONCE = 16
 """Scenes on one GPU; more were not measured."""
@@ -112,7 +112,7 @@ def choose_packing(photos: Photos, threads: int, at_once: int | None) -> Packing
     if not gpus:
         chosen = at_once or by_cores
         why = "--scenes-at-once" if at_once else f"{cores} cores, {threads} threads each (--threads)"
-        return Packing(chosen, threads, cores, 0, f"{_scenes(chosen)} at once on the CPU: {why}.")
+        return Packing(chosen, threads, cores, 0, f"{scenes_in_words(chosen)} at once on the CPU: {why}.")
     largest = max(photos.counts, default=0) or 100
     needed = _GPU_BASE + photos.megapixels * (_GPU_A_MEGAPIXEL + largest * _GPU_A_PHOTO_MEGAPIXEL)
     memory = min(torch.cuda.mem_get_info(gpu)[0] for gpu in range(gpus)) / 1e9
@@ -125,11 +125,7 @@ def choose_packing(photos: Photos, threads: int, at_once: int | None) -> Packing
     )
     why = "--scenes-at-once" if at_once else why
     on = "the GPU" if gpus == 1 else f"{gpus} GPUs"
-    return Packing(chosen, threads, cores, gpus, f"{_scenes(chosen)} at once on {on}: {why}.")
-
-
-def _scenes(count: int) -> str:
-    return "One scene" if count == 1 else f"{count} scenes"
+    return Packing(chosen, threads, cores, gpus, f"{scenes_in_words(chosen)} at once on {on}: {why}.")
 
 
 def free_disk(folder: Path) -> float:

@@ -306,3 +306,12 @@ def count_photos(scene: SceneSource) -> tuple[int, Path | None]:
             photos = [path for path in (folder / place).iterdir() if is_photo(path)]
             best = max(best, photos, key=len)
     return len(best), best[0] if best else None
+
+
+def scenes_in_words(count: int) -> str:
+    """Returns a number of scenes as a sentence has it, such as ``1 scene``.
+
+    Args:
+        count: Scenes.
+    """
+    return f"{count} scene" if count == 1 else f"{count} scenes"

@@ -10,6 +10,7 @@ from rich.table import Table as RichTable
 from fit3d_loop.commands.worker import read_progress
 from fit3d_loop.records import Places
 from fit3d_loop.scenes.runner import Outcome
+from fit3d_loop.scenes.scene_list import scenes_in_words
 from fit3d_ns.support.console import CONSOLE
 
 _SECONDS_BETWEEN_LINES = 30.0
@@ -41,7 +42,7 @@ class Table:
         title = f"Round {number} of {rounds}"
         view = _View(self._places, title, names)
         if not CONSOLE.is_terminal:
-            CONSOLE.print(f"{title}: {len(names)} scenes", highlight=False)
+            CONSOLE.print(f"{title}: {scenes_in_words(len(names))}", highlight=False)
             yield view.log
             return
         with Live(console=CONSOLE, refresh_per_second=2) as live:

@@ -113,7 +113,7 @@ def test_scenes_share_a_machine_by_memory_cores_and_photos(monkeypatch, gpus, me
     threads = machine.default_threads(len(photos.counts), gpus > 0) if gpus else 1
     packing = choose_packing(photos, threads, None)
     assert packing.at_once == expected
-    assert str(expected) in packing.sentence or "One scene" in packing.sentence
+    assert packing.sentence.startswith("1 scene at once" if expected == 1 else f"{expected} scenes at once")
     assert packing.gpu_share == (min(1.0, gpus / expected) if gpus else 0.0)
     assert choose_packing(photos, threads, 3).at_once == 3
 
