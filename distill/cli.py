@@ -77,7 +77,8 @@ def _scenes(config: DistillConfig, world: "World") -> "tuple[list[Scene], list[S
     folders: tuple[list[Path], list[Path]] = ([], [])
     if world.is_main:
         folders = make_all_bundles(config)
-        _LOGGER.info("Distillation into %s: %d scenes", config.output_dir, len(folders[0]))
+        count = len(folders[0])
+    _LOGGER.info("Distillation into %s: %d %s", config.output_dir, count, "scene" if count == 1 else "scenes")
         check_bundles([*folders[0], *folders[1]])
     if world.size > 1:
         shared = [folders]

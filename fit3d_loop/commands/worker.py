@@ -104,9 +104,13 @@ def run_words(words: Sequence[str], log: Path, progress: Path, lock: Path, setti
     if code == _BAD_FORK:
         _fresh.set()
         code = _start(words, log, progress, lock, settings)
-    with log.open("rb") as file:
-        file.seek(begin)
-        printed = file.read().decode(errors="replace")
+    printed = ""
+    if log.exists():
+        with log.open("rb") as file:
+            file.seek(begin)
+            printed = file.read().decode(errors="replace")
+    if code != 0 and not printed:
+        raise CommandLost(f"The process of {words[0]} ended with status {code} before it could begin.")
     if code == 0:
         seconds, cpu_seconds = map(float, _TAKEN.findall(printed)[-1])
         return Taken(seconds, cpu_seconds)

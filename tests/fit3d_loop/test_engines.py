@@ -1,10 +1,13 @@
 """Who works on scenes, and what is tried again."""
 
+import json
+import re
 import threading
 import time
 from pathlib import Path
 
 import pytest
+from paths import TINY_ROOM
 from tiny_scenes import digest, leftovers
 
 from fit3d_loop.commands import worker
@@ -17,6 +20,8 @@ from fit3d_loop.scenes.machine import Photos
 from fit3d_loop.scenes.runner import open_engine
 from fit3d_loop.scenes.scene_list import SceneSource
 from fit3d_loop.scenes.stages import Job
+from fit3d_ns.data.points.splat_ply import write_splat_ply
+from fit3d_ns.runs.checkpoints import read_checkpoint
 
 
 def make_jobs(folder: Path, names: str) -> list[Job]:
@@ -94,6 +99,53 @@ def test_only_what_may_succeed_elsewhere_is_tried_again(tmp_path, monkeypatch, s
     assert str(caught.value) == sentence and type(caught.value) is error
 
 
+def test_a_process_that_never_begins_is_tried_again(tmp_path, monkeypatch):
+    """It wrote no log: what it was forked from had no memory left, or its node went."""
+    monkeypatch.setattr(worker, "_start", lambda *_: 1)
+    with pytest.raises(CommandLost, match="^The process of ns-train ended with status 1 before it could begin.$"):
+        worker.run_words(["ns-train"], tmp_path / "log", tmp_path / "progress", tmp_path / "lock", Settings(1))
+
+
+def test_gaussians_of_another_program_are_lifted_and_distilled(finished, scenes, loop_config, tmp_path):
+    """Two rounds onto a PLY, beside which nothing is written."""
+    checkpoint = next((finished / "geometry" / "a").rglob("step-*.ckpt"))
+    parts = read_checkpoint(checkpoint)["pipeline"]
+    prefix = "_model.gauss_params."
+    gaussians = {name.removeprefix(prefix): value for name, value in parts.items() if name.startswith(prefix)}
+    folder = tmp_path / "brought"
+    folder.mkdir()
+    write_splat_ply(folder / "cloud.ply", {k: v for k, v in gaussians.items() if not k.startswith("fit3d")})
+    (tmp_path / "list.txt").write_text(f"brought/cloud.ply --data {scenes / 'a'}\n")
+    out = tmp_path / "out"
+    assert run_loop(loop_config(tmp_path / "list.txt", out, rounds=2)).complete
+    assert [path.name for path in folder.iterdir()] == ["cloud.ply"]
+    (state,) = (json.loads(path.read_text()) for path in out.glob("scenes/*.json"))
+    assert state["source"]["kind"] == "ply" and set(state["rounds"]) == {"1", "2"}
+    assert not (out / "geometry").exists() and leftovers(out) == []
+    cards = [json.loads((out / "rounds" / number / "card.json").read_text()) for number in "12"]
+    assert cards[1]["teacher"]["weights_sha256"] == cards[0]["weights_sha256"]
+
+
+def test_the_end_is_probed_beside_the_control(scenes, loop_config, tmp_path, teacher_weights):
+    """Original, student and control in one table, whose numbers the loop's own page has."""
+    out = tmp_path / "out"
+    flags = "--long-side 56 --workers 0 --assemblies original tuned"
+    config = loop_config(scenes, out, probe_data=TINY_ROOM, probe_dataset="rooms", probe_flags=flags)
+    assert run_loop(config).complete
+    assert (out / "controls" / "control-shift" / "card.json").is_file()
+    metrics = json.loads((out / "metrics.json").read_text())
+    for task, measure in (("segmentation", "miou"), ("depth", "rmse")):
+        rows = metrics["probes"][task]["rows"]
+        assert {"original", "tuned", "control"} <= set(rows), rows.keys()
+        assert all(rows[name][measure]["mean"] > 0 for name in rows)
+    headings = re.findall(r"<h2>(.*?)</h2>", (out / "report.html").read_text())
+    assert headings[0] == "What was gained" and "control" in (out / "report.html").read_text()
+    before = {path: path.stat().st_mtime_ns for path in (out / "probes").rglob("*") if path.is_file()}
+    assert run_loop(config).complete  # nothing is probed again
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+@pytest.mark.slow
 def test_two_nodes_of_a_cluster_and_one_of_them_lost(finished, scenes, loop_config, tmp_path):
     """The same student, though a node goes while a scene is trained on it."""
     pytest.importorskip("ray")
@@ -102,11 +154,10 @@ def test_two_nodes_of_a_cluster_and_one_of_them_lost(finished, scenes, loop_conf
     out = tmp_path / "out"
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     second = cluster.add_node(num_cpus=1)
-    lost = []
+    lost, over = [], threading.Event()
 
     def lose() -> None:
-        until = time.monotonic() + 240
-        while time.monotonic() < until:
+        while not over.is_set():
             if len(list(out.glob("geometry/*/*/*/*/step-*.ckpt"))) == 2:  # both nodes are at work
                 cluster.remove_node(second, allow_graceful=False)
                 lost.append(second)
@@ -116,9 +167,9 @@ def test_two_nodes_of_a_cluster_and_one_of_them_lost(finished, scenes, loop_conf
     thread = threading.Thread(target=lose, daemon=True)
     thread.start()
     try:
-        config = loop_config(scenes, out, engine="auto", ray_address=cluster.address, geometry_steps=10)
-        assert run_loop(config).complete
+        assert run_loop(loop_config(scenes, out, engine="auto", ray_address=cluster.address)).complete
     finally:
-        thread.join(1)
+        over.set()
+        thread.join()
         cluster.shutdown()
     assert lost and digest(out) == digest(finished) and leftovers(out) == []

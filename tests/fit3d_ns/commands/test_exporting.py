@@ -8,7 +8,6 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 import open3d as o3d
 import pytest
@@ -29,6 +28,8 @@ from fit3d_ns.data.points.splat_ply import SH_C0, read_ply
 from fit3d_ns.runs.bundle import SceneBundle
 from fit3d_ns.runs.checkpoints import find_checkpoint, read_checkpoint
 from fit3d_ns.support.errors import UserError
+
+av = pytest.importorskip("av", reason="av is not installed")
 
 STEPS = 12
 NOTHING = {"splat": False, "pca_splat": False, "point_cloud": False, "bundle": False, "video": False}

@@ -2,7 +2,6 @@
 
 import math
 
-import av
 import numpy as np
 import pytest
 import torch
@@ -16,6 +15,8 @@ from fit3d_ns.data.points.splat_ply import read_ply, visible_rows, write_splat_p
 from fit3d_ns.runs.bundle import BundleCameras, BundleView
 from fit3d_ns.support.errors import UserError
 from fit3d_ns.support.files import atomic_folder
+
+av = pytest.importorskip("av", reason="av is not installed")
 
 
 def gaussians(count=1000, coefficients=8):
