@@ -78,7 +78,7 @@ def _scenes(config: DistillConfig, world: "World") -> "tuple[list[Scene], list[S
     if world.is_main:
         folders = make_all_bundles(config)
         count = len(folders[0])
-    _LOGGER.info("Distillation into %s: %d %s", config.output_dir, count, "scene" if count == 1 else "scenes")
+        _LOGGER.info("Distillation into %s: %d %s", config.output_dir, count, "scene" if count == 1 else "scenes")
         check_bundles([*folders[0], *folders[1]])
     if world.size > 1:
         shared = [folders]
