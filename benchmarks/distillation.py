@@ -32,18 +32,18 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from distill.config import DistillConfig
-from distill.feed import Feed
 from distill.photo_store import PhotoStore
+from distill.prefetcher import Prefetcher
 from distill.recipes import Recipe, choose_recipe
 from distill.sampler import Sampler
-from distill.scenes import Scene, SceneBank, open_scenes
+from distill.scenes import Scene, SceneCache, open_scenes
 from distill.step import DistillLoss, EagerStep, GraphStep, StepInput, make_optimizer
 from distill.student import load_student, prepare_training
 from distill.targets import LiftedTargets
 from distill.trainer import Trainer
 from fit3d_ns.backbones import BackboneSpec, backbone_identity, describe_backbone
 from fit3d_ns.backbones.architecture import build_model, resolve_architecture
-from fit3d_ns.data.photos.described import Photo, hash_file
+from fit3d_ns.data.photos.bundled import BundledPhoto, hash_file
 from fit3d_ns.features.grid import FEATURE_GRIDS
 from fit3d_ns.features.rendering import Geometry
 from fit3d_ns.runs.bundle import BundleCameras, BundleInfo, BundleView, SceneTensors, write_bundle
@@ -143,24 +143,24 @@ def _measure(
     )
     config.output_dir.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
-    bank = SceneBank(scenes, world, benchmark.scene_placement, benchmark.scene_memory)
+    scene_cache = SceneCache(scenes, world, benchmark.scene_placement, benchmark.scene_memory)
     _wait(device)
     upload_seconds = time.perf_counter() - start
     if world.is_main:
-        print(bank.describe())
+        print(scene_cache.describe())
     student = load_student(config, scenes, device)
     photos = PhotoStore(scenes, student.info.patch_size, device, folder / "photo-cache", resident_bytes=8 * 10**9)
     photos.fill(world.rank, world.size, show=False)
     wait_for_all()
-    targets = LiftedTargets(scenes, bank, device, "weight", 0.5)
+    targets = LiftedTargets(scenes, scene_cache, device, "weight", 0.5)
     sampled = [scene.sampled_views() for scene in scenes]
     recipe = choose_recipe(config, sum(len(views.views) for views in sampled), world.size)
-    sampler = Sampler(sampled, batch_size, config.seed, recipe.flip, bank.block_bytes)
+    sampler = Sampler(sampled, batch_size, config.seed, recipe.flip, scene_cache.block_bytes)
     kept = 10**12 if benchmark.keep_targets else 0
-    feed = Feed(scenes, sampler, targets, bank, photos, config, world, kept_bytes=kept)
+    prefetcher = Prefetcher(scenes, sampler, targets, scene_cache, photos, config, world, kept_bytes=kept)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    trainer = Trainer(config, recipe, scenes, copy.deepcopy(student), feed, sampler, world)
+    trainer = Trainer(config, recipe, scenes, copy.deepcopy(student), prefetcher, sampler, world)
     activity = torch.profiler.ProfilerActivity.CUDA if device.type == "cuda" else torch.profiler.ProfilerActivity.CPU
     profiling = torch.profiler.profile(activities=[activity]) if benchmark.profile else None
     with profiling or contextlib.nullcontext():
@@ -171,20 +171,20 @@ def _measure(
     render = 1 / _render_seconds(targets, scenes, benchmark.views_per_render, device) * world.size
     floor = 1 / (1 / vit + 1 / render)
     photos.close()
-    bank.close()
+    scene_cache.close()
     shutil.rmtree(config.output_dir, ignore_errors=True)
     row: dict[str, float | str] = {
         "backbone": benchmark.backbone,
         "size": f"{benchmark.size[0]}x{benchmark.size[1]}",
         "batch_size": batch_size,
         "processes": world.size,
-        "placement": bank.placement,
+        "placement": scene_cache.placement,
         "views_per_second": result.views_per_second,
         "vit_alone": vit,
         "render_alone": render,
         "floor": floor,
         "share_of_floor": result.views_per_second / floor,
-        "bank_gigabytes": bank.total_bytes / 1e9,
+        "bank_gigabytes": scene_cache.total_bytes / 1e9,
         "upload_seconds": upload_seconds,
         "peak_gigabytes": peak,
     }
@@ -316,7 +316,7 @@ def _make_scenes(benchmark: Benchmark, folder: Path) -> None:
             path.parent.mkdir(exist_ok=True)
             blobs = Image.fromarray(random.integers(0, 255, (24, 32, 3), dtype=np.uint8))
             blobs.resize((width, height), Image.Resampling.BICUBIC).save(path, quality=92)
-        views.append(BundleView(f"{index:04d}", "train", Photo(str(path), hash_file(path), height, width)))
+        views.append(BundleView(f"{index:04d}", "train", BundledPhoto(str(path), hash_file(path), height, width)))
     info = BundleInfo(
         scene="synthetic",
         teacher=backbone_identity(spec),

@@ -5,14 +5,14 @@ Each measurement prints one line of JSON and is appended to the output file; not
     python benchmarks/probing.py throughput --data photos --workers 14
     python benchmarks/probing.py throughput --kind depth --precision bf16
     torchrun --nproc-per-node 2 benchmarks/probing.py throughput --data photos --workers 14
-    python benchmarks/probing.py feed --data photos --workers 14
+    python benchmarks/probing.py data-loading --data photos --workers 14
     python benchmarks/probing.py random --backbone dinov2_small_focus --weights random.safetensors
     python benchmarks/probing.py difference --data camvid --backbone dinov2_small_focus --tuned tuned.safetensors
 
 `throughput` needs no weights and no data: features of noise cost what features of photos cost. It times the backbones
 alone, one row and all six in turn in one process, so that the ratios hold whatever else the machine does, and projects
 the whole recipe. With `--data` it also times the six rows on photos that workers read and augment meanwhile, which is
-what a user gets. Under torchrun the batch is shared by the processes, as in the probe. `feed` times reading and
+what a user gets. Under torchrun the batch is shared by the processes, as in the probe. `data-loading` times reading and
 augmentation alone. `difference` runs the fast and the full protocol with the same seeds and tabulates the difference
 row by row. `random` writes randomly initialised weights, for the row that shows what an architecture alone is worth:
 `fit3d-probe ... --backbone-weights random.safetensors`.
@@ -42,15 +42,16 @@ from probe.data.base import LabelRule, ProbeData, read_image
 from probe.data.batches import training_batches
 from probe.data.choice import DataChoice, DatasetName
 from probe.data.loading import load_data
+from probe.feature_sources import OnlineSource, train_samples
 from probe.features.partners import Partner
 from probe.features.rows import FrozenBackbones, Row, choose_rows
-from probe.protocols import SegmentationRecipe, choose_recipe
+from probe.protocols import DepthRecipe, SegmentationRecipe, choose_recipe
 from probe.run import run_trained_probe
-from probe.sources import OnlineSource, train_samples
+from probe.tasks import TASKS
 from probe.tasks.depth import DepthTask
 from probe.tasks.segmentation import SegmentationTask
 from probe.tasks.task import Task
-from probe.training import HeadBank
+from probe.training import HeadTrainer
 
 
 @dataclass
@@ -84,7 +85,7 @@ class Throughput:
 
 
 @dataclass
-class Feed:
+class DataLoading:
     """Photos per second of reading and augmentation, without any network."""
 
     data: Path
@@ -173,8 +174,8 @@ def _throughput(benchmark: Throughput, device: torch.device) -> dict[str, Any]:
     optimization = replace(task.recipe.optimization, batch_size=benchmark.batch_size)
     rows = choose_rows(None, (Partner("tuned", "tuned", "tuned", FineTuned("random", Path("random"))),))
 
-    def new_bank(chosen: tuple[Row, ...]) -> HeadBank:
-        return HeadBank(task, chosen, optimization, (info.width, info.width), 0, device)
+    def new_trainer(chosen: tuple[Row, ...]) -> HeadTrainer:
+        return HeadTrainer(task, chosen, optimization, (info.width, info.width), 0, device)
 
     def seconds(step: Callable[[int], object]) -> float:
         for number in range(benchmark.warm_up):
@@ -196,17 +197,17 @@ def _throughput(benchmark: Throughput, device: torch.device) -> dict[str, Any]:
         ("six_rows", rows, both),
     )
     for name, chosen, backbones in tables:
-        bank = new_bank(chosen)
+        trainer = new_trainer(chosen)
         # Late enough for the full loss.
         loss = partial(task.loss, target=target, step=10_000)
-        measured[name] = seconds(lambda number: bank.step(number, backbones(images), loss))  # noqa: B023
+        measured[name] = seconds(lambda number: trainer.step(number, backbones(images), loss))  # noqa: B023
     whole = measured["six_rows"]
     if benchmark.data is not None:
         fill = torch.tensor(info.mean, device=device).view(1, 3, 1, 1)
         source = OnlineSource(task, both, device, benchmark.workers, fill)
-        bank = new_bank(rows)
+        trainer = new_trainer(rows)
         batches = source.training(0, 0, benchmark.warm_up + benchmark.steps, benchmark.batch_size)
-        whole = measured["six_rows_on_photos"] = seconds(lambda number: bank.step(number, *next(batches)))
+        whole = measured["six_rows_on_photos"] = seconds(lambda number: trainer.step(number, *next(batches)))
     return {
         "benchmark": "throughput",
         **{key: value for key, value in asdict(benchmark).items() if key not in ("output", "data")},
@@ -224,11 +225,11 @@ def _throughput(benchmark: Throughput, device: torch.device) -> dict[str, Any]:
     }
 
 
-def feed(benchmark: Feed) -> dict[str, Any]:
+def data_loading(benchmark: DataLoading) -> dict[str, Any]:
     """Times the workers."""
     data = load_data(DataChoice(benchmark.dataset, benchmark.data, benchmark.kind))
     recipe = choose_recipe(benchmark.kind, benchmark.dataset)
-    task: Task = SegmentationTask(data, recipe) if isinstance(recipe, SegmentationRecipe) else DepthTask(data, recipe)
+    task: Task = TASKS[benchmark.kind](data, recipe)
     batches = training_batches(train_samples(task, 0), 0, benchmark.batches + 5, 16, benchmark.workers, False)
     for _ in range(5):
         next(batches)
@@ -290,7 +291,7 @@ def write_random_weights(benchmark: Random) -> None:
     save_file(model.state_dict(), benchmark.weights)
 
 
-def main(benchmark: Throughput | Feed | Difference | Random) -> None:
+def main(benchmark: Throughput | DataLoading | Difference | Random) -> None:
     """Runs a benchmark and collects its line."""
     if isinstance(benchmark, Random):
         write_random_weights(benchmark)
@@ -299,8 +300,8 @@ def main(benchmark: Throughput | Feed | Difference | Random) -> None:
         line = throughput(benchmark)
         if line is None:
             return
-    elif isinstance(benchmark, Feed):
-        line = feed(benchmark)
+    elif isinstance(benchmark, DataLoading):
+        line = data_loading(benchmark)
     else:
         line = difference(benchmark)
     print(json.dumps(line))
@@ -320,10 +321,11 @@ def _task(benchmark: Throughput) -> tuple[Task, tuple[int, int]]:
     recipe = choose_recipe(benchmark.kind, benchmark.dataset if benchmark.data else "nyuv2")
     if isinstance(recipe, SegmentationRecipe):
         return SegmentationTask(data, recipe), (recipe.crop, recipe.crop)
+    assert isinstance(recipe, DepthRecipe)
     if recipe.crop is not None:
         return DepthTask(data, recipe), recipe.crop
     height, width = read_image(data.train[0].image).shape[:2]
-    return DepthTask(data, recipe), crop_size(height, width, recipe)
+    return DepthTask(data, recipe), crop_size(height, width)
 
 
 def _wait(device: torch.device) -> None:
@@ -342,7 +344,7 @@ if __name__ == "__main__":
     main(
         tyro.cli(
             Annotated[Throughput, tyro.conf.subcommand("throughput")]
-            | Annotated[Feed, tyro.conf.subcommand("feed")]
+            | Annotated[DataLoading, tyro.conf.subcommand("data-loading")]
             | Annotated[Difference, tyro.conf.subcommand("difference")]
             | Annotated[Random, tyro.conf.subcommand("random")],  # type: ignore[arg-type]
             description=__doc__,

@@ -94,7 +94,7 @@ class DistillConfig:
     """Largest norm of the gradient; 0 for no limit."""
     batch_size: int | None = None
     """Views per optimizer step, over all processes together."""
-    accumulate: int = 1
+    gradient_accumulation: int = 1
     """Parts into which each process cuts its share of the batch, one after the other, to save memory."""
     epochs: float | None = None
     """Passes over all training views."""
@@ -165,8 +165,8 @@ class DistillConfig:
 
 _AT_LEAST_ZERO = "lora_rank weight_decay clip warmup_steps seed photo_memory workers report_scenes".split()
 _AT_LEAST_ONE = (
-    "batch_size accumulate steps views_per_render render_ahead save_every keep_checkpoints log_every report_views "
-    "validate_every"
+    "batch_size gradient_accumulation steps views_per_render render_ahead save_every keep_checkpoints log_every "
+    "report_views validate_every"
 ).split()
 _ABOVE_ZERO = "lr epochs scene_memory".split()
 _SHARES = "min_accumulation flip".split()
@@ -198,11 +198,11 @@ def check_choices(config: DistillConfig, num_processes: int) -> None:
 
         check_amount(config.interpolate)
     batch_size = config.batch_size or (PAPER_BATCH if config.recipe == "paper" else None)
-    parts = num_processes * config.accumulate
+    parts = num_processes * config.gradient_accumulation
     if batch_size is not None and batch_size % parts:
         raise UserError(
-            f"--batch-size {batch_size} cannot be cut into {num_processes} processes x {config.accumulate} parts: "
-            f"choose a multiple of {parts}."
+            f"--batch-size {batch_size} cannot be cut into {num_processes} processes x "
+            f"{config.gradient_accumulation} parts: choose a multiple of {parts}."
         )
     if config.data_root is not None and not config.data_root.is_dir():
         raise UserError(f"--data-root {config.data_root} is no folder: name the one that holds the photos.")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from distill.config import TargetKind
 from distill.photo_store import PhotoStore
-from distill.scenes import Scene, SceneBank
+from distill.scenes import Scene, SceneCache
 from distill.targets import LiftedTargets, Targets, mask_weights
 from fit3d_ns.backbones import Backbone
 from fit3d_ns.features.metrics import feature_cosine
@@ -35,7 +35,7 @@ class ControlTargets:
     Args:
         kind: Which of the three.
         scenes: The scenes.
-        bank: Where their decoders are.
+        scene_cache: Where their decoders are.
         photos: Where the photos are.
         teacher: The scenes' teacher, frozen.
         lifted: The targets that the blur is matched to.
@@ -46,7 +46,7 @@ class ControlTargets:
         self,
         kind: TargetKind,
         scenes: Sequence[Scene],
-        bank: SceneBank,
+        scene_cache: SceneCache,
         photos: PhotoStore,
         teacher: Backbone,
         lifted: LiftedTargets,
@@ -54,7 +54,7 @@ class ControlTargets:
     ):
         self._kind = kind
         self._scenes = scenes
-        self._bank = bank
+        self._scene_cache = scene_cache
         self._photos = photos
         self._teacher = teacher
         self._lifted = lifted
@@ -89,7 +89,7 @@ class ControlTargets:
 
     def _project(self, scene: int, maps: Float[Tensor, "V C h w"]) -> Float[Tensor, "V C h w"]:
         if scene not in self._bases:
-            self._bases[scene] = low_dimensional_basis(self._bank.get(scene).decoder)
+            self._bases[scene] = low_dimensional_basis(self._scene_cache.get(scene).decoder)
         basis = self._bases[scene]  # [C, D]
         return torch.matmul(basis, torch.matmul(basis.T, maps.flatten(2))).view_as(maps)
 

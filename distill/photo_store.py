@@ -14,7 +14,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from distill.scenes import Scene
-from fit3d_ns.data.photos.described import Photo, read_photo
+from fit3d_ns.data.photos.bundled import BundledPhoto, read_photo
 from fit3d_ns.support.errors import DamagedFile, UserError
 from fit3d_ns.support.files import discard, user_cache_directory
 from fit3d_ns.support.progress import progress
@@ -31,7 +31,7 @@ _DECODING_BYTES = 2**31
 _BYTES_PER_PIXEL = 24
 """Of a photo meanwhile: 8-bit copies, and 3 channels of floats."""
 
-View = tuple[int, int]
+ViewKey = tuple[int, int]
 """Positions of a scene, and of a view in it."""
 
 
@@ -44,7 +44,7 @@ class PhotoStore:
         device: Where photos are needed.
         directory: Where decoded photos are kept; the user's cache folder if None.
         workers: Threads; as many as processors, at most 16, if 0.
-        data_root: See `fit3d_ns.data.photos.described.locate`.
+        data_root: See `fit3d_ns.data.photos.bundled.locate`.
         resident_bytes: Device memory for photos: if all fit, each is uploaded once and stays.
     """
 
@@ -65,8 +65,8 @@ class PhotoStore:
         self._data_root = data_root
         self._workers = workers or min(os.cpu_count() or 1, 16)
         self._threads = ThreadPoolExecutor(self._workers, thread_name_prefix="photo")
-        self._resident: dict[View, UInt8[Tensor, "3 H W"]] = {}
-        self._pending: dict[View, Future] = {}
+        self._resident: dict[ViewKey, UInt8[Tensor, "3 H W"]] = {}
+        self._pending: dict[ViewKey, Future] = {}
         self._keeps = self.num_bytes <= resident_bytes
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
@@ -109,13 +109,13 @@ class PhotoStore:
                     future.cancel()
         return len(share)
 
-    def prefetch(self, views: Iterable[View]) -> None:
+    def prefetch(self, views: Iterable[ViewKey]) -> None:
         """Starts reading photos in the background."""
         for view in views:
             if view not in self._resident and view not in self._pending:
                 self._pending[view] = self._threads.submit(self._read, view)
 
-    def get(self, views: Sequence[View]) -> UInt8[Tensor, "B 3 H W"]:
+    def get(self, views: Sequence[ViewKey]) -> UInt8[Tensor, "B 3 H W"]:
         """Returns photos of one size, on the device.
 
         Args:
@@ -145,25 +145,25 @@ class PhotoStore:
         self._resident.clear()
         self._pending.clear()
 
-    def _all_views(self) -> list[View]:
+    def _all_views(self) -> list[ViewKey]:
         return [(scene, view) for scene, held in enumerate(self._scenes) for view in range(len(held.info.views))]
 
-    def _photo(self, view: View) -> Photo:
+    def _photo(self, view: ViewKey) -> BundledPhoto:
         return self._scenes[view[0]].info.views[view[1]].photo
 
-    def _size(self, view: View) -> tuple[int, int]:
+    def _size(self, view: ViewKey) -> tuple[int, int]:
         rows, columns = self._scenes[view[0]].info.patch_grid(view[1])
         return rows * self._patch_size, columns * self._patch_size
 
-    def _path(self, view: View) -> Path:
+    def _path(self, view: ViewKey) -> Path:
         height, width = self._size(view)
         key = self._photo(view).content_key()
         return self._folder / f"v{_SCHEMA}-{height}x{width}" / f"{key}.safetensors"
 
-    def _spec(self, view: View) -> dict[str, TensorSpec]:
+    def _spec(self, view: ViewKey) -> dict[str, TensorSpec]:
         return {_TENSOR: TensorSpec(torch.uint8, (3, *self._size(view)))}
 
-    def _missing(self, views: Iterable[View]) -> list[View]:
+    def _missing(self, views: Iterable[ViewKey]) -> list[ViewKey]:
         """Returns the views without a whole file, and tells of those that were damaged."""
         missing, damaged = [], []
         for view in views:
@@ -180,7 +180,7 @@ class PhotoStore:
             _LOGGER.warning(f"{len(damaged)} decoded photos are damaged and made anew, such as {damaged[0]}.")
         return missing
 
-    def _decode(self, view: View) -> None:
+    def _decode(self, view: ViewKey) -> None:
         image = read_photo(self._photo(view), self._data_root).permute(2, 0, 1)
         size = self._size(view)
         if image.shape[1:] != size:
@@ -194,7 +194,7 @@ class PhotoStore:
             advice = "free some space" if full else "make it writable"
             raise UserError(f"{error} (decoded photos; {advice}, or choose another folder with --cache-dir)") from cause
 
-    def _read(self, view: View) -> UInt8[Tensor, "3 H W"]:
+    def _read(self, view: ViewKey) -> UInt8[Tensor, "3 H W"]:
         path = self._path(view)
         try:
             image = read_tensors(path, self._spec(view), values=False).tensors[_TENSOR]
@@ -207,7 +207,7 @@ class PhotoStore:
         self._stream.synchronize()  # this thread waits, and nobody else
         return uploaded
 
-    def _check_space(self, views: Sequence[View]) -> None:
+    def _check_space(self, views: Sequence[ViewKey]) -> None:
         needed = sum(3 * height * width for height, width in map(self._size, views))
         place = self._folder
         while not place.exists():

@@ -10,7 +10,7 @@ import numpy as np
 
 
 @dataclass(frozen=True)
-class Sample:
+class BatchView:
     """One view in a batch."""
 
     scene: int
@@ -27,7 +27,7 @@ class Batch:
 
     step: int
     """From 0."""
-    samples: tuple[Sample, ...]
+    samples: tuple[BatchView, ...]
     """At most ``batch_size``; fewer where views of this size have run out in this epoch."""
     block: tuple[int, ...] = ()
     """Scenes of the block that the views are from."""
@@ -84,7 +84,7 @@ class Sampler:
         """Views in an epoch."""
         return sum(len(scene.views) for scene in self._scenes)
 
-    def epoch(self, epoch: int) -> list[tuple[Sample, ...]]:
+    def epoch(self, epoch: int) -> list[tuple[BatchView, ...]]:
         """Returns the batches of an epoch, in order."""
         return [samples for block in self._epoch_by_block(epoch)[1] for samples in block]
 
@@ -109,7 +109,7 @@ class Sampler:
                     step += 1
             epoch += 1
 
-    def _epoch_by_block(self, epoch: int) -> tuple[list[list[int]], list[list[tuple[Sample, ...]]]]:
+    def _epoch_by_block(self, epoch: int) -> tuple[list[list[int]], list[list[tuple[BatchView, ...]]]]:
         """The blocks of an epoch, and for each its batches."""
         random = np.random.default_rng([self._seed, epoch])
         blocks = self._blocks(random)
@@ -129,17 +129,17 @@ class Sampler:
             free -= self._scenes[scene].num_bytes
         return blocks
 
-    def _block_batches(self, block: list[int], random: np.random.Generator) -> list[tuple[Sample, ...]]:
+    def _block_batches(self, block: list[int], random: np.random.Generator) -> list[tuple[BatchView, ...]]:
         views = [
             (scene, view, grid)
             for scene in sorted(block)
             for view, grid in zip(self._scenes[scene].views, self._scenes[scene].grids)
         ]
         flips = random.random(len(views)) < self._flip
-        by_grid: dict[tuple[int, int], list[Sample]] = {}
+        by_grid: dict[tuple[int, int], list[BatchView]] = {}
         for index in random.permutation(len(views)):
             scene, view, grid = views[index]
-            by_grid.setdefault(grid, []).append(Sample(scene, view, bool(flips[index])))
+            by_grid.setdefault(grid, []).append(BatchView(scene, view, bool(flips[index])))
         size = self._batch_size
         batches = [
             tuple(samples[first : first + size])

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from distill.config import DistillConfig
 from distill.sampler import SceneViews
-from fit3d_ns.data.photos.described import locate
+from fit3d_ns.data.photos.bundled import locate
 from fit3d_ns.runs.bundle import BundleCameras, BundleInfo, SceneBundle, SceneTensors, find_bundles
 from fit3d_ns.support.errors import UserError
 from fit3d_ns.support.processes import World
@@ -135,7 +135,7 @@ def open_scenes(folders: list[Path], data_root: Path | None) -> list[Scene]:
 
     Args:
         folders: The bundles.
-        data_root: Where photos are if they moved; see `fit3d_ns.data.photos.described.locate`.
+        data_root: Where photos are if they moved; see `fit3d_ns.data.photos.bundled.locate`.
 
     Returns:
         The scenes, in the given order.
@@ -197,7 +197,7 @@ _MEMORY_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory
 """Where Linux says how much of the machine's memory a container may use."""
 
 
-class SceneBank:
+class SceneCache:
     """Hands out scenes on the device.
 
     With ``device`` placement all scenes are uploaded once. Otherwise at most ``budget`` bytes of them are on the
@@ -294,7 +294,7 @@ class SceneBank:
         """Refuses to go on with blocks of scenes that were cut for more memory.
 
         Args:
-            block_bytes: `block_bytes` of the bank that they were cut for.
+            block_bytes: `block_bytes` of the cache that they were cut for.
 
         Raises:
             UserError: If the scenes of one block exceed the budget.

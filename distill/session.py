@@ -8,13 +8,13 @@ import torch
 from distill.config import DistillConfig
 from distill.controls import ControlTargets
 from distill.evaluation import Averages, HeldOutViews, SceneResult, Validation, measure_scene
-from distill.feed import Feed
 from distill.photo_store import PhotoStore
+from distill.prefetcher import Prefetcher
 from distill.recipes import choose_recipe, explain
 from distill.results.report import Findings, write_metrics, write_report
 from distill.results.result import make_card, push_to_hub
 from distill.sampler import Sampler
-from distill.scenes import Scene, SceneBank
+from distill.scenes import Scene, SceneCache
 from distill.student import load_original, load_student, load_teacher, plain_state_dict
 from distill.targets import LiftedTargets, TargetSource
 from distill.trainer import Trainer, TrainingResult, read_resumed
@@ -50,7 +50,7 @@ class Session:
         every = [*scenes, *validation]
         views = [scene.sampled_views() for scene in scenes]
         num_views = sum(len(sampled.views) for sampled in views)
-        self.recipe = choose_recipe(config, num_views, world.size * config.accumulate)
+        self.recipe = choose_recipe(config, num_views, world.size * config.gradient_accumulation)
         self.start = load_student(config, scenes, device)
         self.original = load_original(config, scenes, self.start, device)
         self._say_where_it_starts()
@@ -71,21 +71,23 @@ class Session:
             config.data_root,
             resident_bytes=memory,
         )
-        self.bank = SceneBank(every, world, config.scene_placement, config.scene_memory)
-        _LOGGER.info(self.bank.describe())
-        block_bytes = self.bank.block_bytes
+        self.scene_cache = SceneCache(every, world, config.scene_placement, config.scene_memory)
+        _LOGGER.info(self.scene_cache.describe())
+        block_bytes = self.scene_cache.block_bytes
         if self.resumed is not None:  # the order of the views depends on it
             block_bytes = self.resumed["block_bytes"]
-            self.bank.check_block(block_bytes)
+            self.scene_cache.check_block(block_bytes)
         recipe = self.recipe
-        self.lifted = LiftedTargets(every, self.bank, device, recipe.accumulation, config.min_accumulation)
+        self.lifted = LiftedTargets(every, self.scene_cache, device, recipe.accumulation, config.min_accumulation)
         self.targets: TargetSource = self.lifted
         if config.targets != "lifted":
             self.targets = self._control(every)
         self.sampler = Sampler(views, recipe.batch_size, config.seed, recipe.flip, block_bytes)
         photo_bytes = self.photos.num_bytes
         left = memory - photo_bytes if photo_bytes <= memory else memory
-        self.feed = Feed(scenes, self.sampler, self.targets, self.bank, self.photos, config, world, kept_bytes=left)
+        self.prefetcher = Prefetcher(
+            scenes, self.sampler, self.targets, self.scene_cache, self.photos, config, world, kept_bytes=left
+        )
         self.curves: CurveLog | None = None
 
     def run(self) -> None:
@@ -97,7 +99,7 @@ class Session:
                 self.recipe,
                 self.scenes,
                 copy.deepcopy(self.start),
-                self.feed,
+                self.prefetcher,
                 self.sampler,
                 world,
                 self.resumed,
@@ -127,7 +129,7 @@ class Session:
             if self.curves is not None:
                 self.curves.close()
             self.photos.close()
-            self.bank.close()
+            self.scene_cache.close()
 
     def _say_where_it_starts(self) -> None:
         original = self.scenes[0].info.teacher_original
@@ -148,7 +150,7 @@ class Session:
             raise UserError(
                 f"--targets {config.targets} needs a student with the teacher's patch size: leave --student out."
             )
-        return ControlTargets(config.targets, scenes, self.bank, self.photos, teacher, self.lifted, device)
+        return ControlTargets(config.targets, scenes, self.scene_cache, self.photos, teacher, self.lifted, device)
 
     def _views(self, index: int) -> HeldOutViews:
         every, num_views = [*self.scenes, *self.validation], self.config.report_views

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from distill.scenes import Scene, SceneBank
-from fit3d_ns.features.correspondences import View
+from distill.scenes import Scene, SceneCache
+from fit3d_ns.features.correspondences import SurfaceView
 from fit3d_ns.features.rendering import decode_views, render_depth
 
 
@@ -55,7 +55,7 @@ class LiftedTargets:
 
     Args:
         scenes: The scenes.
-        bank: Where their Gaussians are.
+        scene_cache: Where their Gaussians are.
         device: Where to render.
         accumulation: See `DistillConfig.accumulation`.
         min_accumulation: See `DistillConfig.min_accumulation`.
@@ -64,13 +64,13 @@ class LiftedTargets:
     def __init__(
         self,
         scenes: Sequence[Scene],
-        bank: SceneBank,
+        scene_cache: SceneCache,
         device: torch.device,
         accumulation: str,
         min_accumulation: float,
     ):
         self._scenes = scenes
-        self._bank = bank
+        self._scene_cache = scene_cache
         self._device = device
         self._accumulation = accumulation
         self._min_accumulation = min_accumulation
@@ -78,7 +78,7 @@ class LiftedTargets:
     @torch.no_grad()
     def make(self, scene: int, views: Sequence[int]) -> Targets:
         """Renders, decodes and weighs; see `TargetSource.make`."""
-        held, tensors = self._scenes[scene], self._bank.get(scene)
+        held, tensors = self._scenes[scene], self._scene_cache.get(scene)
         info = held.info
         grid = info.patch_grid(views[0])
         photo = info.views[views[0]].photo
@@ -102,9 +102,9 @@ class LiftedTargets:
         return True
 
     @torch.no_grad()
-    def surface(self, scene: int, view: int) -> View:
+    def surface(self, scene: int, view: int) -> SurfaceView:
         """Returns a camera with the depth that the scene shows there, to match features between views."""
-        held, tensors = self._scenes[scene], self._bank.get(scene)
+        held, tensors = self._scenes[scene], self._scene_cache.get(scene)
         info = held.info
         photo, (rows, columns) = info.views[view].photo, info.patch_grid(view)
         viewmat = held.cameras.viewmats[view].to(self._device)
@@ -113,7 +113,7 @@ class LiftedTargets:
         depth, alpha = render_depth(
             tensors.geometry, viewmat[None], intrinsics[None], size, (rows * 8, columns * 8), info.feature_grid
         )
-        return View(viewmat, intrinsics, photo.width, photo.height, depth[0, 0], alpha[0, 0])
+        return SurfaceView(viewmat, intrinsics, photo.width, photo.height, depth[0, 0], alpha[0, 0])
 
 
 def mask_weights(scene: Scene, views: Sequence[int], grid: tuple[int, int], device: torch.device) -> Tensor:

@@ -22,7 +22,7 @@ from distill.checkpoint import (
 )
 from distill.config import DistillConfig
 from distill.evaluation import Validation
-from distill.feed import Feed
+from distill.prefetcher import Prefetcher
 from distill.recipes import Recipe
 from distill.sampler import Batch, Sampler
 from distill.scenes import Scene
@@ -68,7 +68,7 @@ class Trainer:
         recipe: The numbers that were settled.
         scenes: The scenes.
         student: The backbone, with its original weights; changed in place.
-        feed: Prepares steps.
+        prefetcher: Prepares steps.
         sampler: Knows how many steps there are.
         world: This process among its fellows.
         resumed: Of `read_resumed`.
@@ -80,7 +80,7 @@ class Trainer:
         recipe: Recipe,
         scenes: list[Scene],
         student: Backbone,
-        feed: Feed,
+        prefetcher: Prefetcher,
         sampler: Sampler,
         world: World,
         resumed: dict[str, Any] | None = None,
@@ -91,7 +91,7 @@ class Trainer:
         self._curves: CurveLog | None = None
         self._scenes = scenes
         self._student = student
-        self._feed = feed
+        self._prefetcher = prefetcher
         self._block_bytes = sampler.block_bytes
         self._world = world
         self.num_steps = recipe.steps or sampler.steps_of(recipe.epochs)
@@ -143,7 +143,7 @@ class Trainer:
         try:
             self._validate()
             with progress("Distilling", self.num_steps, self._step) as advance:
-                for batch, inputs in self._feed.steps(self._step, self.num_steps):
+                for batch, inputs in self._prefetcher.steps(self._step, self.num_steps):
                     set_learning_rate(self._optimizer, learning_rate(self._recipe, batch.step, self.num_steps))
                     self._recent.append((batch, self._runner.run(inputs)))
                     if self._average is not None:
@@ -159,7 +159,7 @@ class Trainer:
         except torch.cuda.OutOfMemoryError as error:
             raise UserError(
                 f"The GPU's memory does not suffice for a step ({str(error).split('. ')[0]}): lower --batch-size, cut "
-                "the batch with --accumulate, add --gradient-checkpointing, or lower --scene-memory."
+                "the batch with --gradient-accumulation, add --gradient-checkpointing, or lower --scene-memory."
             ) from error
         finally:
             signal.signal(signal.SIGTERM, previous)
@@ -208,7 +208,9 @@ class Trainer:
             loss = DistributedDataParallel(
                 loss, device_ids=[world.device.index] if cuda else None, broadcast_buffers=False
             )
-        eager = EagerStep(loss, self._optimizer, self._parameters, self._recipe.clip, config.accumulate, world.size)
+        eager = EagerStep(
+            loss, self._optimizer, self._parameters, self._recipe.clip, config.gradient_accumulation, world.size
+        )
         if graphs and config.acceleration != "none":
             return GraphStep(eager, self._optimizer, self._parameters)
         return eager

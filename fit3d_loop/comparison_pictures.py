@@ -10,7 +10,7 @@ import tyro
 from PIL import Image
 
 from distill.photo_store import PhotoStore
-from distill.scenes import SceneBank, open_scenes
+from distill.scenes import SceneCache, open_scenes
 from distill.targets import LiftedTargets
 from fit3d_ns.backbones import BackboneSpec, load_backbone
 from fit3d_ns.backbones.students.result_folder import WEIGHTS_NAME, read_card
@@ -61,8 +61,8 @@ def draw(command: PicturesCommand) -> None:
         files = (command.original_weights, command.student / WEIGHTS_NAME)
         original, student = (load_backbone(BackboneSpec(name, path, layer, norm), world.device) for path in files)
         photos = PhotoStore(scenes, original.info.patch_size, world.device, command.cache_dir)
-        bank = SceneBank(scenes, world)
-        targets = LiftedTargets(scenes, bank, world.device, "ignore", 0.0)
+        scene_cache = SceneCache(scenes, world)
+        targets = LiftedTargets(scenes, scene_cache, world.device, "ignore", 0.0)
         rows = []
         try:
             for index, scene in enumerate(scenes):
@@ -73,7 +73,7 @@ def draw(command: PicturesCommand) -> None:
                 rows.append((scene.name, photo[0].permute(1, 2, 0).cpu(), [map_.float().cpu() for map_ in maps]))
         finally:
             photos.close()
-            bank.close()
+            scene_cache.close()
     basis = ColorBasis.fit(torch.cat([maps[0].flatten(1).T for _, _, maps in rows]))
     with atomic_folder(command.output_dir) as folder:
         for number, (name, photo, maps) in enumerate(rows):

@@ -20,7 +20,7 @@ from fit3d_loop.records import (
 )
 from fit3d_loop.report import write_report
 from fit3d_loop.rounds import Begun, Ending, failures, run_rounds
-from fit3d_loop.scenes.machine import Photos, choose_packing, default_threads, free_disk, look_at_photos, num_cores
+from fit3d_loop.scenes.machine import PhotoCounts, choose_packing, default_threads, free_disk, look_at_photos, num_cores
 from fit3d_loop.scenes.runner import open_engine
 from fit3d_loop.scenes.scene_list import backbone_of, read_scenes
 from fit3d_loop.scenes.table import Table
@@ -79,7 +79,7 @@ def run_loop(config: LoopConfig) -> Ending:
         return _run(loop, photos)
 
 
-def _run(loop: Begun, photos: Photos) -> Ending:
+def _run(loop: Begun, photos: PhotoCounts) -> Ending:
     start = time.time()
     table = Table(loop.places)
     try:

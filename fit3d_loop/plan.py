@@ -8,7 +8,7 @@ from distill.config import DistillConfig
 from distill.recipes import choose_recipe
 from fit3d_loop.records import SceneState
 from fit3d_loop.rounds import Begun
-from fit3d_loop.scenes.machine import Packing, Photos
+from fit3d_loop.scenes.machine import Packing, PhotoCounts
 from fit3d_loop.scenes.scene_list import scenes_in_words
 from fit3d_ns.backbones import BackboneSpec, describe_backbone
 from fit3d_ns.support.errors import UserError
@@ -53,7 +53,7 @@ class Plan:
         return sum(minutes for _, minutes in self.lines)
 
 
-def make_plan(loop: Begun, photos: Photos, packing: Packing) -> Plan:
+def make_plan(loop: Begun, photos: PhotoCounts, packing: Packing) -> Plan:
     """Plans what is left.
 
     Args:

@@ -134,6 +134,9 @@ class LazyLpips:
     Splatfacto builds torchmetrics' metric in ``populate_modules``, and torchmetrics downloads AlexNet when it is built,
     so a machine without network cannot even open a run. Here training, the viewer and exports never touch the network,
     and checkpoints do not carry AlexNet.
+
+    Args:
+        **arguments: Of torchmetrics' ``LearnedPerceptualImagePatchSimilarity``.
     """
 
     def __init__(self, **arguments: Any):
@@ -331,7 +334,7 @@ def clamp_refinement_pause(strategy: Any) -> bool:
 
 
 def resume_adds_steps(trainer: type[Any]) -> bool:
-    """Whether nerfstudio's trainer counts ``max_num_iterations`` from the resumed step (1.1.5) or from zero (later).
+    """Returns whether nerfstudio counts ``max_num_iterations`` from the resumed step (1.1.5) or, later, from zero.
 
     Told by the source: 1.1.5 is the newest release, so there is no number yet to compare with.
 
@@ -353,7 +356,7 @@ def guard_nerfstudio(
 
     Args:
         read_configuration: Builds a configuration from its text; the path is for the error's sentence.
-        read_checkpoint: Reads a checkpoint.
+        read_checkpoint: Takes a checkpoint's path to its content, without running code from it.
     """
     load_yaml, load_torch = yaml.load, torch.load
     if getattr(load_yaml, "guards_nerfstudio", False):

@@ -74,6 +74,9 @@ class EvaluationViews:
 
     nerfstudio's viewer reads every property of the data manager, this loader among them; a list would load all photos
     and wake the teacher.
+
+    Args:
+        datamanager: Of the scene.
     """
 
     def __init__(self, datamanager: "Fit3DDataManager"):
@@ -94,6 +97,11 @@ class Fit3DDataManager(FullImageDatamanager[PhotoDataset]):
 
     Batches carry, beside nerfstudio's keys: ``teacher`` (fp16, shape [C, h, w]), ``camera`` (the view's camera) and,
     where a mask or transparency leaves parts out, ``patch_weights`` (shape [h, w], in [0, 1]).
+
+    Args:
+        config: The user's choices.
+        device: Of the model.
+        **kwargs: nerfstudio's: ``test_mode``, ``world_size``, ``local_rank``.
 
     Raises:
         UserError: If the scene, its poses, its photos or a flag cannot be used; the sentence names the file or flag.
@@ -221,6 +229,9 @@ class Fit3DDataManager(FullImageDatamanager[PhotoDataset]):
         """Continues the sampling of training views where ``sampler_state`` was taken.
 
         A state of another scene (a different number of views) is left aside.
+
+        Args:
+            state: Of ``sampler_state``.
         """
         num_views = len(self.train_dataset)
         # Older checkpoints do not tell the number.
@@ -305,6 +316,9 @@ class Fit3DDataManager(FullImageDatamanager[PhotoDataset]):
 
     def load_teacher(self) -> Backbone:
         """Loads the teacher, for maps that are not there.
+
+        Returns:
+            On the device of the data manager.
 
         Raises:
             UserError: If its weights cannot be used, or are others than those of the run that is measured.

@@ -17,7 +17,7 @@ from torch.nn import Parameter
 
 from fit3d_ns import compat
 from fit3d_ns.backbones import BackboneInfo, patch_grid
-from fit3d_ns.features.correspondences import SURFACE_SIDE, View
+from fit3d_ns.features.correspondences import SURFACE_SIDE, SurfaceView
 from fit3d_ns.features.decoder import FeatureDecoder
 from fit3d_ns.features.grid import FEATURE_GRIDS, FeatureGrid, sample_teacher, sampling_offset
 from fit3d_ns.features.metrics import feature_cosine, feature_l1
@@ -69,6 +69,9 @@ def image_size(camera: Cameras) -> tuple[int, int]:
     """Returns a camera's height and width in pixels.
 
     The data manager notes them in the metadata; asking a camera on a GPU would wait for all work queued there.
+
+    Args:
+        camera: One camera, of shape [1].
     """
     noted = (camera.metadata or {}).get("image_size")
     return noted or (int(camera.height.item()), int(camera.width.item()))
@@ -260,6 +263,9 @@ class Fit3DSplatModel(SplatfactoModel):
         Args:
             camera: One camera, at the photo's size.
             offset: Shift of the sampling points in patches (y, x).
+
+        Returns:
+            [C, h, w] on the teacher's patch grid.
         """
         size = image_size(camera)
         features, kernel = self.gauss_params[FEATURES], self.fit3d_decoder.weight
@@ -293,7 +299,7 @@ class Fit3DSplatModel(SplatfactoModel):
         return viewmats[0], intrinsics[0]
 
     @torch.no_grad()
-    def surface_view(self, camera: Cameras, outputs: Mapping[str, Any] | None = None) -> View:
+    def surface_view(self, camera: Cameras, outputs: Mapping[str, Any] | None = None) -> SurfaceView:
         """Returns a camera with the depth and accumulation that the splat renders for it.
 
         Args:
@@ -306,7 +312,7 @@ class Fit3DSplatModel(SplatfactoModel):
         (height, width), K = image_size(camera), K.clone()
         K[0] *= depth.shape[1] / width
         K[1] *= depth.shape[0] / height
-        return View(viewmat, K, depth.shape[1], depth.shape[0], depth, accumulation).thinned(SURFACE_SIDE)
+        return SurfaceView(viewmat, K, depth.shape[1], depth.shape[0], depth, accumulation).thinned(SURFACE_SIDE)
 
     def get_loss_dict(
         self, outputs: dict[str, Any], batch: dict[str, Any], metrics_dict: dict[str, Any] | None = None

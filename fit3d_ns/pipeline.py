@@ -52,6 +52,12 @@ class Fit3DPipelineConfig(VanillaPipelineConfig):
 class Fit3DPipeline(VanillaPipeline):
     """Photos, teacher and feature splat of one scene.
 
+    Args:
+        config: The user's choices.
+        device: Name of the device, ``cpu``, ``cuda`` or ``cuda:N``.
+        world_size: Processes that train together.
+        **kwargs: nerfstudio's: ``test_mode``, ``local_rank``, ``grad_scaler``.
+
     Raises:
         UserError: If the installation, the device or the scene cannot be used, or features cannot be lifted as asked.
     """
@@ -238,7 +244,11 @@ class Fit3DPipeline(VanillaPipeline):
         return callbacks
 
     def ask_for_lift(self) -> str:
-        """Solves for the features now, or after the current step where training is under way; says which."""
+        """Solves for the features now, or after the current step where training is under way.
+
+        Returns:
+            A sentence that says which.
+        """
         if self._trains:
             self._lift_asked_for = True
             return "Features are lifted after the current step."

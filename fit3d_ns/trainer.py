@@ -141,6 +141,7 @@ class Fit3DTrainer(Trainer):
     """Trainer with atomic checkpoints and a resume that ends at ``max_num_iterations``."""
 
     config: Fit3DTrainerConfig
+    """The user's choices."""
 
     def setup(self, test_mode: Literal["test", "val", "inference"] = "val") -> None:
         """Builds everything; the run's folder is this process's from now on.

@@ -9,7 +9,7 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as transforms
 
 from probe.data.base import IGNORE
-from probe.protocols import DepthRecipe, SegmentationRecipe
+from probe.protocols import DepthRecipe, Recipe, SegmentationRecipe
 
 KITTI_WINDOW = (352, 1216)
 _ROTATION_DEGREES = 2.5
@@ -89,18 +89,34 @@ def depth_window(image: np.ndarray, target: np.ndarray, recipe: DepthRecipe, tra
     return image, target
 
 
-def crop_size(height: int, width: int, recipe: DepthRecipe) -> tuple[int, int]:
-    """Returns height and width of a training crop, no larger than the photo."""
-    if recipe.crop is not None:
-        return min(height, recipe.crop[0]), min(width, recipe.crop[1])
+def crop_size(height: int, width: int, crop: tuple[int, int] | None = None) -> tuple[int, int]:
+    """Returns height and width of a training crop, no larger than the photo.
+
+    Args:
+        height: Of the photo, pixels.
+        width: Of the photo, pixels.
+        crop: Height and width that are asked for, pixels; None: 13/15 and 17/20 of the photo's.
+    """
+    if crop is not None:
+        return min(height, crop[0]), min(width, crop[1])
     return max(1, height * 13 // 15), max(1, width * 17 // 20)
 
 
-def training_crop_size(height: int, width: int, recipe: DepthRecipe) -> tuple[int, int]:
-    """Returns height and width of the training crop of a photo, its data set's window heeded."""
+def training_crop_size(height: int, width: int, recipe: Recipe) -> tuple[int, int]:
+    """Returns height and width of the training crop of a photo, its data set's window heeded.
+
+    Args:
+        height: Of the photo, pixels.
+        width: Of the photo, pixels.
+        recipe: The full protocol's.
+    """
+    if isinstance(recipe, SegmentationRecipe):
+        return recipe.crop, recipe.crop
+    if not isinstance(recipe, DepthRecipe):
+        return crop_size(height, width)
     photo = np.broadcast_to(np.uint8(0), (height, width))
     window, _ = depth_window(photo, photo, recipe, training=True)
-    return crop_size(window.shape[0], window.shape[1], recipe)
+    return crop_size(window.shape[0], window.shape[1], recipe.crop)
 
 
 def augment_depth(
@@ -124,20 +140,26 @@ def augment_depth(
         depth = np.asarray(Image.fromarray(depth).rotate(degrees, Image.Resampling.NEAREST))
     if rng.random() < 0.5:
         image, depth = image[:, ::-1], depth[:, ::-1]
-    size = crop_size(depth.shape[0], depth.shape[1], recipe)
+    size = crop_size(depth.shape[0], depth.shape[1], recipe.crop)
     top, left = _crop_corner(depth.shape, size, rng)
     rows, columns = slice(top, top + size[0]), slice(left, left + size[1])
     return np.ascontiguousarray(image[rows, columns]), np.ascontiguousarray(depth[rows, columns])
 
 
-def augment_normals(
-    image: np.ndarray, normals: np.ndarray, recipe: DepthRecipe, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
-    """Draws a training crop as `augment_depth` does, without rotation; ``normals`` float32 [H, W, 3]."""
-    image, normals = depth_window(image, normals, recipe, training=True)
+def augment_normals(image: np.ndarray, normals: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Draws a training crop: mirror, crop.
+
+    Args:
+        image: uint8 [H, W, 3].
+        normals: float32 [H, W, 3], zero where there are none.
+        rng: This sample's own.
+
+    Returns:
+        Photo uint8 [h, w, 3] and normals [h, w, 3].
+    """
     if rng.random() < 0.5:
         image, normals = image[:, ::-1], mirror_normals(normals)
-    size = crop_size(normals.shape[0], normals.shape[1], recipe)
+    size = crop_size(normals.shape[0], normals.shape[1])
     top, left = _crop_corner(normals.shape[:2], size, rng)
     rows, columns = slice(top, top + size[0]), slice(left, left + size[1])
     return np.ascontiguousarray(image[rows, columns]), np.ascontiguousarray(normals[rows, columns])
@@ -193,15 +215,19 @@ def distort(images: Float[Tensor, "B 3 H W"], parameters: Float[Tensor, "B 5"]) 
     return torch.where(last > 0, (images * contrast).clamp(0, 255), images)
 
 
-def draw_color_change(rng: np.random.Generator, recipe: DepthRecipe) -> np.ndarray:
+def draw_color_change(rng: np.random.Generator, brightness_range: tuple[float, float]) -> np.ndarray:
     """Draws one sample's change of gamma and channel gains, with probability one half.
+
+    Args:
+        rng: This sample's own.
+        brightness_range: Least and largest factor of all channels.
 
     Returns:
         float32 [4]: gamma, gain of red, green, blue.
     """
     if rng.random() >= 0.5:
         return np.ones(4, np.float32)
-    gamma, brightness = rng.uniform(0.9, 1.1), rng.uniform(*recipe.brightness)
+    gamma, brightness = rng.uniform(0.9, 1.1), rng.uniform(*brightness_range)
     return np.array([gamma, *(brightness * rng.uniform(0.9, 1.1, 3))], np.float32)
 
 

@@ -33,19 +33,19 @@ _PACKAGES = ("fit3d-ns", "torch", "torchmetrics", "timm", "numpy")
 class ResultFolder:
     """Results below an output folder."""
 
-    def __init__(self, folder: Path, question: dict[str, Any]) -> None:
-        """Opens a folder, new or of the same question.
+    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
+        """Opens a folder, new or of the same settings.
 
         Args:
             folder: The output folder.
-            question: All that decides the results, beside the seed; JSON-able.
+            settings: All that decides the results, beside the seed; JSON-able.
 
         Raises:
-            UserError: If the folder holds the results of another question, or cannot be used.
+            UserError: If the folder holds results of other settings, or cannot be used.
         """
         self.folder = folder
-        self._question = json.loads(json.dumps(question, sort_keys=True, default=str))
-        content = json.dumps(self._question, sort_keys=True)
+        self._settings = json.loads(json.dumps(settings, sort_keys=True, default=str))
+        content = json.dumps(self._settings, sort_keys=True)
         self.fingerprint = hashlib.blake2b(content.encode(), digest_size=12).hexdigest()
         self.panels = Panels(folder / "panels", self.fingerprint)
         if folder.exists() and not folder.is_dir():
@@ -54,7 +54,7 @@ class ResultFolder:
         if path.is_file():
             difference = None
             try:
-                difference = _first_difference(build(dict[str, Any], read_json(path)), self._question)
+                difference = _first_difference(build(dict[str, Any], read_json(path)), self._settings)
             except DamagedFile as error:  # all that was finished carries the question's fingerprint
                 _LOGGER.warning(f"{path} is damaged and made anew: {error}.")
             if difference is not None:
@@ -64,20 +64,20 @@ class ResultFolder:
                 )
 
     def start(self) -> None:
-        """Takes the folder for this process and writes down the question.
+        """Takes the folder for this process and writes down the settings.
 
         Raises:
             UserError: If another process writes there, or it cannot be written to.
         """
         hold_folder(self.folder, "--output-dir")
-        atomic_write_json(self.folder / "question.json", self._question)
+        atomic_write_json(self.folder / "question.json", self._settings)
 
     def checkpoint(self, seed: int) -> Path:
         """Returns where a seed's training is saved."""
         return self.folder / "checkpoints" / f"seed_{seed}.pt"
 
     def read_seed(self, seed: int) -> dict[str, Any] | None:
-        """Returns a finished seed's results; None if there are none of this question, or they are damaged."""
+        """Returns a finished seed's results; None if there are none of these settings, or they are damaged."""
         path = self.folder / "seeds" / f"seed_{seed}.json"
         try:
             content = read_json(path)

@@ -49,7 +49,7 @@ class SegmentationRecipe:
 
 @dataclass(frozen=True)
 class DepthRecipe:
-    """Linear depth (and normals): a 1x1 convolution on the last layer's tokens, before the final norm, and its cls."""
+    """Linear depth: a 1x1 convolution on the last layer's tokens, before the final norm, and its cls."""
 
     name: str
     optimization: Optimization
@@ -71,6 +71,18 @@ class DepthRecipe:
     """Weight of a multi-scale gradient loss in log depth. The reference's is zero, whatever its weight says."""
     sigma_warmup: int = 100
     """Steps in which the loss has no variance term."""
+
+
+@dataclass(frozen=True)
+class NormalsRecipe:
+    """Linear normals: depth's head with three outputs, on crops that are mirrored but not rotated.
+
+    No normal is known at the edges that a rotation brings in, and the flip is enough of a change of geometry.
+    """
+
+    name: str
+    optimization: Optimization
+    brightness: tuple[float, float] = (0.75, 1.25)
 
 
 @dataclass(frozen=True)
@@ -104,7 +116,7 @@ class ExactRecipe:
     """Draws of test photos behind an interval."""
 
 
-Recipe = SegmentationRecipe | DepthRecipe
+Recipe = SegmentationRecipe | DepthRecipe | NormalsRecipe
 
 _NORMALS = "normals-{}-v2"
 """Version 1 divided the loss by the pixels of a batch, which several processes cannot share out."""
@@ -119,8 +131,7 @@ def choose_recipe(kind: Kind, dataset: str) -> Recipe:
     if kind == "segmentation":
         return SegmentationRecipe("segmentation-linear-v1", _SEGMENTATION)
     if kind == "normals":
-        # No normal is known at the edges that a rotation brings in, and the flip is enough of a change of geometry.
-        return DepthRecipe(_NORMALS.format("linear"), replace(_DEPTH, learning_rates=(1e-3,)))
+        return NormalsRecipe(_NORMALS.format("linear"), replace(_DEPTH, learning_rates=(1e-3,)))
     name = "depth-linear-v1"
     if dataset == "nyuv2":
         return DepthRecipe(

@@ -22,13 +22,13 @@ from probe.data.batches import check_batch_size
 from probe.data.choice import Kind
 from probe.data.loading import load_data
 from probe.exact.run import run_exact
+from probe.feature_sources import CachedSource, FeatureSource, OnlineSource, whole_size
 from probe.features.partners import note_in_model_cards, require_one_each
 from probe.features.rows import FrozenBackbones, Row, choose_rows, load_backbones, row_features
 from probe.output_folder import ResultFolder, provenance, report_title, write_report
 from probe.protocols import DepthRecipe, FastRecipe, Optimization, choose_fast_recipe, choose_recipe, override
-from probe.sources import CachedSource, OnlineSource, Source, whole_size
 from probe.tasks import TASKS, Task
-from probe.training import Head, HeadBank, mean_losses
+from probe.training import Head, HeadTrainer, mean_losses
 
 Panels = dict[int, dict[str, np.ndarray]]
 """By place in the split: pictures by row, and `truth`."""
@@ -36,7 +36,7 @@ Panels = dict[int, dict[str, np.ndarray]]
 
 @torch.no_grad()
 def evaluate(
-    task: Task, source: Source, split: str, heads: Sequence[Head], panels: Sequence[int] = ()
+    task: Task, source: FeatureSource, split: str, heads: Sequence[Head], panels: Sequence[int] = ()
 ) -> tuple[dict[str, dict[str, Any]], Panels]:
     """Scores heads on all samples of a split, each counted once whatever the number of processes.
 
@@ -87,11 +87,11 @@ class _Setup:
     task: Task
     rows: tuple[Row, ...]
     optimization: Optimization
-    source: Source
+    source: FeatureSource
     widths: tuple[int, int]
     device: torch.device
     results: ResultFolder
-    question: dict[str, Any]
+    settings: dict[str, Any]
 
 
 def run_trained_probe(config: TrainedProbeConfig, kind: Kind) -> None:
@@ -134,14 +134,14 @@ def _run(config: TrainedProbeConfig, kind: Kind, world: World) -> None:
     checked = check_data(data)
     for remark in checked.remarks:
         _LOGGER.warning(remark)
-    if isinstance(recipe, DepthRecipe) and not fast:
+    if kind != "segmentation" and not fast:
         check_crops(data, partial(training_crop_size, recipe=recipe))
     task = TASKS[kind](data, recipe)
     _LOGGER.info(sentence)
     backbones = load_backbones(spec, partners, rows, config.precision, device)
     protocol: dict[str, Any] = asdict(replace(fast, optimization=optimization) if fast else recipe)
     protocol["optimization"] = asdict(optimization)
-    question = {
+    settings = {
         "probe": kind,
         "recipe": protocol,
         "rows": [row.name for row in rows],
@@ -149,13 +149,13 @@ def _run(config: TrainedProbeConfig, kind: Kind, world: World) -> None:
         "precision": config.precision,
         "data": data_identity(data),
     }
-    results = ResultFolder(config.output_dir, question)
+    results = ResultFolder(config.output_dir, settings)
     if rank() == 0:
         results.start()
     wait_for_all()
     source, facts = _make_source(config, task, fast, backbones, device, results)
     widths = (backbones.info.width, _cls_width(backbones, device))
-    setup = _Setup(config, task, rows, optimization, source, widths, device, results, question)
+    setup = _Setup(config, task, rows, optimization, source, widths, device, results, settings)
     for position, seed in enumerate(config.seeds):
         if results.read_seed(seed) is None or (position == 0 and not results.panels.are_whole()):
             _run_seed(setup, seed, with_panels=position == 0)
@@ -184,7 +184,7 @@ def _make_source(
     backbones: FrozenBackbones,
     device: torch.device,
     results: ResultFolder,
-) -> tuple[Source, dict[str, Any]]:
+) -> tuple[FeatureSource, dict[str, Any]]:
     """Makes the source of features; for the fast protocol, computes them first."""
     if fast is None:
         fill = torch.tensor(backbones.info.mean, device=device).view(1, 3, 1, 1)
@@ -202,20 +202,20 @@ def _make_source(
 def _run_seed(setup: _Setup, seed: int, with_panels: bool) -> None:
     """Trains and scores one seed's heads."""
     task, optimization, results = setup.task, setup.optimization, setup.results
-    bank = HeadBank(task, setup.rows, optimization, setup.widths, seed, setup.device)
+    trainer = HeadTrainer(task, setup.rows, optimization, setup.widths, seed, setup.device)
     fingerprint = f"{results.fingerprint}-{seed}"
-    first = bank.load(results.checkpoint(seed), fingerprint, setup.device)
+    first = trainer.load(results.checkpoint(seed), fingerprint, setup.device)
     log = None
     if rank() == 0:
         folder = results.folder / "curves" / f"seed_{seed}"
-        log = CurveLog(folder, setup.config.vis, "fit3d-probe", {**setup.question, "seed": seed}, first)
-    seconds, trained = _train(setup, bank, seed, first, fingerprint, log)
+        log = CurveLog(folder, setup.config.vis, "fit3d-probe", {**setup.settings, "seed": seed}, first)
+    seconds, trained = _train(setup, trainer, seed, first, fingerprint, log)
     if log is not None:
         log.close()
     validation: dict[str, dict[str, Any]] = {}
     if task.data.validation is not None:
-        validation, _ = evaluate(task, setup.source, "validation", bank.heads)
-    chosen = _choose(task, setup.rows, bank, validation)
+        validation, _ = evaluate(task, setup.source, "validation", trainer.heads)
+    chosen = _choose(task, setup.rows, trainer, validation)
     places = task.panel_places() if with_panels else []
     start = time.monotonic()
     scores, panels = evaluate(task, setup.source, "test", list(chosen.values()), places)
@@ -233,7 +233,7 @@ def _run_seed(setup: _Setup, seed: int, with_panels: bool) -> None:
                 "learning_rate": head.learning_rate,
                 "validation": {
                     f"{other.learning_rate:g}": validation[other.key][task.headline]
-                    for other in bank.heads
+                    for other in trainer.heads
                     if other.row.name == name and other.key in validation
                 },
             }
@@ -248,7 +248,7 @@ def _run_seed(setup: _Setup, seed: int, with_panels: bool) -> None:
 
 
 def _train(
-    setup: _Setup, bank: HeadBank, seed: int, first: int, fingerprint: str, log: CurveLog | None
+    setup: _Setup, trainer: HeadTrainer, seed: int, first: int, fingerprint: str, log: CurveLog | None
 ) -> tuple[float, int]:
     """Trains heads from a step on; returns the seconds it took and the photos seen."""
     optimization, total = setup.optimization, setup.optimization.iterations
@@ -256,28 +256,28 @@ def _train(
     start = time.monotonic()
     with progress(f"training (seed {seed})", total, first) as advance:
         for step, (features, loss) in enumerate(batches, start=first):
-            losses = bank.step(step, features, loss)
+            losses = trainer.step(step, features, loss)
             last = step + 1 == total
             remark = ""
             if (step + 1) % _LOG_EVERY == 0 or last:
-                by_head = mean_losses(bank, losses)
+                by_head = mean_losses(trainer, losses)
                 if log is not None:
                     log.write(step + 1, {f"loss/{name}": value for name, value in by_head.items()})
                 remark = f"loss {next(iter(by_head.values())):.3f}"
             if (step + 1) % setup.config.checkpoint_every == 0 or last:
-                bank.save(setup.results.checkpoint(seed), step + 1, fingerprint)
+                trainer.save(setup.results.checkpoint(seed), step + 1, fingerprint)
             advance(1, remark)
     return time.monotonic() - start, (total - first) * optimization.batch_size
 
 
 def _choose(
-    task: Task, rows: tuple[Row, ...], bank: HeadBank, validation: dict[str, dict[str, Any]]
+    task: Task, rows: tuple[Row, ...], trainer: HeadTrainer, validation: dict[str, dict[str, Any]]
 ) -> dict[str, Head]:
     """Returns each row's head: the only one, or the best on the validation split."""
     chosen: dict[str, Head] = {}
     for row in rows:
         best: Head | None = None
-        for head in bank.heads:
+        for head in trainer.heads:
             if head.row != row:
                 continue
             if best is None or task.is_better(validation[head.key][task.headline], validation[best.key][task.headline]):

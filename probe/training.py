@@ -77,7 +77,7 @@ class Head:
         return f"{self.row.name}@{self.learning_rate:g}"
 
 
-class HeadBank:
+class HeadTrainer:
     """One head for each row and learning rate."""
 
     def __init__(
@@ -194,11 +194,11 @@ def _check_finite(value: Any) -> None:
         _check_finite(item)
 
 
-def mean_losses(bank: HeadBank, losses: list[Tensor]) -> dict[str, float]:
+def mean_losses(trainer: HeadTrainer, losses: list[Tensor]) -> dict[str, float]:
     """Returns the losses by head, averaged over processes; waits for the device."""
     values = torch.stack(losses).tolist()
     everywhere = gather_objects(values)
-    return {head.key: sum(one[k] for one in everywhere) / len(everywhere) for k, head in enumerate(bank.heads)}
+    return {head.key: sum(one[k] for one in everywhere) / len(everywhere) for k, head in enumerate(trainer.heads)}
 
 
 def _stable_seed(seed: int, width: int, fuse: bool) -> int:

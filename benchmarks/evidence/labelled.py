@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fit3d_ns.backbones import Backbone
 from fit3d_ns.data.photos.picture_files import open_depth, open_labels
-from fit3d_ns.features.correspondences import View
+from fit3d_ns.features.correspondences import SurfaceView
 from fit3d_ns.features.metrics import MatchedViews
 from probe.data.base import IGNORE, Sample, read_image
 from probe.data.own import read_posed_scene
@@ -222,7 +222,7 @@ class LastFrames:
         for photo in photos:
             seen = photo.view
             moved = (seen.viewmat.to(device), seen.K.to(device), seen.width, seen.height, seen.depth.to(device))
-            views.append(View(*moved))
+            views.append(SurfaceView(*moved))
             image = torch.from_numpy(photo.image.copy()).permute(2, 0, 1)[None].float()  # [1, 3, H, W]
             size = [side // 14 * 14 for side in image.shape[-2:]]
             images.append(F.interpolate(image, size, mode="bilinear", antialias=True).round().to(torch.uint8))

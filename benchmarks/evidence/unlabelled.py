@@ -7,7 +7,7 @@ import torch
 
 from distill.evaluation import HeldOutViews
 from distill.photo_store import PhotoStore
-from distill.scenes import SceneBank, open_scenes
+from distill.scenes import SceneCache, open_scenes
 from distill.targets import LiftedTargets
 from fit3d_ns.backbones import Backbone
 from fit3d_ns.support.processes import World
@@ -28,7 +28,7 @@ class HeldOutScenes:
         self, bundles: Sequence[Path], original: Backbone, device: torch.device, num_views: int, cache_dir: Path
     ) -> None:
         scenes = open_scenes(list(bundles), None)
-        lifted = LiftedTargets(scenes, SceneBank(scenes, World(0, 1, device), "device"), device, "weight", 0.5)
+        lifted = LiftedTargets(scenes, SceneCache(scenes, World(0, 1, device), "device"), device, "weight", 0.5)
         photos = PhotoStore(scenes, original.info.patch_size, device, cache_dir)
         photos.fill(show=False)
         self._views = [

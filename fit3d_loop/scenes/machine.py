@@ -26,7 +26,7 @@ _SAMPLED_SCENES = 32
 
 
 @dataclass(frozen=True)
-class Photos:
+class PhotoCounts:
     """How many photos the scenes have, about, and how large they are."""
 
     counts: tuple[int, ...]
@@ -63,7 +63,7 @@ class Packing:
         return min(1.0, self.gpus / self.at_once) if self.gpus else 0.0
 
 
-def look_at_photos(scenes: Sequence[SceneSource]) -> Photos:
+def look_at_photos(scenes: Sequence[SceneSource]) -> PhotoCounts:
     """Counts the photos of all scenes and looks at the size of some.
 
     Args:
@@ -79,7 +79,7 @@ def look_at_photos(scenes: Sequence[SceneSource]) -> Photos:
                     megapixels.append(photo.width * photo.height / 1e6)
             except (OSError, ValueError):
                 continue  # said when the scene is opened
-    return Photos(tuple(counts), max(megapixels, default=_DEFAULT_MEGAPIXELS))
+    return PhotoCounts(tuple(counts), max(megapixels, default=_DEFAULT_MEGAPIXELS))
 
 
 def num_cores() -> int:
@@ -99,7 +99,7 @@ def default_threads(num_scenes: int, cuda: bool) -> int:
     return max(1, min(num_cores() // max(num_scenes, 1), _MOST_CPU_THREADS))
 
 
-def choose_packing(photos: Photos, threads: int, at_once: int | None) -> Packing:
+def choose_packing(photos: PhotoCounts, threads: int, at_once: int | None) -> Packing:
     """Chooses how many scenes are worked on at once.
 
     Args:

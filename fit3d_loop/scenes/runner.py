@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from fit3d_loop.commands.steps import ThisMachine
 from fit3d_loop.commands.worker import end_all
 from fit3d_loop.config import LoopConfig
-from fit3d_loop.scenes.machine import Packing, Photos, choose_packing
+from fit3d_loop.scenes.machine import Packing, PhotoCounts, choose_packing
 from fit3d_loop.scenes.stages import Job, Result, record_failure, work_on_scene
 from fit3d_ns.support.errors import UserError, first_line
 
@@ -67,7 +67,7 @@ class Engine(Protocol):
 
 
 @contextmanager
-def open_engine(config: LoopConfig, photos: Photos, threads: int) -> Iterator[Engine]:
+def open_engine(config: LoopConfig, photos: PhotoCounts, threads: int) -> Iterator[Engine]:
     """Opens what runs scenes.
 
     Args:
@@ -159,7 +159,7 @@ def _gpu_of(slot: int, gpus: int) -> str | None:
 
 
 @contextmanager
-def _ray(config: LoopConfig, photos: Photos, threads: int) -> Iterator["_Ray"]:
+def _ray(config: LoopConfig, photos: PhotoCounts, threads: int) -> Iterator["_Ray"]:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     # A scene on a CPU keeps the GPU's variable as it is.
     os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"

@@ -108,7 +108,11 @@ def build_model(architecture: NamedBackbone, device: str | torch.device) -> nn.M
 
 @lru_cache(maxsize=16)
 def skeleton(architecture: NamedBackbone) -> nn.Module:
-    """Returns the timm model on the meta device: shapes and names of everything, memory for nothing."""
+    """Returns the timm model on the meta device: shapes and names of everything, memory for nothing.
+
+    Args:
+        architecture: Named, or made of any timm id by `resolve_architecture`.
+    """
     try:
         return build_model(architecture, "meta")
     except (NotImplementedError, RuntimeError) as error:
@@ -150,7 +154,11 @@ def check_memory(architecture: NamedBackbone, device: str | torch.device) -> Non
 
 
 def weights_bytes(architecture: NamedBackbone) -> int:
-    """Returns the bytes of a backbone's weights in fp32."""
+    """Returns the bytes of a backbone's weights in fp32.
+
+    Args:
+        architecture: Named, or made of any timm id by `resolve_architecture`.
+    """
     return 4 * sum(parameter.numel() for parameter in skeleton(architecture).parameters())
 
 

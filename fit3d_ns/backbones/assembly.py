@@ -13,17 +13,30 @@ learned 2C -> C layer that makes it an assembly of its own is trained with whate
 
 
 def needs_tuned(assembly: Assembly) -> bool:
-    """Returns whether an assembly takes the fine-tuned backbone's features."""
+    """Returns whether an assembly takes the fine-tuned backbone's features.
+
+    Args:
+        assembly: One of `ASSEMBLIES`.
+    """
     return assembly not in ("original", "duplicate")
 
 
 def needs_original(assembly: Assembly) -> bool:
-    """Returns whether an assembly takes the original backbone's features."""
+    """Returns whether an assembly takes the original backbone's features.
+
+    Args:
+        assembly: One of `ASSEMBLIES`.
+    """
     return assembly != "tuned"
 
 
 def assembled_width(assembly: Assembly, width: int) -> int:
-    """Returns the channels of assembled patch tokens, given the width C of one backbone."""
+    """Returns the channels of assembled patch tokens, given the width C of one backbone.
+
+    Args:
+        assembly: One of `ASSEMBLIES`.
+        width: Channels C of one backbone.
+    """
     return 2 * width if assembly in ("duplicate", "linear", "concat") else width
 
 

@@ -33,10 +33,18 @@ class Backbone(nn.Module):
             last, later blocks exist but are not run.
         info: Width, patch size, layer taken and the like.
         identity: JSON-able description of everything that decides the features, as loaded.
+
+    Args:
+        model: A timm vision transformer without a classifier.
+        info: What `describe_backbone` says of it.
+        norm: Whether tokens pass the model's final norm.
+        identity: See `fit3d_ns.backbones.identity.make_identity`.
     """
 
     mean: Tensor
+    """[1, 3, 1, 1], of the images in [0, 1] that the backbone was trained on."""
     std: Tensor
+    """[1, 3, 1, 1], likewise."""
 
     def __init__(self, model: nn.Module, info: BackboneInfo, norm: bool, identity: dict[str, Any]) -> None:
         super().__init__()

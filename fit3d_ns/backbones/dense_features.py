@@ -57,7 +57,10 @@ class DenseFeatures(nn.Module):
         self.train(first.training)
 
     def forward(self, images: Float[Tensor, "B 3 H W"] | UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B C h w"]:
-        """Computes the dense map; arguments and errors as `features`.
+        """Computes the dense map; errors as `features`.
+
+        Args:
+            images: RGB of any size, float in [0, 1] or uint8.
 
         Returns:
             ``[B, width, h, w]``.

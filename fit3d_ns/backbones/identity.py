@@ -69,7 +69,16 @@ def backbone_identity(spec: BackboneSpec) -> dict[str, Any]:
 
 
 def make_identity(spec: BackboneSpec, info: BackboneInfo, weights_sha256: str) -> dict[str, Any]:
-    """Assembles the identity of a backbone whose weights hash is known."""
+    """Assembles the identity of a backbone whose weights hash is known.
+
+    Args:
+        spec: The user's choices.
+        info: What `describe_backbone` says of them.
+        weights_sha256: Of `hash_state_dict`, hexadecimal.
+
+    Returns:
+        JSON-able; equal identities give equal features.
+    """
     return {
         "schema": IDENTITY_SCHEMA,
         "norm": spec.norm,
@@ -135,7 +144,15 @@ def spec_of_identity(identity: Mapping[str, Any], weights: Path | None = None) -
 
 
 def load_weights(spec: BackboneSpec, path: Path) -> dict[str, Tensor]:
-    """Reads a weight file into the layout of the backbone's timm model; raises as `to_timm_layout`."""
+    """Reads a weight file into the layout of the backbone's timm model; errors as `to_timm_layout`.
+
+    Args:
+        spec: Names the architecture.
+        path: A weight file, or a folder of shards.
+
+    Returns:
+        Weights by timm's keys.
+    """
     architecture = resolve_architecture(spec.name)
     return to_timm_layout(read_state_dict(path), skeleton(architecture), path, architecture.name)
 

@@ -95,7 +95,11 @@ NAMED_BACKBONES: dict[str, NamedBackbone] = {
 
 
 def find_named(name: str) -> NamedBackbone | None:
-    """Returns the named backbone that ``name`` means: by short name, torch.hub's name or full timm id; else None."""
+    """Returns the named backbone that ``name`` means: by short name, torch.hub's name or full timm id; else None.
+
+    Args:
+        name: What a user types.
+    """
     name = ALIASES.get(name, name)
     if name in NAMED_BACKBONES:
         return NAMED_BACKBONES[name]

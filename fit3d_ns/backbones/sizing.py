@@ -54,7 +54,14 @@ def input_size(height: int, width: int, patch_size: int, max_size: int | None = 
 
 
 def patch_grid(height: int, width: int, patch_size: int, max_size: int | None = DEFAULT_MAX_SIZE) -> tuple[int, int]:
-    """Returns the patch grid (h, w) of an image that is fed at its `input_size`; arguments and errors likewise."""
+    """Returns the patch grid (h, w) of an image that is fed at its `input_size`; errors likewise.
+
+    Args:
+        height: Of the image, pixels.
+        width: Of the image, pixels.
+        patch_size: Side of a patch, pixels.
+        max_size: Limit of the longer side, pixels; None for no limit.
+    """
     input_height, input_width = input_size(height, width, patch_size, max_size)
     return input_height // patch_size, input_width // patch_size
 

@@ -186,7 +186,11 @@ class FeatureCache:
         return keys
 
     def has(self, key: str) -> bool:
-        """Returns whether the map of this key lies on disk, undamaged; its data are read once."""
+        """Returns whether the map of this key lies on disk, undamaged; its data are read once.
+
+        Args:
+            key: Of `image_key`.
+        """
         return self._find(key) is not None
 
     def load(self, key: str) -> Float16[Tensor, "C h w"]:

@@ -36,7 +36,11 @@ class Listing:
 
 
 def is_photo(path: Path) -> bool:
-    """Returns whether a name is that of a photo: a suffix of `PHOTO_SUFFIXES`, and no leftover."""
+    """Returns whether a name is that of a photo: a suffix of `PHOTO_SUFFIXES`, and no leftover.
+
+    Args:
+        path: A file's name is enough; nothing is opened.
+    """
     return path.suffix.lower() in PHOTO_SUFFIXES and not is_leftover(path)
 
 
@@ -57,7 +61,7 @@ def list_photos(folder: Path) -> Listing:
     """Lists the photos of a folder, not of folders below it.
 
     Args:
-        folder: The folder.
+        folder: That a user or a scene names.
 
     Returns:
         The photos, and what was left out.

@@ -46,14 +46,14 @@ class Poses:
         return middle if float(np.linalg.norm(middle)) > far * extent else np.zeros(3)
 
 
-def check_poses(matrices: Sequence[Any], names: Sequence[str], source: str, spread: bool = True) -> Poses:
+def check_poses(matrices: Sequence[Any], names: Sequence[str], source: str, distinct: bool = True) -> Poses:
     """Reads poses and judges them together.
 
     Args:
         matrices: Camera to world of each view as a file gives it, [3, 4] or [4, 4], nested lists or arrays.
         names: What the views are called in sentences, as many.
         source: File or scene they come from, for sentences.
-        spread: Whether the positions have to differ, as those of photos; a camera path may turn on the spot.
+        distinct: Whether the positions have to differ, as those of photos; a camera path may turn on the spot.
 
     Returns:
         The poses as 4x4 matrices; a scale that all rotations have in common is divided out.
@@ -76,7 +76,7 @@ def check_poses(matrices: Sequence[Any], names: Sequence[str], source: str, spre
     if abs(common - 1.0) > _TOLERANCE:
         poses[:, :3, :3] /= scales[:, None, None]
         remarks.append(f"The rotations in {source} are scaled by {common:.4g}, which is divided out.")
-    if spread:
+    if distinct:
         _check_positions(poses[:, :3, 3], names, source)
     return Poses(poses, tuple(remarks))
 

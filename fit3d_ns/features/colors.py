@@ -43,6 +43,9 @@ class SceneColors:
             features: [N, D] of all Gaussians, in the order of the checkpoint.
             opacities: [N] how much each counts, in [0, 1]. Gaussians without a feature (all zero) do not count.
             decoder: [C, D, 3, 3] kernel of the scene's decoder.
+
+        Returns:
+            Colours that are the same in every view.
         """
         count = len(features)
         rows = torch.linspace(0, max(count - 1, 0), min(count, _SAMPLED_GAUSSIANS), device=features.device).long()
@@ -58,6 +61,9 @@ class SceneColors:
         Args:
             colors: For features of the backbone's width.
             decoder: [C, D, 3, 3] kernel of the scene's decoder.
+
+        Returns:
+            The same colours, for features before the decoder.
         """
         decoder = decoder.detach().float()
         span = colors.high - colors.low
@@ -97,7 +103,11 @@ class SceneColors:
         return _shade(colors, covered)
 
     def to(self, device: torch.device | str) -> "SceneColors":
-        """Returns the same colours with their tensors on ``device``."""
+        """Returns the same colours with their tensors on ``device``.
+
+        Args:
+            device: A CPU or CUDA device.
+        """
         return SceneColors(self.kernel.to(device), self.bias.to(device), self.basis.to(device))
 
 

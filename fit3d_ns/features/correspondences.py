@@ -19,7 +19,7 @@ only the surface at patch centres is asked for."""
 
 
 @dataclass(frozen=True)
-class View:
+class SurfaceView:
     """A pinhole camera without distortion and the surface it sees.
 
     Attributes:
@@ -50,7 +50,7 @@ class View:
                 f"accumulation {list(self.accumulation.shape)} and depth {list(self.depth.shape)} differ in size"
             )
 
-    def thinned(self, longest: int) -> "View":
+    def thinned(self, longest: int) -> "SurfaceView":
         """Returns the view with its surface at fewer pixels, evenly spaced ones, if it has more.
 
         Args:
@@ -85,8 +85,8 @@ class Correspondences:
 
 
 def correspondences(
-    view_a: View,
-    view_b: View,
+    view_a: SurfaceView,
+    view_b: SurfaceView,
     grid_a: tuple[int, int],
     grid_b: tuple[int, int],
     *,
@@ -129,7 +129,7 @@ class ViewStack:
         views: V views, whose depth maps may differ in size; the first one's device is that of the stack.
     """
 
-    def __init__(self, views: Sequence[View]) -> None:
+    def __init__(self, views: Sequence[SurfaceView]) -> None:
         device = views[0].depth.device
         kind = {"dtype": torch.float64, "device": device}
         self._K = torch.stack([view.K.to(**kind) for view in views])

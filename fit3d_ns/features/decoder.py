@@ -34,7 +34,14 @@ class FeatureDecoder(nn.Module):
         return self.weight.shape[0]
 
     def forward(self, low: Float[Tensor, "*B D H W"]) -> Float[Tensor, "*B C H W"]:
-        """Decodes every pixel of a rendered map."""
+        """Decodes every pixel of a rendered map.
+
+        Args:
+            low: Rendered features [.., D, H, W].
+
+        Returns:
+            [.., C, H, W], float32.
+        """
         return torch.nn.functional.conv2d(low, self.weight, padding=1)
 
 

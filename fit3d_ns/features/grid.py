@@ -97,6 +97,12 @@ class FeatureGrid:
     def from_dict(cls, values: dict[str, Any]) -> "FeatureGrid":
         """Reads a rule written by ``to_dict``.
 
+        Args:
+            values: Its fields by name.
+
+        Returns:
+            The rule, its ranges checked.
+
         Raises:
             UserError: If a field is missing or unknown (a file of another version).
         """
@@ -122,6 +128,9 @@ def sampling_offset(step: int) -> tuple[float, float]:
     are the R2 sequence of the plastic number, which is to two dimensions what the golden ratio is to one: evenly
     spread, and a pure function of the step, so training draws no random number for it and a resumed run sees the same
     points.
+
+    Args:
+        step: Of the training, from 0.
     """
     plastic = 1.32471795724474602596  # the real root of x^3 = x + 1
     return (0.5 + step / plastic) % 1.0 - 0.5, (0.5 + step / plastic**2) % 1.0 - 0.5

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fit3d_ns.features.correspondences import Correspondences, View, ViewStack, correspondences
+from fit3d_ns.features.correspondences import Correspondences, SurfaceView, ViewStack, correspondences
 from fit3d_ns.support.samples import evenly_spaced
 
 MATCH_RADIUS = 1.5
@@ -101,7 +101,7 @@ def match_rate(
 
 
 def choose_pairs(
-    views: Sequence[View],
+    views: Sequence[SurfaceView],
     grids: Sequence[tuple[int, int]],
     *,
     min_overlap: float = 0.4,
@@ -163,7 +163,7 @@ class MatchedViews:
 
     def __init__(
         self,
-        views: Sequence[View],
+        views: Sequence[SurfaceView],
         grids: Sequence[tuple[int, int]],
         pairs: Sequence[tuple[int, int]] | None = None,
     ) -> None:
@@ -221,7 +221,7 @@ def _unit_features(feature_map: Float[Tensor, "C h w"]) -> Float[Tensor, "hw C"]
 
 
 def _overlaps(
-    views: Sequence[View], grids: Sequence[tuple[tuple[int, int], tuple[int, int]]]
+    views: Sequence[SurfaceView], grids: Sequence[tuple[tuple[int, int], tuple[int, int]]]
 ) -> tuple[list[list[float]], list[list[float]]]:
     """Compares all views with all others.
 

@@ -47,12 +47,20 @@ class PCABasis:
         return min(1.0, float(self.explained_variance.double().sum()) / self.total_variance)
 
     def project(self, x: Float[Tensor, "*shape C"]) -> Float[Tensor, "*shape dim"]:
-        """Returns the coordinates of ``x`` in this basis, in float32 (float64 for a float64 input)."""
+        """Returns the coordinates of ``x`` in this basis, in float32 (float64 for a float64 input).
+
+        Args:
+            x: Features, channels last.
+        """
         dtype = torch.promote_types(x.dtype, torch.float32)
         return (x.to(dtype) - self.mean.to(dtype)) @ self.components.to(dtype).T
 
     def to(self, device: torch.device | str) -> "PCABasis":
-        """Returns the same basis with its tensors on ``device``."""
+        """Returns the same basis with its tensors on ``device``.
+
+        Args:
+            device: A CPU or CUDA device.
+        """
         return PCABasis(
             self.mean.to(device), self.components.to(device), self.explained_variance.to(device), self.total_variance
         )
@@ -197,6 +205,9 @@ class ColorBasis:
         A feature that is exactly zero (nothing was rendered there, or nothing is trained yet) and one that holds NaN
         or infinity are mid-grey.
 
+        Args:
+            features: Channels last, of the basis's width.
+
         Returns:
             float32 in [0, 1], finite always.
         """
@@ -208,7 +219,11 @@ class ColorBasis:
         return torch.where(known, colors, 0.5).nan_to_num(0.5).clamp(0, 1)
 
     def to(self, device: torch.device | str) -> "ColorBasis":
-        """Returns the same colours with their tensors on ``device``."""
+        """Returns the same colours with their tensors on ``device``.
+
+        Args:
+            device: A CPU or CUDA device.
+        """
         return ColorBasis(self.basis.to(device), self.low.to(device), self.high.to(device))
 
 

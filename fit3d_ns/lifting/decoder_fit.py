@@ -43,6 +43,9 @@ def fit_decoder(
         ridge: Pull towards ``start``, as a share of the mean squared input. Neighbouring taps see almost the same
             pixels, and what they tell apart is partly the view, not the scene.
         advance: Called with the number of views done.
+
+    Returns:
+        [C, D, 3, 3], the kernel that fits best.
     """
     width, dim = start.shape[:2]
     gram = torch.zeros(9 * dim, 9 * dim, dtype=torch.float64, device=values.device)

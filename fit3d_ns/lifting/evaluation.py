@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from fit3d_ns.features.correspondences import View
+from fit3d_ns.features.correspondences import SurfaceView
 from fit3d_ns.features.decoder import FeatureDecoder
 from fit3d_ns.features.metrics import MATCH_VIEWS, MatchedViews, feature_cosine, feature_l1
 from fit3d_ns.lifting.operator import FeatureOperator
@@ -28,7 +28,7 @@ class EvaluationView:
     """
 
     view: LiftView
-    surface: Callable[[], View]
+    surface: Callable[[], SurfaceView]
     photo: Callable[[], UInt8[Tensor, "H W 3"]]
 
 
@@ -55,6 +55,9 @@ def choose_matched(held_out: Sequence[EvaluationView], training: Sequence[Evalua
     Args:
         held_out: Views that no feature was lifted from.
         training: Views that features were lifted from.
+
+    Returns:
+        The chosen views and what they see of each other; without points where no split's views share surface.
     """
     splits: tuple[tuple[Literal["held-out", "training"], Sequence[EvaluationView]], ...]
     splits = (("held-out", held_out), ("training", training))
@@ -81,14 +84,24 @@ class LiftEvaluation:
         self._matched = matched
 
     def fidelity(self, values: Float[Tensor, "N D"], decoder: FeatureDecoder) -> dict[str, float]:
-        """Returns ``feature_cosine`` and ``feature_l1`` to the teacher, averaged over the held-out views."""
+        """Returns ``feature_cosine`` and ``feature_l1`` to the teacher, averaged over the held-out views.
+
+        Args:
+            values: [N, D] features of all Gaussians.
+            decoder: From D to the teacher's C channels.
+        """
         scores = _Fidelity()
         for item in self._held_out:
             scores.add(self._operator.decode(item.view.camera, values, decoder), item.view)
         return scores.mean()
 
     def consistency(self, values: Float[Tensor, "N D"], decoder: FeatureDecoder) -> float | None:
-        """Returns ``view_match`` of the decoded maps, in [0, 1]; None where no two views share enough surface."""
+        """Returns ``view_match`` of the decoded maps, in [0, 1]; None where no two views share enough surface.
+
+        Args:
+            values: [N, D] features of all Gaussians.
+            decoder: From D to the teacher's C channels.
+        """
         return self._matched.points.match(
             [self._operator.decode(item.view.camera, values, decoder) for item in self._matched.views]
         )
@@ -98,7 +111,12 @@ class LiftEvaluation:
         return self._matched.points.match([item.view.load().float() for item in self._matched.views])
 
     def measure(self, values: Float[Tensor, "N D"], decoder: FeatureDecoder) -> dict[str, float]:
-        """Returns fidelity and consistency under the names that ``ns-eval`` uses."""
+        """Returns fidelity and consistency under the names that ``ns-eval`` uses.
+
+        Args:
+            values: [N, D] features of all Gaussians.
+            decoder: From D to the teacher's C channels.
+        """
         measured = self.fidelity(values, decoder)
         match = self.consistency(values, decoder)
         if match is not None:

@@ -17,8 +17,7 @@ from fit3d_ns.lifting.decoder_fit import centre_tap, fit_decoder
 from fit3d_ns.lifting.evaluation import EvaluationView, LiftEvaluation, MatchedSplit, choose_matched
 from fit3d_ns.lifting.operator import FeatureOperator
 from fit3d_ns.lifting.settings import LiftSettings
-from fit3d_ns.lifting.solver import SEEN, Advance, LiftSolver, LiftView
-from fit3d_ns.lifting.unseen import fill_unseen
+from fit3d_ns.lifting.solver import SEEN, Advance, LiftSolver, LiftView, fill_unseen
 from fit3d_ns.support.errors import UserError
 
 PATIENCE = 2
@@ -88,7 +87,11 @@ class Lift:
         return int((self.coverage <= SEEN).sum())
 
     def summary(self, settings: LiftSettings) -> dict[str, Any]:
-        """Returns what is worth writing beside the features, as plain JSON values."""
+        """Returns what is worth writing beside the features, as plain JSON values.
+
+        Args:
+            settings: With which was lifted.
+        """
         return {
             "settings": asdict(settings),
             "refinements": self.refinements,
@@ -104,7 +107,11 @@ class Lift:
 
 
 def passes(settings: LiftSettings) -> int:
-    """Returns how often all training views are gone through at most: basis, aggregation, steps, decoder."""
+    """Returns how often all training views are gone through at most: basis, aggregation, steps, decoder.
+
+    Args:
+        settings: The user's choices.
+    """
     return 2 + settings.robust + settings.most_steps + (settings.decoder == "fit")
 
 
@@ -125,6 +132,9 @@ def lift_features(
         dim: Channels D on every Gaussian, at most C.
         settings: The user's choices.
         advance: Called with the number of views done, ``passes(settings)`` times the number of views in all at most.
+
+    Returns:
+        Features, decoder, and how well they fit.
 
     Raises:
         UserError: If a setting is out of range, a selection is asked for without held-out views, or no Gaussian is
@@ -258,7 +268,12 @@ def teacher_basis(
 
 
 def project(views: Sequence[LiftView], basis: PCABasis) -> list[LiftView]:
-    """Returns the views with their maps in the coordinates of a basis, computed whenever a map is read."""
+    """Returns the views with their maps in the coordinates of a basis, computed whenever a map is read.
+
+    Args:
+        views: With maps of C channels.
+        basis: From C to D channels.
+    """
 
     def projected(view: LiftView) -> Callable[[], Float[Tensor, "D h w"]]:
         return lambda: torch.einsum("dc,chw->dhw", basis.components, view.load().to(basis.components))

@@ -16,12 +16,19 @@ def rendering_budget(device: torch.device) -> int:
     """Returns the bytes that one call's renders, their gradients and copies of the values may take.
 
     At most 8 GiB and half of what is free on CUDA; 2 GiB on the CPU, where many views at once gain nothing.
+
+    Args:
+        device: On which is rendered.
     """
     return _share(device, _RENDERING, 2)
 
 
 def maps_budget(device: torch.device) -> int:
-    """Returns the bytes of teacher maps that stay on a device: at most 2 GiB and a quarter of what is free on CUDA."""
+    """Returns the bytes of teacher maps that stay on a device: at most 2 GiB and a quarter of what is free on CUDA.
+
+    Args:
+        device: On which maps are used.
+    """
     return _share(device, _MAPS, 4)
 
 
@@ -52,7 +59,11 @@ class ResidentMaps:
         self._maps: dict[str, Tensor] = {}
 
     def load(self, key: str) -> Float[Tensor, "C h w"]:
-        """Returns the map of a key, in the precision in which it is stored."""
+        """Returns the map of a key, in the precision in which it is stored.
+
+        Args:
+            key: Of `fit3d_ns.data.feature_cache.image_key`.
+        """
         if key in self._maps:
             return self._maps[key]
         teacher = self._read(key).to(self._device)

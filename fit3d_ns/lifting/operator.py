@@ -50,7 +50,9 @@ class Linearization(NamedTuple):
     """``A x`` for some views, and ``A^T`` of the same views."""
 
     maps: Float[Tensor, "B X Sh Sw"]
+    """[B, X, Sh, Sw], ``A x``, detached."""
     adjoint: Callable[[Float[Tensor, "B X Sh Sw"]], Float[Tensor, "N X"]]
+    """Takes maps [B, X, Sh, Sw] to ``A^T`` of them, [N, X]; may be called once."""
 
 
 class FeatureOperator:
@@ -89,14 +91,28 @@ class FeatureOperator:
         steps = [(index + 0.5) / self.samples - 0.5 for index in range(self.samples)]
         return [(y, x) for y in steps for x in steps]
 
-    def spread(self, teacher: Float[Tensor, "B X h w"]) -> Float[Tensor, "B X Sh Sw"]:
-        """Brings teacher maps to the operator's points, as bilinear resizing to the image would."""
+    def upsample(self, teacher: Float[Tensor, "B X h w"]) -> Float[Tensor, "B X Sh Sw"]:
+        """Brings teacher maps to the operator's points, as bilinear resizing to the image would.
+
+        Args:
+            teacher: [B, X, h, w] maps on the patch grid.
+
+        Returns:
+            [B, X, Sh, Sw], ``samples`` points a side of a patch.
+        """
         if self.samples == 1:
             return teacher
         return F.interpolate(teacher, scale_factor=self.samples, mode="bilinear", align_corners=False)
 
-    def spread_weights(self, weights: Float[Tensor, "B 1 h w"]) -> Float[Tensor, "B 1 Sh Sw"]:
-        """Shares the weight of each patch among its points."""
+    def upsample_weights(self, weights: Float[Tensor, "B 1 h w"]) -> Float[Tensor, "B 1 Sh Sw"]:
+        """Shares the weight of each patch among its points.
+
+        Args:
+            weights: [B, 1, h, w] on the patch grid, in [0, 1].
+
+        Returns:
+            [B, 1, Sh, Sw]; those of a patch sum to its weight.
+        """
         if self.samples == 1:
             return weights
         return F.interpolate(weights, scale_factor=self.samples, mode="nearest") / self.samples**2
@@ -122,11 +138,21 @@ class FeatureOperator:
 
     @torch.no_grad()
     def render(self, cameras: Sequence[PatchCamera], values: Float[Tensor, "N X"]) -> Float[Tensor, "B X Sh Sw"]:
-        """Returns ``A x``."""
+        """Returns ``A x``.
+
+        Args:
+            cameras: B views of equal image size and grid.
+            values: [N, X], one row per Gaussian.
+        """
         return self._sample(self.low_maps(cameras, values), cameras[0].grid)
 
     def adjoint(self, cameras: Sequence[PatchCamera], maps: Float[Tensor, "B X Sh Sw"]) -> Float[Tensor, "N X"]:
-        """Returns ``A^T y``, summed over the views."""
+        """Returns ``A^T y``, summed over the views.
+
+        Args:
+            cameras: B views of equal image size and grid.
+            maps: [B, X, Sh, Sw] at the operator's points.
+        """
         zeros = maps.new_zeros(len(self.geometry), maps.shape[1])
         return self.linearize(cameras, zeros).adjoint(maps)
 
@@ -136,6 +162,9 @@ class FeatureOperator:
         Args:
             cameras: B views of equal image size and grid.
             values: [N, X], one row per Gaussian.
+
+        Returns:
+            [B, X, H, W] at the grid's render size.
         """
         if len({(camera.image_size, camera.grid) for camera in cameras}) != 1:
             raise ValueError("views rendered together must share image size and patch grid")

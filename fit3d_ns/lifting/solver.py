@@ -12,6 +12,7 @@ few steps is the regulariser (semi-convergence). All sums stream over views, so 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -19,6 +20,8 @@ from torch import Tensor
 from fit3d_ns.lifting.operator import FeatureOperator, PatchCamera
 from fit3d_ns.support.samples import batches_of_like
 
+NEIGHBOURS = 4
+"""Seen Gaussians whose features are averaged, by one over their distance."""
 SEEN = 1e-4
 """Least total contribution, in patches, of a Gaussian to all training views that counts as seen."""
 ROBUST_FLOOR = 0.1
@@ -93,7 +96,11 @@ class LiftSolver:
         self._zeros = operator.geometry.means.new_zeros(1, 1)
 
     def aggregate(self) -> Aggregate:
-        """Takes the weighted mean over all views (one pass)."""
+        """Takes the weighted mean over all views (one pass).
+
+        Returns:
+            Means, total weights and variances of all Gaussians.
+        """
         # One column more gathers the weights themselves, one the squared length of what is averaged.
         sums = self._no_values(self.channels + 2)  # [N, X + 2]
         for cameras, maps, weights in self._stream():
@@ -113,6 +120,9 @@ class LiftSolver:
         Args:
             values: [N, X] the solution so far.
             coverage: [N] of ``aggregate``.
+
+        Returns:
+            [N, X], the next solution.
         """
         sums = self._no_values(self.channels)  # [N, X]
         for cameras, maps, weights in self._stream():
@@ -155,13 +165,18 @@ class LiftSolver:
     def _stream(self) -> Iterator[tuple[list[PatchCamera], Float[Tensor, "B X Sh Sw"], Float[Tensor, "B 1 Sh Sw"]]]:
         for batch in self._batches:
             maps = torch.stack([view.load() for view in batch]).to(self._zeros)  # [B, X, h, w]
-            weights = self.operator.spread_weights(stack_weights(batch, maps))  # [B, 1, Sh, Sw]
-            yield [view.camera for view in batch], self.operator.spread(maps), weights
+            weights = self.operator.upsample_weights(stack_weights(batch, maps))  # [B, 1, Sh, Sw]
+            yield [view.camera for view in batch], self.operator.upsample(maps), weights
             self._advance(len(batch))
 
 
 def stack_weights(batch: Sequence[LiftView], maps: Float[Tensor, "B X h w"]) -> Float[Tensor, "B 1 h w"]:
-    """Returns the patch weights of a batch, like ``maps`` in type and place; 1 where a view has none."""
+    """Returns the patch weights of a batch, like ``maps`` in type and place; 1 where a view has none.
+
+    Args:
+        batch: B views.
+        maps: [B, X, h, w], theirs.
+    """
     ones = maps.new_ones(maps.shape[2:])
     return torch.stack([ones if view.weights is None else view.weights.to(maps) for view in batch])[:, None]
 
@@ -170,3 +185,30 @@ def _divide(sums: Float[Tensor, "N X"], coverage: Float[Tensor, "N"]) -> Float[T
     """``D^-1`` times sums; 0 for Gaussians that are not seen."""
     seen = coverage > SEEN
     return torch.where(seen[:, None], sums / torch.where(seen, coverage, 1.0)[:, None], 0.0)
+
+
+def fill_unseen(
+    values: Float[Tensor, "N D"], means: Float[Tensor, "N 3"], seen: Bool[Tensor, "N"]
+) -> Float[Tensor, "N D"]:
+    """Gives unseen Gaussians the mean of their nearest seen neighbours.
+
+    Args:
+        values: [N, D] features.
+        means: [N, 3] centres.
+        seen: [N] whether a Gaussian's features come from views.
+
+    Returns:
+        A new tensor; the input itself if all, or none, are seen.
+    """
+    if bool(seen.all()) or not bool(seen.any()):
+        return values
+    from scipy.spatial import KDTree
+
+    positions, known = means.detach().cpu().numpy(), seen.cpu().numpy()
+    distance, index = KDTree(positions[known]).query(positions[~known], k=min(NEIGHBOURS, int(known.sum())), workers=-1)
+    distance, index = (np.asarray(array).reshape(len(positions[~known]), -1) for array in (distance, index))
+    weights = torch.from_numpy(1.0 / np.maximum(distance, 1e-12)).to(values)  # [unseen, NEIGHBOURS]
+    neighbours = values[seen][torch.from_numpy(index).to(values.device)]  # [unseen, NEIGHBOURS, D]
+    filled = values.clone()
+    filled[~seen] = (neighbours * (weights / weights.sum(1, keepdim=True))[..., None]).sum(1)
+    return filled

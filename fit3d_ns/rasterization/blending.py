@@ -21,8 +21,11 @@ class TileLists:
     """
 
     tile_size: int
+    """Side of a tile, pixels."""
     tile_width: int
+    """Tiles in a row."""
     tile_height: int
+    """Rows of tiles."""
     order: np.ndarray
     """Indices of the visible Gaussians by depth, then by index. [M] int64"""
     bounds: np.ndarray

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fit3d_ns.backbones import patch_grid
 from fit3d_ns.backbones.identity import check_identity
-from fit3d_ns.data.photos.described import Photo
+from fit3d_ns.data.photos.bundled import BundledPhoto
 from fit3d_ns.features.grid import FeatureGrid
 from fit3d_ns.features.rendering import Geometry
 from fit3d_ns.support.errors import DamagedFile, UserError
@@ -57,6 +57,12 @@ class SceneTensors:
     def of(cls, tensors: Mapping[str, Tensor]) -> "SceneTensors":
         """Puts together what ``tensors`` took apart.
 
+        Args:
+            tensors: By the names of `Geometry`'s fields, ``features`` and ``decoder``.
+
+        Returns:
+            What ``tensors`` took apart.
+
         Raises:
             KeyError: If a tensor is missing.
         """
@@ -64,7 +70,11 @@ class SceneTensors:
         return cls(geometry, tensors["features"], tensors["decoder"])
 
     def each(self, change: Callable[[Tensor], Tensor]) -> "SceneTensors":
-        """Returns the scene with every tensor changed alike: moved, cloned, put into page-locked memory."""
+        """Returns the scene with every tensor changed alike: moved, cloned, put into page-locked memory.
+
+        Args:
+            change: Of one tensor of any shape.
+        """
         return SceneTensors.of({name: change(tensor) for name, tensor in self.tensors().items()})
 
 
@@ -76,7 +86,7 @@ class BundleView:
     """Short name for humans."""
     split: Literal["train", "eval"]
     """``eval`` views were held out from lifting."""
-    photo: Photo
+    photo: BundledPhoto
     """The photo."""
 
 
@@ -124,12 +134,20 @@ class BundleInfo:
             raise ValueError("views is empty")
 
     def patch_grid(self, view: int) -> tuple[int, int]:
-        """Returns height and width, in patches, of the teacher's map of a view."""
+        """Returns height and width, in patches, of the teacher's map of a view.
+
+        Args:
+            view: Place in ``views``.
+        """
         photo = self.views[view].photo
         return patch_grid(photo.height, photo.width, self.teacher["patch_size"], self.teacher_max_size)
 
     def indices(self, split: Literal["train", "eval"]) -> list[int]:
-        """Returns the positions of a split's views."""
+        """Returns the positions of a split's views.
+
+        Args:
+            split: Of the views.
+        """
         return [index for index, view in enumerate(self.views) if view.split == split]
 
 
@@ -193,22 +211,34 @@ class SceneBundle:
                 raise damaged(self._path, DamagedFile(f"{name} holds values out of range"), _REMEDY)
 
     def read_scene(self) -> SceneTensors:
-        """Reads geometry, features and decoder, memory-mapped: pages are read from disk when touched."""
+        """Reads geometry, features and decoder, memory-mapped: pages are read from disk when touched.
+
+        Returns:
+            Tensors on the CPU.
+        """
         return SceneTensors.of(self._read(values=False).tensors)
 
     def read_cameras(self) -> BundleCameras:
-        """Reads the cameras of all views."""
+        """Reads the cameras of all views.
+
+        Returns:
+            World-to-camera matrices [V, 4, 4] and intrinsics [V, 3, 3], in the order of ``views``.
+        """
         tensors = self._read(values=False).tensors
         return BundleCameras(tensors["viewmats"], tensors["Ks"])
 
     def read_patch_weights(self) -> dict[int, Float[Tensor, "h w"]]:
-        """Reads the share, in [0, 1], that masks leave valid of each patch, for the views that have a mask."""
+        """Reads the share, in [0, 1], that masks leave valid of each patch, for the views that have a mask.
+
+        Returns:
+            Weights [h, w] by the view's place.
+        """
         tensors = self._read(values=False).tensors
         names = [name for name in tensors if name.startswith(_PATCH_WEIGHTS)]
         return {int(name.removeprefix(_PATCH_WEIGHTS)): tensors[name].float() for name in names}
 
     def num_bytes(self) -> int:
-        """Size of the tensors on disk, and in memory."""
+        """Returns the bytes of the tensors, on disk as in memory."""
         return self._path.stat().st_size
 
     @property

@@ -13,7 +13,7 @@ from torch import Tensor
 from fit3d_ns.backbones import backbone_identity
 from fit3d_ns.backbones.students.result_folder import original_of
 from fit3d_ns.compat import nerfstudio_needed
-from fit3d_ns.data.photos.described import DATA_ROOT_FLAG, Photo, hash_file, locate
+from fit3d_ns.data.photos.bundled import DATA_ROOT_FLAG, BundledPhoto, hash_file, locate
 from fit3d_ns.features.grid import FEATURE_GRIDS, FeatureGrid
 from fit3d_ns.features.rendering import Geometry, viewmats_of
 from fit3d_ns.runs.bundle import (
@@ -49,7 +49,7 @@ _METHOD_LINE = re.compile(r"^method_name: ['\"]?([^'\"\s]+)", re.MULTILINE)
 
 
 @dataclass(frozen=True)
-class Run:
+class FinishedRun:
     """A finished run of this project's method."""
 
     config_path: Path
@@ -72,7 +72,9 @@ class Run:
         return "-".join([self.name, *([folder.parents[2].name] if inside else []), folder.name])
 
 
-def choose_runs(paths: list[Path], all_runs: bool = False, teacher: str | None = None) -> tuple[list[Run], list[str]]:
+def choose_runs(
+    paths: list[Path], all_runs: bool = False, teacher: str | None = None
+) -> tuple[list[FinishedRun], list[str]]:
     """Finds finished ``fit3d-splat`` runs, trained or lifted.
 
     Args:
@@ -91,7 +93,7 @@ def choose_runs(paths: list[Path], all_runs: bool = False, teacher: str | None =
     with nerfstudio_needed("Trained runs (--runs)"):
         import nerfstudio  # noqa: F401
 
-    runs: dict[Path, Run] = {}
+    runs: dict[Path, FinishedRun] = {}
     teachers: list[RunTeacher] = []
     notes: list[str] = []
     wanted = None if teacher is None else named_teacher(teacher)
@@ -122,7 +124,7 @@ def choose_runs(paths: list[Path], all_runs: bool = False, teacher: str | None =
             notes.append(f"{config_path} has features of {of_run.label}: left out (--teacher {teacher}).")
             continue
         teachers.append(of_run)
-        runs[config_path] = Run(config_path, checkpoint, Path(data))
+        runs[config_path] = FinishedRun(config_path, checkpoint, Path(data))
     if not runs:
         listed = " ".join(str(path) for path in paths)
         reason = f" ({notes[0].removesuffix('.')})" if notes else ""
@@ -145,13 +147,13 @@ def choose_runs(paths: list[Path], all_runs: bool = False, teacher: str | None =
     return found, notes
 
 
-def bundle_run(run: Run, folder: Path | None = None, data_root: Path | None = None) -> tuple[SceneBundle, bool]:
+def bundle_run(run: FinishedRun, folder: Path | None = None, data_root: Path | None = None) -> tuple[SceneBundle, bool]:
     """Makes a run's bundle, or finds it made already.
 
     Args:
-        run: The run.
+        run: Of `choose_runs`.
         folder: Where the bundle goes; ``bundle`` below the run if None.
-        data_root: Folder that holds the scene if it moved; see `fit3d_ns.data.photos.described.locate`.
+        data_root: Folder that holds the scene if it moved; see `fit3d_ns.data.photos.bundled.locate`.
 
     Returns:
         The bundle, and whether it was there already.
@@ -204,15 +206,15 @@ def bundle_run(run: Run, folder: Path | None = None, data_root: Path | None = No
 
 
 def read_views(
-    run: Run, config: Any, state: dict[str, Tensor], data_root: Path | None = None
+    run: FinishedRun, config: Any, state: dict[str, Tensor], data_root: Path | None = None
 ) -> tuple[list[BundleView], BundleCameras]:
     """Reads a run's photos and their cameras, undistorted and with their optimised poses.
 
     Args:
-        run: The run.
+        run: Of `choose_runs`.
         config: Its configuration.
         state: The ``pipeline`` entry of its checkpoint.
-        data_root: Folder that holds the scene if it moved; see `fit3d_ns.data.photos.described.locate`.
+        data_root: Folder that holds the scene if it moved; see `fit3d_ns.data.photos.bundled.locate`.
 
     Returns:
         All views, training views first, and one camera for each.
@@ -273,7 +275,7 @@ def _datamanager(config: Any, data_root: Path | None) -> Any:
         return settings.setup(device="cpu", test_mode="val", world_size=1, local_rank=0)
 
 
-def _check_coordinates(run: Run, datamanager: Any) -> None:
+def _check_coordinates(run: FinishedRun, datamanager: Any) -> None:
     """Refuses a scene whose poses are no longer those that the run was trained with."""
     stored = read_coordinates(run.config_path.parent)
     if stored is not None and not stored.agrees_with(Coordinates.of(datamanager.train_dataparser_outputs)):
@@ -301,7 +303,7 @@ def _read_views(
         for prepared in datamanager.photo_reader(split):
             height, width = prepared.size
             path = Path(dataset.image_filenames[prepared.index]).absolute()
-            photo = Photo(
+            photo = BundledPhoto(
                 path=str(path),
                 sha256=hash_file(path),
                 height=height,

@@ -64,7 +64,11 @@ def find_checkpoint(path: Path, step: int | None = None) -> Path:
 
 
 def run_folder(checkpoint: Path) -> Path:
-    """Returns the run that a checkpoint belongs to: the folder that holds ``config.yml``."""
+    """Returns the run that a checkpoint belongs to: the folder that holds ``config.yml``.
+
+    Args:
+        checkpoint: Path of a checkpoint, in the folder ``nerfstudio_models`` of its run.
+    """
     return checkpoint.absolute().parent.parent
 
 

@@ -19,7 +19,12 @@ class AbsentPhotos(UserError, AttributeError):
 
 
 class AbsentDataset:
-    """A split without views: its size is 0, and whoever needs more of it is told why there is none."""
+    """A split without views: its size is 0, and whoever needs more of it is told why there is none.
+
+    Args:
+        reason: Why there are no photos, one sentence.
+        metadata: What models read of a data set: the teacher and its size.
+    """
 
     def __init__(self, reason: str, metadata: dict[str, Any]):
         self._reason = reason
@@ -63,6 +68,7 @@ class AbsentScene(Fit3DDataManager):
     Args:
         config: Of `without_photos`.
         device: Of the model.
+        **kwargs: nerfstudio's, of which ``test_mode`` is kept.
     """
 
     absent: str

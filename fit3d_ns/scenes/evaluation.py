@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fit3d_ns.features.correspondences import View
+from fit3d_ns.features.correspondences import SurfaceView
 from fit3d_ns.features.metrics import MATCH_VIEWS, MatchedViews
 from fit3d_ns.model import Fit3DSplatModel
 from fit3d_ns.support.samples import evenly_spaced
@@ -30,7 +30,7 @@ class EvaluationPass:
         self._compared = set(evenly_spaced(range(num_views), MATCH_VIEWS))
         self._num_views = 0
         self._scores: dict[str, list[float]] = {}
-        self._surfaces: list[View] = []
+        self._surfaces: list[SurfaceView] = []
         self._maps: dict[str, list[Float[Tensor, "C h w"]]] = {"teacher": [], "lifted": []}
 
     def add(

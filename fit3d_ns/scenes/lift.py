@@ -28,6 +28,9 @@ def lift_scene(model: Fit3DSplatModel, scene: LiftScene, settings: LiftSettings)
         scene: Its views.
         settings: The user's choices.
 
+    Returns:
+        Features, decoder, and how well they fit.
+
     Raises:
         UserError: As ``lift_features``.
     """
@@ -71,6 +74,9 @@ def lift_report(
         lift: The outcome.
         teacher: Name of the backbone.
         peak_memory_mb: Largest memory of the GPU, if there is one.
+
+    Returns:
+        The page, not written yet.
     """
     operator = FeatureOperator(model.geometry, model.feature_grid)
     summary = f"{len(lift.values):,} Gaussians carry {lift.values.shape[1]} channels"
@@ -125,7 +131,16 @@ def _add_views(report: Report, operator: FeatureOperator, scene: LiftScene, lift
 
 
 def disagreement_map(operator: FeatureOperator, item: EvaluationView, lift: Lift) -> np.ndarray:
-    """[H, W] rendered standard deviation of what the training views say, as a share of a feature's length."""
+    """Renders the standard deviation of what the training views say, as a share of a feature's length.
+
+    Args:
+        operator: The renderer.
+        item: The view to render.
+        lift: The outcome.
+
+    Returns:
+        float32 [H, W], at the grid's render size.
+    """
     deviations = lift.variance.sqrt()[:, None] / max(lift.feature_energy, 1e-12) ** 0.5
     return operator.low_maps([item.view.camera], deviations)[0, 0].cpu().numpy()
 

@@ -15,7 +15,7 @@ _SIZE = (24, 32)
 
 
 @torch.no_grad()
-def disagreement(model: Fit3DSplatModel, photos: PhotoReader) -> float:
+def photo_mismatch(model: Fit3DSplatModel, photos: PhotoReader) -> float:
     """Compares renders of a few views with their own photos and with those of the other views.
 
     Args:

@@ -71,6 +71,10 @@ def cached_training_views(datamanager: Fit3DDataManager, model: Fit3DSplatModel,
 def cached_key(cache: FeatureCache, photo: PreparedPhoto) -> str:
     """Returns the key of a photo's map in the cache.
 
+    Args:
+        cache: Of the teacher's maps.
+        photo: As the data manager prepares it.
+
     Raises:
         UserError: If there is none.
     """
@@ -89,6 +93,9 @@ def streamed_scene(datamanager: Fit3DDataManager, model: Fit3DSplatModel) -> Lif
     Args:
         datamanager: Of the scene; its own store of photos is not touched.
         model: The geometry.
+
+    Returns:
+        Training and held-out views, whose maps are read when needed.
 
     Raises:
         UserError: If a photo or the teacher cannot be used.
@@ -173,7 +180,11 @@ def resident_scene(datamanager: Fit3DDataManager, model: Fit3DSplatModel) -> Lif
 
 
 def held_out_flags(datamanager: Fit3DDataManager) -> list[bool]:
-    """Returns of each evaluation view whether it is no training view too (nerfstudio's ``--eval-mode all``)."""
+    """Returns of each evaluation view whether it is no training view too (nerfstudio's ``--eval-mode all``).
+
+    Args:
+        datamanager: Of the scene.
+    """
     trained = {Path(name) for name in datamanager.train_dataset.image_filenames}
     return [Path(name) not in trained for name in datamanager.eval_dataset.image_filenames]
 

@@ -63,5 +63,9 @@ def flags_are(**flags: str) -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """Returns the first line of an error's message, or its kind where it has none."""
+    """Returns the first line of an error's message, or its kind where it has none.
+
+    Args:
+        error: Any exception.
+    """
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

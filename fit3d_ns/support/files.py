@@ -158,13 +158,23 @@ def _is_running(process: int) -> bool:
 
 
 def atomic_write_bytes(path: Path | str, data: bytes) -> None:
-    """Writes ``data`` to ``path`` as one step; see `atomic_path` for what is promised and raised."""
+    """Writes ``data`` to ``path`` as one step; see `atomic_path` for what is promised and raised.
+
+    Args:
+        path: The file; its folder exists.
+        data: All of its content.
+    """
     with atomic_path(path) as temporary:
         temporary.write_bytes(data)
 
 
 def atomic_write_text(path: Path | str, text: str) -> None:
-    """Writes ``text`` as UTF-8 to ``path`` as one step; see `atomic_path` for what is promised and raised."""
+    """Writes ``text`` as UTF-8 to ``path`` as one step; see `atomic_path` for what is promised and raised.
+
+    Args:
+        path: The file; its folder exists.
+        text: All of its content.
+    """
     atomic_write_bytes(path, text.encode("utf-8"))
 
 
@@ -184,7 +194,11 @@ def atomic_write_json(path: Path | str, data: Any) -> None:
 
 
 def without_non_finite(data: Any) -> Any:
-    """Returns JSON-able data with None in the place of NaN and infinity, as `atomic_write_json` writes them."""
+    """Returns JSON-able data with None in the place of NaN and infinity, as `atomic_write_json` writes them.
+
+    Args:
+        data: Numbers, texts, truth values, None, and lists, tuples and mappings of them.
+    """
     if isinstance(data, float):
         return data if math.isfinite(data) else None
     if isinstance(data, Mapping):
@@ -219,7 +233,11 @@ def user_cache_directory() -> Path:
 
 
 def is_complete_safetensors(path: Path) -> bool:
-    """Returns whether ``path`` is a safetensors file whose size agrees with its header (reads the header only)."""
+    """Returns whether ``path`` is a safetensors file whose size agrees with its header (reads the header only).
+
+    Args:
+        path: Any file, or none.
+    """
     try:
         with safe_open(path, framework="pt"):
             return True

@@ -46,20 +46,36 @@ class Report:
     """
 
     def __init__(self, title: str) -> None:
-        """Starts an empty page under ``title``."""
+        """Starts an empty page under ``title``.
+
+        Args:
+            title: Heading of the page and name of its tab, plain text.
+        """
         self._title = title
         self._parts: list[dict[str, Any]] = []
 
     def add_heading(self, text: str) -> None:
-        """Starts a section."""
+        """Starts a section.
+
+        Args:
+            text: Title of the section, plain text.
+        """
         self._parts.append({"kind": "heading", "text": text})
 
     def add_text(self, text: str) -> None:
-        """Adds a paragraph; line breaks are kept."""
+        """Adds a paragraph; line breaks are kept.
+
+        Args:
+            text: Plain text.
+        """
         self._parts.append({"kind": "text", "text": text})
 
     def add_code(self, text: str) -> None:
-        """Adds a block in a fixed-width font, such as a command to copy."""
+        """Adds a block in a fixed-width font, such as a command to copy.
+
+        Args:
+            text: Plain text; line breaks and spaces are kept.
+        """
         self._parts.append({"kind": "code", "text": text})
 
     def add_table(self, rows: Sequence[Sequence[object]], header: Sequence[object] | None = None) -> None:
@@ -116,11 +132,14 @@ class Report:
         self._parts.append({"kind": "curve", "title": title, "legend": legend, "svg": svg})
 
     def to_html(self) -> str:
-        """The whole page."""
+        """Returns the whole page."""
         return _PAGES.get_template("report.html.jinja").render(title=self._title, parts=self._parts)
 
     def write(self, path: Path | str) -> None:
         """Writes the page as one step: ``path`` holds either the whole report or what it held before.
+
+        Args:
+            path: The HTML file; its folder exists.
 
         Raises:
             UserError: if the file cannot be written.

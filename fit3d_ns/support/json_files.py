@@ -52,6 +52,9 @@ def build(kind: type[Made], value: Any, name: str = "") -> Made:
         value: What `read_json` gave.
         name: Of the value, for the sentence.
 
+    Returns:
+        An object of ``kind``.
+
     Raises:
         DamagedFile: Naming the first field that is missing, unknown, of another type or out of range.
     """

@@ -49,7 +49,15 @@ def held_folder(folder: Path, flag: str) -> Iterator[None]:
 
 
 def hold_folder(folder: Path, flag: str) -> None:
-    """As `held_folder`, until this process ends; arguments and errors likewise."""
+    """Keeps other processes from writing to a folder until this process ends, as `held_folder` does for a block.
+
+    Args:
+        folder: The output folder; made if needed.
+        flag: By which the user names it, for the sentence.
+
+    Raises:
+        UserError: If another process is writing there, or it cannot be made.
+    """
     name = os.path.realpath(folder)
     if name in _held:
         return

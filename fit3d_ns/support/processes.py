@@ -38,7 +38,11 @@ class World:
         return self.rank == 0
 
     def smallest(self, *numbers: int) -> list[int]:
-        """Returns each number's smallest value over all processes."""
+        """Returns each number's smallest value over all processes.
+
+        Args:
+            *numbers: As many in every process.
+        """
         values = torch.tensor(numbers, device=self.device)
         if self.size > 1:
             dist.all_reduce(values, dist.ReduceOp.MIN)
@@ -114,6 +118,9 @@ def world_size() -> int:
 def require_one_process(probe: str) -> None:
     """Checks that a probe that has nothing to share is not started by torchrun.
 
+    Args:
+        probe: Name of the probe, for the sentence.
+
     Raises:
         UserError: If it is.
     """
@@ -122,7 +129,11 @@ def require_one_process(probe: str) -> None:
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Replaces gradients by their mean over all processes."""
+    """Replaces gradients by their mean over all processes.
+
+    Args:
+        parameters: The same ones, in the same order, in every process; those without a gradient are left out.
+    """
     if world_size() == 1:
         return
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
@@ -147,7 +158,11 @@ def sum_over_processes(value: Tensor) -> Tensor:
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """Returns every process's small value, in the order of ranks."""
+    """Returns every process's small value, in the order of ranks.
+
+    Args:
+        value: Anything that pickles, small: it goes through every process.
+    """
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
@@ -185,7 +200,14 @@ class SyncedBatchNorm(nn.BatchNorm2d):
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Normalizes [B, C, h, w]."""
+        """Normalizes [B, C, h, w].
+
+        Args:
+            input: [B, C, h, w], float32.
+
+        Returns:
+            [B, C, h, w], normalised by the mean and variance over all processes while training.
+        """
         if not self.training or world_size() == 1:
             return super().forward(input)
         count = torch.tensor([input.numel() / input.shape[1]], device=input.device)

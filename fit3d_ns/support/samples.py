@@ -44,6 +44,9 @@ def batches_of_like(
         items: Any number of them.
         kind: What items of one batch have in common, such as a height and width.
         size: Most items of a batch like the given one, at least 1.
+
+    Returns:
+        Batches of items of one kind each, in their order.
     """
     groups: dict[Hashable, list[Item]] = {}
     for item in items:

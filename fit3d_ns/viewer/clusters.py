@@ -77,7 +77,11 @@ def visible_weights(
 
 
 def sample_gaussians(weights: Float[Tensor, "N"]) -> Int[Tensor, "M"]:
-    """Returns indices of Gaussians that count, all of them or an even sample, the same at every call."""
+    """Returns indices of Gaussians that count, all of them or an even sample, the same at every call.
+
+    Args:
+        weights: [N], how much each counts; 0 for not at all.
+    """
     rows = weights.nonzero().squeeze(-1)
     if len(rows) <= _MOST_GAUSSIANS:
         return rows

@@ -33,7 +33,11 @@ _MARKER_RADIUS = 0.1
 
 
 class StatusLine(ViewerElement[str]):
-    """A line of text that says what the last button did."""
+    """A line of text that says what the last button did.
+
+    Args:
+        text: What is said at first.
+    """
 
     def __init__(self, text: str) -> None:
         super().__init__("Status")
@@ -46,7 +50,11 @@ class StatusLine(ViewerElement[str]):
         return self._text
 
     def say(self, text: str) -> None:
-        """Says something else."""
+        """Says something else.
+
+        Args:
+            text: One line.
+        """
         self._text = text
         if self._handle is not None:
             self._handle.content = text
@@ -102,7 +110,11 @@ class FeatureControls(nn.Module):
         self.z_control = FeatureViewerControl(self._start)
 
     def reporting(self, action: Callable[[], str]) -> Callable[[Any], None]:
-        """An action whose outcome, good or bad, is said in the status line."""
+        """Returns a button's callback that says the outcome of an action, good or bad, in the status line.
+
+        Args:
+            action: Does something and returns a sentence.
+        """
 
         def run(_: Any) -> None:
             try:

@@ -33,7 +33,12 @@ class Disagreement:
 
     @classmethod
     def of(cls, variance: Float[Tensor, "N"], coverage: Float[Tensor, "N"]) -> "Disagreement":
-        """Returns it from the sums of the lifting solver (`fit3d_ns.lifting.solver.Aggregate`)."""
+        """Returns it from the sums of the lifting solver (`fit3d_ns.lifting.solver.Aggregate`).
+
+        Args:
+            variance: [N], of a Gaussian's feature over views.
+            coverage: [N], total weight of a Gaussian in all views, patches.
+        """
         seen = (coverage > SEEN) & torch.isfinite(variance)
         values = torch.where(seen, variance.float().clamp_min(0).sqrt(), 0.0)
         if not bool(seen.any()):
@@ -44,7 +49,11 @@ class Disagreement:
         return cls(values, lowest, highest)
 
     def shade(self, values: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        """Returns rendered values with `lowest` as 0 and `highest` as 1."""
+        """Returns rendered values with `lowest` as 0 and `highest` as 1.
+
+        Args:
+            values: Rendered, of any shape, in the unit of `values`.
+        """
         return (values - self.lowest) / max(self.highest - self.lowest, 1e-30)
 
 
@@ -55,6 +64,9 @@ def view_disagreement(model: Fit3DSplatModel, views: Sequence[LiftView]) -> Disa
     Args:
         model: The geometry.
         views: Training views with the teacher's maps.
+
+    Returns:
+        Of all Gaussians.
     """
     device = model.means.device
     dim = model.config.feature_dim

@@ -18,7 +18,15 @@ _HEAT_SHARE = 0.7
 
 
 def resize(maps: Float[Tensor, "X h w"], size: tuple[int, int]) -> Float[Tensor, "H W X"]:
-    """Brings maps to a picture's size, bilinear, channels last."""
+    """Brings maps to a picture's size, bilinear, channels last.
+
+    Args:
+        maps: [X, h, w], channels first.
+        size: Height H and width W, pixels.
+
+    Returns:
+        [H, W, X].
+    """
     if tuple(maps.shape[1:]) != size:
         maps = F.interpolate(maps[None], size=size, mode="bilinear", align_corners=False)[0]
     return maps.permute(1, 2, 0)
@@ -27,12 +35,25 @@ def resize(maps: Float[Tensor, "X h w"], size: tuple[int, int]) -> Float[Tensor,
 def over(
     picture: Float[Tensor, "H W 3"], alpha: Float[Tensor, "H W 1"], background: Float[Tensor, "H W 3"]
 ) -> Float[Tensor, "H W 3"]:
-    """Puts a picture before a background; what is not finite in either becomes mid-grey."""
+    """Puts a picture before a background; what is not finite in either becomes mid-grey.
+
+    Args:
+        picture: [H, W, 3] in [0, 1].
+        alpha: [H, W, 1] in [0, 1].
+        background: [H, W, 3] in [0, 1].
+
+    Returns:
+        [H, W, 3] in [0, 1], finite.
+    """
     return (picture * alpha + background * (1 - alpha)).nan_to_num(0.5, 0.5, 0.5).clamp(0, 1)
 
 
 def luminance(photo: Float[Tensor, "H W 3"]) -> Float[Tensor, "H W 3"]:
-    """Returns a photo in shades of grey."""
+    """Returns a photo in shades of grey.
+
+    Args:
+        photo: [H, W, 3] in [0, 1].
+    """
     grey = (photo * photo.new_tensor(_LUMINANCE)).sum(-1, keepdim=True)
     return grey.nan_to_num(0.5, 0.5, 0.5).clamp(0, 1).expand_as(photo)
 
@@ -53,7 +74,11 @@ def heat_over(
 
 
 def label_colors(labels: Int[Tensor, "H W"]) -> Float[Tensor, "H W 3"]:
-    """Returns clearly different colours for up to 20 labels, grey for negative ones."""
+    """Returns clearly different colours for up to 20 labels, grey for negative ones.
+
+    Args:
+        labels: [H, W], from 0; negative ones are of no group.
+    """
     palette = mpl.colormaps["tab20"].colors  # type: ignore[attr-defined]
     # Its strong colours first, then their pale partners.
     table = torch.tensor([*palette[0::2], *palette[1::2], (0.5, 0.5, 0.5)], device=labels.device)

@@ -27,18 +27,34 @@ class FeatureSpace:
 
     @classmethod
     def of(cls, decoder: FeatureDecoder) -> "FeatureSpace":
-        """Returns the space of a decoder, on its device."""
+        """Returns the space of a decoder, on its device.
+
+        Args:
+            decoder: From D to C channels.
+        """
         directions, matrix = torch.linalg.qr(decoder.weight.detach().sum((2, 3)))
         return cls(directions, matrix)
 
     def coordinates(self, low: Float[Tensor, "*shape D"]) -> Float[Tensor, "*shape K"]:
-        """Coordinates of low-dimensional features."""
+        """Returns coordinates of low-dimensional features.
+
+        Args:
+            low: [.., D].
+        """
         return low.detach() @ self.matrix.T
 
     def decode(self, coordinates: Float[Tensor, "*shape K"]) -> Float[Tensor, "*shape C"]:
-        """Features of the backbone's width."""
+        """Returns features of the backbone's width.
+
+        Args:
+            coordinates: [.., K].
+        """
         return coordinates @ self.directions.T
 
     def narrow(self, decoded: Float[Tensor, "*shape C"]) -> Float[Tensor, "*shape K"]:
-        """Coordinates of features of the backbone's width, as far as this space holds them."""
+        """Returns coordinates of features of the backbone's width, as far as this space holds them.
+
+        Args:
+            decoded: [.., C].
+        """
         return decoded @ self.directions

@@ -92,6 +92,9 @@ class LazyOutputs(UserDict):
         Args:
             values: [N, X] one row per Gaussian.
             size: Height h and width w of the maps in pixels.
+
+        Returns:
+            Maps [X, h, w] and accumulation [1, h, w] in [0, 1].
         """
         maps, alpha = self.model.render_low(self.camera, values.contiguous(), size, self._visible())
         return torch.where(alpha > _THIN, maps / alpha.clamp_min(_THIN), 0.0), alpha
@@ -125,6 +128,9 @@ def look(view: FeatureView, render: Callable[..., Any], camera: Cameras, box: An
         render: Splatfacto's ``get_outputs_for_camera``.
         camera: One camera.
         box: Crop box, or None.
+
+    Returns:
+        Splatfacto's outputs and, drawn when they are read, pictures of features.
     """
     crop = view.visible(box)
     if not view.in_browser():
@@ -139,7 +145,14 @@ def look(view: FeatureView, render: Callable[..., Any], camera: Cameras, box: An
 
 
 def feature_pca(frame: LazyOutputs) -> Float[Tensor, "H W 3"]:
-    """Draws decoded features by their principal components."""
+    """Draws decoded features by their principal components.
+
+    Args:
+        frame: The rendered view.
+
+    Returns:
+        [H, W, 3] in [0, 1].
+    """
     colors, size = frame.view.colors(), frame.feature_size()
     # Colours are linear in features: each tap of the decoder that is used takes three channels instead of C.
     used = [(y, x) for y in range(3) for x in range(3) if bool(colors.kernel[:, :, y, x].any())] or [(1, 1)]
@@ -152,14 +165,31 @@ def feature_pca(frame: LazyOutputs) -> Float[Tensor, "H W 3"]:
 
 
 def feature_pca_low(frame: LazyOutputs) -> Float[Tensor, "H W 3"]:
-    """Draws the Gaussians' own features, at full size and without the decoder's window, in the same colours."""
+    """Draws the Gaussians' own features, at full size and without the decoder's window, in the same colours.
+
+    Args:
+        frame: The rendered view.
+
+    Returns:
+        [H, W, 3] in [0, 1].
+    """
     colors = frame.view.colors()
     maps, alpha = frame.render(frame.view.features @ colors.kernel.sum((2, 3)).T, frame.size)
     return _before_background(frame, maps.permute(1, 2, 0) + colors.bias, alpha)
 
 
 def similarity_to_click(frame: LazyOutputs) -> Float[Tensor, "H W 3"]:
-    """Draws the cosine to the clicked point where it reaches the threshold; elsewhere the photo in shades of grey."""
+    """Draws the cosine to the clicked point where it reaches the threshold; elsewhere the photo in shades of grey.
+
+    Args:
+        frame: The rendered view.
+
+    Returns:
+        [H, W, 3] in [0, 1].
+
+    Raises:
+        UserError: If nothing was clicked.
+    """
     photo = luminance(frame["rgb"])
     query, threshold = frame.view.query, frame.view.threshold
     if query is None:
@@ -173,7 +203,17 @@ def similarity_to_click(frame: LazyOutputs) -> Float[Tensor, "H W 3"]:
 
 
 def teacher_pca(frame: LazyOutputs) -> Float[Tensor, "H W 3"]:
-    """Draws the teacher's own map of the photo that was taken where the camera stands, in the same colours."""
+    """Draws the teacher's own map of the photo that was taken where the camera stands, in the same colours.
+
+    Args:
+        frame: The rendered view.
+
+    Returns:
+        [H, W, 3] in [0, 1].
+
+    Raises:
+        UserError: If the camera stands where no training photo was taken.
+    """
     if frame.view.teacher is None:
         raise UserError("this model has no scene.")
     index = frame.view.teacher.standing_at(frame.camera)
@@ -195,7 +235,14 @@ def teacher_pca(frame: LazyOutputs) -> Float[Tensor, "H W 3"]:
 
 
 def view_variance(frame: LazyOutputs) -> Float[Tensor, "H W 3"]:
-    """Draws how far the teacher's views disagree about what is seen, over the photo in shades of grey."""
+    """Draws how far the teacher's views disagree about what is seen, over the photo in shades of grey.
+
+    Args:
+        frame: The rendered view.
+
+    Returns:
+        [H, W, 3] in [0, 1].
+    """
     disagreement = frame.view.disagreement()
     maps, alpha = frame.render(disagreement.values[:, None], frame.size)
     heat = heat_over(frame["rgb"], disagreement.shade(maps[0]), "inferno")
@@ -203,7 +250,14 @@ def view_variance(frame: LazyOutputs) -> Float[Tensor, "H W 3"]:
 
 
 def clusters(frame: LazyOutputs) -> Float[Tensor, "H W 3"]:
-    """Draws the cluster that most of what is seen at a pixel belongs to."""
+    """Draws the cluster that most of what is seen at a pixel belongs to.
+
+    Args:
+        frame: The rendered view.
+
+    Returns:
+        [H, W, 3] in [0, 1].
+    """
     space = frame.view.space()
     centres = space.narrow(frame.view.centres())
     labels = assign_clusters(space.coordinates(frame.view.features), centres)

@@ -44,6 +44,9 @@ def look_at_pixel(view: FeatureView, camera: Cameras, place: tuple[float, float]
         place: Shares (x, y) of its width and height, from the upper left corner, in [0, 1].
         crop: Crop box or selection; None for the whole scene.
 
+    Returns:
+        The point, and the feature there.
+
     Raises:
         UserError: If there is nothing, or nothing with a feature.
     """

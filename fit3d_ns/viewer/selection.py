@@ -23,7 +23,7 @@ class GaussianSelection:
     box: Any | None = None
 
     def within(self, points: Float[Tensor, "N 3"]) -> Bool[Tensor, "N"]:
-        """Says which Gaussians are shown.
+        """Returns which Gaussians are shown.
 
         Args:
             points: Centres of all Gaussians.

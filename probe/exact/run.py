@@ -26,6 +26,7 @@ from probe.data.loading import load_data
 from probe.exact.patches import ORIGINAL, TrainingPatches, Unit, row_matrix, row_tokens
 from probe.exact.report import write_exact_report
 from probe.exact.solved_rows import SolvedRows
+from probe.feature_sources import whole_size
 from probe.features.partners import Partner, note_in_model_cards
 from probe.features.rows import FrozenBackbones, Row, choose_rows, load_backbones
 from probe.features.store import FeatureStore
@@ -33,7 +34,6 @@ from probe.output_folder import ResultFolder, provenance, report_title
 from probe.protocols import ExactRecipe, choose_exact_recipe, choose_recipe
 from probe.solvers.logistic import approach_logistic, choose_logistic
 from probe.solvers.ridge import Choice, GramSums, LinearMap, choose_ridge, fit_ridge
-from probe.sources import whole_size
 from probe.tasks import TASKS, Task
 from probe.tasks.metrics import segmentation_scores, segmentation_sums
 
@@ -83,7 +83,7 @@ def run_exact(config: TrainedProbeConfig, kind: Kind, world: World) -> None:
     task = TASKS[kind](data, choose_recipe(kind, config.dataset))
     _LOGGER.info(sentence)
     backbones = load_backbones(spec, partners, rows, config.precision, device)
-    question = {
+    settings = {
         "probe": kind,
         "recipe": asdict(recipe),
         "rows": [row.name for row in rows],
@@ -92,7 +92,7 @@ def run_exact(config: TrainedProbeConfig, kind: Kind, world: World) -> None:
         "held_out": len(held_out),
         "data": data_identity(data),
     }
-    results = ResultFolder(config.output_dir, question)
+    results = ResultFolder(config.output_dir, settings)
     if rank() == 0:
         results.start()
     wait_for_all()

@@ -1,6 +1,7 @@
 """The probes with a truth for every pixel: segmentation, depth, normals."""
 
-from probe.tasks.depth import DepthTask, NormalsTask
+from probe.tasks.depth import DepthTask
+from probe.tasks.normals import NormalsTask
 from probe.tasks.segmentation import SegmentationTask
 from probe.tasks.task import Task
 

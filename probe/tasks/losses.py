@@ -43,7 +43,7 @@ def scale_invariant(
     Returns:
         The mean over groups.
 
-    Source: Eigen et al. 2014 as used by AdaBins and DINOv2.
+    FeatureSource: Eigen et al. 2014 as used by AdaBins and DINOv2.
     """
     # Sums under a mask instead of indexing, which would make a GPU wait at every group.
     valid = (truth > 0).flatten(1).to(depth.dtype)
@@ -100,7 +100,7 @@ _KEEP_NOTHING: dict[str, Any] = {"realize_reads_threshold": 1000, "realize_opcou
 
 
 @lru_cache(maxsize=8)
-def can_fuse(device: torch.device) -> bool:
+def can_compile(device: torch.device) -> bool:
     """Returns whether torch.compile makes kernels for a device: on CUDA, if it manages to.
 
     It needs triton, a C compiler with Python's headers, and a GPU that triton knows. Where one is missing, a warning
@@ -122,7 +122,7 @@ def _double(values: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=32)
-def fused(function: Function, device: torch.device) -> Function:
+def compiled(function: Function, device: torch.device) -> Function:
     """Returns a function's compiled version where there can be one, else the function itself.
 
     Args:
@@ -130,19 +130,21 @@ def fused(function: Function, device: torch.device) -> Function:
             few seconds), hence only meant for training, where shapes stay.
         device: Where its tensors are.
     """
-    if not can_fuse(device):
+    if not can_compile(device):
         return function
     return cast(Function, torch.compile(function, dynamic=False, options=_KEEP_NOTHING))
 
 
+_FEW_CLASSES = 16
+"""Up to here upsampled logits are faster: 1.0 against 1.7 ms of 11 classes, 1.7 against 1.4 ms of 21, on an H200."""
 Labels = Int[Tensor, "B H W"]
 
 
 def full_resolution_cross_entropy(logits: Float[Tensor, "B K h w"], labels: Labels) -> Float[Tensor, ""]:
     """Cross-entropy of bilinearly upsampled logits: ``cross_entropy(resize_maps(logits, labels.shape[1:]), labels)``.
 
-    Where kernels can be fused (`can_fuse`), without logits at the labels' resolution; elsewhere as it is written. Both
-    add in a fixed order.
+    Of many classes, where kernels can be compiled, without logits at the labels' resolution; elsewhere as it is
+    written. Both add in a fixed order.
 
     Args:
         logits: On the patch grid.
@@ -151,7 +153,7 @@ def full_resolution_cross_entropy(logits: Float[Tensor, "B K h w"], labels: Labe
     Returns:
         The mean over all pixels, the ignored ones included.
     """
-    if can_fuse(logits.device):
+    if logits.shape[1] > _FEW_CLASSES and can_compile(logits.device):
         return cell_cross_entropy(logits, labels)
     return cross_entropy(resize_maps(logits, (labels.shape[-2], labels.shape[-1])), labels)
 
@@ -188,7 +190,7 @@ class _CellLoss(torch.autograd.Function):
     def forward(  # type: ignore[override]
         ctx: Any, centres: Tensor, labels: Tensor, rows: Tensor, columns: Tensor
     ) -> Tensor:
-        total, normalizers = fused(_losses_of_cells, centres.device)(centres, labels, rows, columns)
+        total, normalizers = compiled(_losses_of_cells, centres.device)(centres, labels, rows, columns)
         ctx.save_for_backward(centres, labels, rows, columns, normalizers)
         return total
 
@@ -196,7 +198,7 @@ class _CellLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         centres = ctx.saved_tensors[0]
         height, width = centres.shape[1] - 1, centres.shape[2] - 1
-        parts = fused(_gradients_of_cells, centres.device)(*ctx.saved_tensors)
+        parts = compiled(_gradients_of_cells, centres.device)(*ctx.saved_tensors)
         gradient = torch.zeros_like(centres)
         for (top, left), part in zip(_CORNERS, parts):
             gradient[:, top : top + height, left : left + width] += part

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from fit3d_ns.data.photos.picture_files import open_depth
-from fit3d_ns.features.correspondences import View
+from fit3d_ns.features.correspondences import SurfaceView
 from fit3d_ns.support.errors import UserError
 from fit3d_ns.support.files import atomic_write_json, atomic_write_text
 from fit3d_ns.support.html_report import Report
@@ -47,7 +47,7 @@ class PosedPhoto:
 
     image: np.ndarray
     """uint8 [H, W, 3]."""
-    view: View
+    view: SurfaceView
     name: str
 
 
@@ -75,7 +75,7 @@ def run_correspondence(config: CorrespondenceConfig) -> None:
         photos = load_photos(scene, config.long_side)
         pairs = choose_pairs_by_angle([photo.view for photo in photos], config.pairs_per_bin, config.min_overlap)
         backbones = load_backbones(spec, partners, rows, config.precision, device)
-        question = {
+        settings = {
             "probe": "correspondence-v1",
             "scene": scene.name,
             "pairs": [[photos[a].name, photos[b].name] for a, b, _ in pairs],
@@ -83,7 +83,7 @@ def run_correspondence(config: CorrespondenceConfig) -> None:
             "backbones": backbones.identities,
             "settings": [config.matches, config.grid_scale, config.long_side, config.precision],
         }
-        results = ResultFolder(config.output_dir, question)
+        results = ResultFolder(config.output_dir, settings)
         results.start()
         errors, shown = _score(photos, pairs, rows, backbones, config, device)
         summary = {
@@ -134,7 +134,7 @@ def load_photos(scene: PosedScene, long_side: int) -> list[PosedPhoto]:
         K = torch.tensor([[fx, 0, cx], [0, fy, cy], [0, 0, 1]], dtype=torch.float64)
         K[0] *= width / frame.size[1]
         K[1] *= height / frame.size[0]
-        view = View(torch.from_numpy(frame.viewmat), K, width, height, torch.from_numpy(depth))
+        view = SurfaceView(torch.from_numpy(frame.viewmat), K, width, height, torch.from_numpy(depth))
         photos.append(PosedPhoto(image, view, frame.image.stem))
     return photos
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from fit3d_ns.features.correspondences import View, correspondences
+from fit3d_ns.features.correspondences import SurfaceView, correspondences
 from fit3d_ns.support.errors import UserError
 from probe.features.rows import even_padding
 from probe.heads import sample_map
@@ -44,8 +44,8 @@ class Matches:
 def match_views(
     features_a: Float[Tensor, "hw C"],
     features_b: Float[Tensor, "hw C"],
-    a: View,
-    b: View,
+    a: SurfaceView,
+    b: SurfaceView,
     grid: tuple[int, int],
     count: int,
 ) -> Matches:
@@ -84,7 +84,7 @@ def match_views(
     return Matches(source.float(), target.float(), error.float())
 
 
-def same_place_errors(a: View, b: View, grid: tuple[int, int]) -> Float[Tensor, "M"]:
+def same_place_errors(a: SurfaceView, b: SurfaceView, grid: tuple[int, int]) -> Float[Tensor, "M"]:
     """Returns the errors, in pixels, of matching every point with depth to the same place in the other photo.
 
     Features that tell places of the picture rather than of the scene apart come close to this.
@@ -125,13 +125,15 @@ def recall(errors: Sequence[Tensor], pixels: float) -> float | None:
     return sum(shares) / len(shares) if shares else None
 
 
-def relative_angle(first: View, second: View) -> float:
+def relative_angle(first: SurfaceView, second: SurfaceView) -> float:
     """Returns the angle between two cameras' orientations, degrees."""
     rotation = second.viewmat[:3, :3].double() @ first.viewmat[:3, :3].double().T
     return math.degrees(math.acos(max(-1.0, min(1.0, (float(rotation.trace()) - 1) / 2))))
 
 
-def choose_pairs_by_angle(views: Sequence[View], per_bin: int, min_overlap: float) -> list[tuple[int, int, float]]:
+def choose_pairs_by_angle(
+    views: Sequence[SurfaceView], per_bin: int, min_overlap: float
+) -> list[tuple[int, int, float]]:
     """Chooses pairs of views that see the same surface, as many in each range of angles, without chance.
 
     Args:
@@ -178,7 +180,7 @@ def _grid_centres(size: tuple[int, int], grid: tuple[int, int]) -> tuple[Float[T
     return x.reshape(-1), y.reshape(-1)
 
 
-def _grid_depth(view: View, grid: tuple[int, int]) -> tuple[Float[Tensor, "M 2"], Float[Tensor, "M"]]:
+def _grid_depth(view: SurfaceView, grid: tuple[int, int]) -> tuple[Float[Tensor, "M 2"], Float[Tensor, "M"]]:
     """Pixels (x, y) of a grid's cell centres, and the depth there."""
     points = torch.stack(_grid_centres((view.height, view.width), grid), -1)
     rows, columns = view.depth.shape  # maybe of another size than the photo
@@ -199,7 +201,7 @@ def _nearest(a: Float[Tensor, "M C"], b: Float[Tensor, "K C"]) -> tuple[Tensor, 
 
 
 def _project(
-    points: Float[Tensor, "M 2"], depth: Float[Tensor, "M"], a: View, b: View
+    points: Float[Tensor, "M 2"], depth: Float[Tensor, "M"], a: SurfaceView, b: SurfaceView
 ) -> tuple[Float[Tensor, "M 2"], Bool[Tensor, "M"]]:
     """Where the surface points that one view sees lie in the other, and whether in front of it."""
     homogeneous = torch.cat([points, torch.ones_like(points[:, :1])], 1)

@@ -66,14 +66,14 @@ def _run(config: RetrievalConfig, device: torch.device) -> None:
     checked = check_data(data)
     backbones = load_backbones(spec, partners, rows, config.precision, device)
     settings = [config.neighbours, config.temperature, config.memory, config.seed, config.long_side]
-    question = {
+    settings = {
         "probe": "retrieval",
         "settings": settings,
         "rows": [row.name for row in rows],
         "backbones": backbones.identities,
         "data": [data.name, len(data.train), len(data.test), list(data.classes)],
     }
-    results = ResultFolder(config.output_dir, question)
+    results = ResultFolder(config.output_dir, settings)
     results.start()
     task = SegmentationTask(data)
     memory = build_memory(config, data, rows, backbones, device)

@@ -17,7 +17,7 @@ from PIL import Image
 from distill.config import DistillConfig
 from fit3d_ns.backbones import BackboneSpec, backbone_identity
 from fit3d_ns.backbones.students.result_folder import original_of
-from fit3d_ns.data.photos.described import Photo, hash_file
+from fit3d_ns.data.photos.bundled import BundledPhoto, hash_file
 from fit3d_ns.features.grid import FEATURE_GRIDS
 from fit3d_ns.features.rendering import Geometry
 from fit3d_ns.runs.bundle import BundleCameras, BundleInfo, BundleView, SceneTensors, write_bundle
@@ -62,7 +62,7 @@ def make_scene(tmp_path, teacher_weights):
             path = photos / f"{view:03d}.png"
             Image.fromarray(blobs).resize((width, height), Image.Resampling.BICUBIC).save(path)
             split = "eval" if view >= views - held_out else "train"
-            photo = Photo(str(path), hash_file(path), height, width)
+            photo = BundledPhoto(str(path), hash_file(path), height, width)
             bundle_views.append(BundleView(f"{view:03d}.png", split, photo))
             angle = 0.25 * (view - views / 2)
             viewmat = torch.eye(4)

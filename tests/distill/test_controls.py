@@ -13,7 +13,7 @@ from torch import nn
 from distill.cli import distil
 from distill.controls import ControlTargets, blur, low_dimensional_basis, shifted_mean
 from distill.photo_store import PhotoStore
-from distill.scenes import SceneBank, open_scenes
+from distill.scenes import SceneCache, open_scenes
 from distill.student import load_teacher
 from distill.targets import LiftedTargets
 from fit3d_ns.backbones import BackboneOutput, BackboneSpec
@@ -28,13 +28,13 @@ def parts_of(folder):
     scenes = open_scenes([folder], None)
     photos = PhotoStore(scenes, 16, CPU)
     photos.fill(show=False)
-    bank = SceneBank(scenes, World(0, 1, CPU))
-    lifted = LiftedTargets(scenes, bank, CPU, "weight", 0.5)
-    return scenes, bank, photos, load_teacher(scenes, CPU), lifted
+    scene_cache = SceneCache(scenes, World(0, 1, CPU))
+    lifted = LiftedTargets(scenes, scene_cache, CPU, "weight", 0.5)
+    return scenes, scene_cache, photos, load_teacher(scenes, CPU), lifted
 
 
 def test_the_blur_is_as_far_from_the_teacher_as_lifting_is(make_scene):
-    scenes, bank, photos, teacher, lifted = parts_of(make_scene(size=(128, 160), wall=True, gaussians=2000))
+    scenes, scene_cache, photos, teacher, lifted = parts_of(make_scene(size=(128, 160), wall=True, gaussians=2000))
     views = scenes[0].info.indices("train")
 
     # Random features have nothing of the teacher; stand-ins blurred by a known amount do.
@@ -44,9 +44,9 @@ def test_the_blur_is_as_far_from_the_teacher_as_lifting_is(make_scene):
             maps = torch.cat([plain.make(scene, [view]).maps for view in views])
             return type(made)(blur(maps, torch.ones_like(made.weights), 0.7), made.weights)
 
-    plain = ControlTargets("control", scenes, bank, photos, teacher, lifted, CPU)
-    standin = Blurred(scenes, bank, CPU, "weight", 0.5)
-    control = ControlTargets("control-blur", scenes, bank, photos, teacher, standin, CPU)
+    plain = ControlTargets("control", scenes, scene_cache, photos, teacher, lifted, CPU)
+    standin = Blurred(scenes, scene_cache, CPU, "weight", 0.5)
+    control = ControlTargets("control-blur", scenes, scene_cache, photos, teacher, standin, CPU)
     made = [control.make(0, [view]) for view in views]
     assert control.blurs[0] == pytest.approx(0.7, abs=0.05)
     with torch.no_grad():
@@ -58,7 +58,9 @@ def test_the_blur_is_as_far_from_the_teacher_as_lifting_is(make_scene):
 
     assert cosine(made) == pytest.approx(cosine([standin.make(0, [view]) for view in views]), abs=2e-3)
     assert cosine(made) < cosine([plain.make(0, [view]) for view in views]) - 0.01
-    assert not control.needs(0) and ControlTargets("control-blur", scenes, bank, photos, teacher, lifted, CPU).needs(0)
+    assert not control.needs(0) and ControlTargets(
+        "control-blur", scenes, scene_cache, photos, teacher, lifted, CPU
+    ).needs(0)
 
 
 def test_what_is_masked_does_not_leak_into_the_blur():
@@ -147,10 +149,10 @@ def test_the_basis_leaves_out_what_the_decoder_does_not_use():
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_teacher_computes_as_it_did_for_the_lift(make_scene, monkeypatch, precision):
     """Its own maps differ between precisions by more than half precision does: control and target must share one."""
-    scenes, bank, photos, teacher, lifted = parts_of(make_scene())
+    scenes, scene_cache, photos, teacher, lifted = parts_of(make_scene())
     info = replace(scenes[0].info, teacher_precision=precision)
     monkeypatch.setattr(scenes[0].bundle, "info", info)
-    seen = ControlTargets("control", scenes, bank, photos, teacher, lifted, CPU)._see(0, [0])
+    seen = ControlTargets("control", scenes, scene_cache, photos, teacher, lifted, CPU)._see(0, [0])
     images = photos.get([(0, 0)]).float() / 255
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
         expected = teacher(images).patch_tokens.float()

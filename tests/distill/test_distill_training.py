@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from distill import trainer as trainer_module
 from distill.checkpoint import list_checkpoints
 from distill.cli import distil
-from distill.feed import Feed
+from distill.prefetcher import Prefetcher
 from distill.recipes import choose_recipe
 from distill.scenes import open_scenes
 from distill.step import DistillLoss, EagerStep, StepInput, learning_rate
@@ -101,13 +101,13 @@ def test_resumed_with_other_memory_sees_the_same_views(make_scene, make_config, 
     scene = open_scenes(folders[:1], None)[0].bundle.num_bytes() / 1e9
     whole = make_config(*folders, steps=10, scene_memory=2.5 * scene)
     distil(whole)
-    assemble, seen = Feed._assemble, []
+    assemble, seen = Prefetcher._assemble, []
 
     def record(self, batch, window):
         seen.extend((sample.scene, sample.view) for sample in batch.samples)
         return assemble(self, batch, window)
 
-    monkeypatch.setattr(Feed, "_assemble", record)
+    monkeypatch.setattr(Prefetcher, "_assemble", record)
     for placement, memory in (("auto", 1.0), ("disk", 4.5 * scene)):
         seen.clear()
         cut = make_config(*folders, steps=4, scene_memory=2.5 * scene, output_dir=tmp_path / placement)
@@ -212,7 +212,12 @@ def test_parts_of_a_batch_add_up(make_scene, make_config, tmp_path):
     results = []
     for accumulate in (1, 4):
         config = make_config(
-            folder, steps=4, batch_size=4, accumulate=accumulate, lr=1e-4, output_dir=tmp_path / str(accumulate)
+            folder,
+            steps=4,
+            batch_size=4,
+            gradient_accumulation=accumulate,
+            lr=1e-4,
+            output_dir=tmp_path / str(accumulate),
         )
         distil(config)
         results.append((weights_of(config), metrics_of(config)["loss"]["l1"]))

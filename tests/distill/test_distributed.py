@@ -168,4 +168,4 @@ def test_alone_without_torchrun(monkeypatch):
 
 def test_shares_must_be_whole(make_scene, make_config):
     with pytest.raises(UserError, match="--batch-size 3 cannot be cut.*choose a multiple of 2"):
-        distil(make_config(make_scene(), batch_size=3, accumulate=2))
+        distil(make_config(make_scene(), batch_size=3, gradient_accumulation=2))

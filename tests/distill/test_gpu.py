@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from distill.cli import distil
 from distill.recipes import choose_recipe
-from distill.scenes import SceneBank, open_scenes
+from distill.scenes import SceneCache, open_scenes
 from distill.step import DistillLoss, EagerStep, GraphStep, StepInput, make_optimizer
 from distill.student import load_student, prepare_training
 from distill.targets import LiftedTargets
@@ -107,15 +107,15 @@ def test_placements_render_alike_and_as_the_cpu(make_scene, placement):
     scenes = open_scenes([make_scene(name, seed=seed) for seed, name in enumerate("abcd")], None)
     memory = None if placement == "device" else 2.5 * scenes[0].bundle.num_bytes() / 1e9
     cuda, cpu = torch.device("cuda", 0), torch.device("cpu")
-    bank = SceneBank(scenes, World(0, 1, cuda), placement, memory)
-    reference = LiftedTargets(scenes, SceneBank(scenes, World(0, 1, cpu)), cpu, "weight", 0.5)
-    targets = LiftedTargets(scenes, bank, cuda, "weight", 0.5)
+    scene_cache = SceneCache(scenes, World(0, 1, cuda), placement, memory)
+    reference = LiftedTargets(scenes, SceneCache(scenes, World(0, 1, cpu)), cpu, "weight", 0.5)
+    targets = LiftedTargets(scenes, scene_cache, cuda, "weight", 0.5)
     for scene in (0, 3, 1, 2, 0):
-        bank.prefetch([(scene + 1) % 4])
+        scene_cache.prefetch([(scene + 1) % 4])
         made, expected = targets.make(scene, [0, 2]), reference.make(scene, [0, 2])
         torch.testing.assert_close(made.maps.cpu(), expected.maps, atol=2e-3, rtol=2e-3)
         torch.testing.assert_close(made.weights.cpu(), expected.weights, atol=2e-3, rtol=2e-3)
-    bank.close()
+    scene_cache.close()
 
 
 @pytest.mark.parametrize("photo_memory", [0.0, 1.0])

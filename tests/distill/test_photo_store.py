@@ -13,7 +13,7 @@ from benchmarks.faults.mutations import ANY, SAFETENSORS, apply
 from distill.photo_store import PhotoStore
 from distill.scenes import open_scenes
 from fit3d_ns.backbones import resize_to_patches
-from fit3d_ns.data.photos.described import read_photo
+from fit3d_ns.data.photos.bundled import read_photo
 from fit3d_ns.support.errors import UserError
 
 CPU = torch.device("cpu")

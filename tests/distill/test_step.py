@@ -9,11 +9,11 @@ from torch import nn
 
 from distill import trainer as trainer_module
 from distill.cli import distil
-from distill.feed import Feed
 from distill.photo_store import PhotoStore
+from distill.prefetcher import Prefetcher
 from distill.recipes import choose_recipe
 from distill.sampler import Sampler
-from distill.scenes import SceneBank, open_scenes
+from distill.scenes import SceneCache, open_scenes
 from distill.step import DistillLoss, EagerStep, StepInput, make_optimizer
 from distill.student import load_student, prepare_training
 from distill.targets import LiftedTargets
@@ -89,12 +89,12 @@ def test_a_batch_that_is_not_full_counts_for_its_views(make_scene, make_config, 
 
 def test_the_feed_says_how_full_a_batch_is(make_scene, make_config):
     scenes = open_scenes([make_scene("a", views=7)], None)  # five training views
-    bank, photos = SceneBank(scenes, World(0, 1, CPU)), PhotoStore(scenes, 16, CPU)
+    scene_cache, photos = SceneCache(scenes, World(0, 1, CPU)), PhotoStore(scenes, 16, CPU)
     photos.fill(show=False)
     sampler = Sampler([scene.sampled_views() for scene in scenes], 4, seed=0)
-    source = LiftedTargets(scenes, bank, CPU, "weight", 0.5)
-    feed = Feed(scenes, sampler, source, bank, photos, make_config(), World(0, 1, CPU))
-    shares = {len(batch.samples): float(inputs.fullness) for batch, inputs in feed.steps(0, 2)}
+    source = LiftedTargets(scenes, scene_cache, CPU, "weight", 0.5)
+    prefetcher = Prefetcher(scenes, sampler, source, scene_cache, photos, make_config(), World(0, 1, CPU))
+    shares = {len(batch.samples): float(inputs.fullness) for batch, inputs in prefetcher.steps(0, 2)}
     assert shares == {4: 1.0, 1: 0.25}
 
 
@@ -153,5 +153,5 @@ def test_the_trainer_uses_the_recipes_clip_and_parts(make_scene, make_config, mo
             super().__init__(loss, optimizer, parameters, clip, num_parts, num_processes)
 
     monkeypatch.setattr(trainer_module, "EagerStep", Watched)
-    distil(make_config(make_scene(), clip=None, accumulate=2, steps=1))
+    distil(make_config(make_scene(), clip=None, gradient_accumulation=2, steps=1))
     assert made == [(0.1, 2, 1)]

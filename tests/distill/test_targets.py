@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 
 from distill.controls import ControlTargets, low_dimensional_basis
-from distill.feed import Feed
 from distill.photo_store import PhotoStore
+from distill.prefetcher import Prefetcher
 from distill.sampler import Sampler
-from distill.scenes import SceneBank, open_scenes
+from distill.scenes import SceneCache, open_scenes
 from distill.student import load_teacher
 from distill.targets import LiftedTargets, accumulation_weights
 from fit3d_ns.features.decoder import FeatureDecoder, decode_patches
@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 
 def lifted(scenes, accumulation="ignore", min_accumulation=0.5):
-    return LiftedTargets(scenes, SceneBank(scenes, World(0, 1, CPU)), CPU, accumulation, min_accumulation)
+    return LiftedTargets(scenes, SceneCache(scenes, World(0, 1, CPU)), CPU, accumulation, min_accumulation)
 
 
 def single_render(scene, view):
@@ -82,8 +82,8 @@ def test_control_is_the_teacher_seen_through_the_basis(make_scene):
     photos = PhotoStore(scenes, 16, CPU)
     photos.fill(show=False)
     teacher = load_teacher(scenes, CPU)
-    bank = SceneBank(scenes, World(0, 1, CPU))
-    made = ControlTargets("control", scenes, bank, photos, teacher, lifted(scenes), CPU).make(0, [0, 1])
+    scene_cache = SceneCache(scenes, World(0, 1, CPU))
+    made = ControlTargets("control", scenes, scene_cache, photos, teacher, lifted(scenes), CPU).make(0, [0, 1])
     with torch.no_grad():
         own = teacher(photos.get([(0, 0), (0, 1)]).float() / 255).patch_tokens
     basis = low_dimensional_basis(scenes[0].bundle.read_scene().decoder)
@@ -98,15 +98,15 @@ def test_control_is_the_teacher_seen_through_the_basis(make_scene):
 
 def test_photo_and_target_are_mirrored_together(make_scene, make_config):
     scenes = open_scenes([make_scene(masked=(1,))], None)
-    bank, photos = SceneBank(scenes, World(0, 1, CPU)), PhotoStore(scenes, 16, CPU)
+    scene_cache, photos = SceneCache(scenes, World(0, 1, CPU)), PhotoStore(scenes, 16, CPU)
     photos.fill(show=False)
-    source = LiftedTargets(scenes, bank, CPU, "ignore", 0.5)
+    source = LiftedTargets(scenes, scene_cache, CPU, "ignore", 0.5)
     config = make_config(batch_size=4)
     seen = {}
     for flip in (0.0, 1.0):
         sampler = Sampler([scene.sampled_views() for scene in scenes], 4, seed=0, flip=flip)
-        feed = Feed(scenes, sampler, source, bank, photos, config, World(0, 1, CPU))
-        (_, inputs), *_ = feed.steps(0, 1)
+        prefetcher = Prefetcher(scenes, sampler, source, scene_cache, photos, config, World(0, 1, CPU))
+        (_, inputs), *_ = prefetcher.steps(0, 1)
         seen[flip] = inputs
     for name in ("images", "targets", "weights"):
         plain, mirrored = getattr(seen[0.0], name), getattr(seen[1.0], name)
@@ -118,16 +118,18 @@ def test_photo_and_target_are_mirrored_together(make_scene, make_config):
 def test_two_shares_are_one_batch(make_scene, make_config, kept_bytes, monkeypatch):
     folders = [make_scene("a"), make_scene("b", views=5, seed=1)]
     scenes = open_scenes(folders, None)
-    bank, photos = SceneBank(scenes, World(0, 1, CPU)), PhotoStore(scenes, 16, CPU)
+    scene_cache, photos = SceneCache(scenes, World(0, 1, CPU)), PhotoStore(scenes, 16, CPU)
     photos.fill(show=False)
-    source = LiftedTargets(scenes, bank, CPU, "weight", 0.5)
+    source = LiftedTargets(scenes, scene_cache, CPU, "weight", 0.5)
     config = make_config(batch_size=4)
     sampler = Sampler([scene.sampled_views() for scene in scenes], 4, seed=0)
-    monkeypatch.setattr("distill.feed.sum_over_processes", lambda values: values)
+    monkeypatch.setattr("distill.prefetcher.sum_over_processes", lambda values: values)
 
     def steps(rank, size, start=0):
-        feed = Feed(scenes, sampler, source, bank, photos, config, World(rank, size, CPU), kept_bytes)
-        return [inputs for _, inputs in feed.steps(start, 5)]
+        prefetcher = Prefetcher(
+            scenes, sampler, source, scene_cache, photos, config, World(rank, size, CPU), kept_bytes
+        )
+        return [inputs for _, inputs in prefetcher.steps(start, 5)]
 
     whole, shares = steps(0, 1), (steps(0, 2), steps(1, 2))
     for step, inputs in enumerate(whole):
@@ -146,28 +148,35 @@ def test_two_shares_are_one_batch(make_scene, make_config, kept_bytes, monkeypat
 @pytest.mark.parametrize("control, kept_bytes", [(True, 0), (False, 10**9), (False, 0)])
 def test_scenes_are_fetched_only_while_targets_need_them(make_scene, make_config, monkeypatch, control, kept_bytes):
     scenes = open_scenes([make_scene(name, views=3, held_out=1, seed=seed) for seed, name in enumerate("abcde")], None)
-    bank = SceneBank(scenes, World(0, 1, CPU), "disk", 2.5 * scenes[0].bundle.num_bytes() / 1e9)
+    scene_cache = SceneCache(scenes, World(0, 1, CPU), "disk", 2.5 * scenes[0].bundle.num_bytes() / 1e9)
     photos = PhotoStore(scenes, 16, CPU)
     photos.fill(show=False)
-    source = LiftedTargets(scenes, bank, CPU, "weight", 0.5)
+    source = LiftedTargets(scenes, scene_cache, CPU, "weight", 0.5)
     if control:
-        source = ControlTargets("control", scenes, bank, photos, load_teacher(scenes, CPU), source, CPU)
-    sampler = Sampler([scene.sampled_views() for scene in scenes], 2, seed=0, block_bytes=bank.block_bytes)
-    feed = Feed(
-        scenes, sampler, source, bank, photos, make_config(render_ahead=2), World(0, 1, CPU), kept_bytes=kept_bytes
+        source = ControlTargets("control", scenes, scene_cache, photos, load_teacher(scenes, CPU), source, CPU)
+    sampler = Sampler([scene.sampled_views() for scene in scenes], 2, seed=0, block_bytes=scene_cache.block_bytes)
+    prefetcher = Prefetcher(
+        scenes,
+        sampler,
+        source,
+        scene_cache,
+        photos,
+        make_config(render_ahead=2),
+        World(0, 1, CPU),
+        kept_bytes=kept_bytes,
     )
-    prefetch, fetched = bank.prefetch, []
+    prefetch, fetched = scene_cache.prefetch, []
 
     def record(indices, in_use=()):
         fetched.extend(indices)
         prefetch(indices, in_use)
 
-    monkeypatch.setattr(bank, "prefetch", record)
+    monkeypatch.setattr(scene_cache, "prefetch", record)
     counts = []
-    for batch, _ in feed.steps(0, 15):  # three epochs of a step for each scene
-        assert len(bank._resident) + len(bank._uploads) <= 2
+    for batch, _ in prefetcher.steps(0, 15):  # three epochs of a step for each scene
+        assert len(scene_cache._resident) + len(scene_cache._uploads) <= 2
         counts.append(len(fetched))
         assert len(batch.samples) == 2
     assert counts[4] >= 4
     assert (counts[14] - counts[5] == 0) == (control or kept_bytes > 0)
-    bank.close()
+    scene_cache.close()

@@ -13,7 +13,7 @@ from fit3d_loop import plan
 from fit3d_loop.loop import run_loop
 from fit3d_loop.records import Places, SceneState, read_state, try_lock, write_state
 from fit3d_loop.scenes import machine
-from fit3d_loop.scenes.machine import Photos, choose_packing
+from fit3d_loop.scenes.machine import PhotoCounts, choose_packing
 from fit3d_ns.support.errors import UserError
 
 
@@ -79,8 +79,10 @@ def test_more_scenes_photos_and_rounds_take_more(scenes, loop_config, tmp_path):
     def disk(**fields):
         config = loop_config(scenes, tmp_path / "out", **fields)
         begun = module.Begun(config, {}, module.read_scenes(scenes)[0], "dinov2_small")
-        packing = choose_packing(Photos((8, 8), 0.3), 1, None)
-        return plan.make_plan(begun, Photos((600, 600) if fields.get("keep_checkpoints") else (8, 8), 0.3), packing)
+        packing = choose_packing(PhotoCounts((8, 8), 0.3), 1, None)
+        return plan.make_plan(
+            begun, PhotoCounts((600, 600) if fields.get("keep_checkpoints") else (8, 8), 0.3), packing
+        )
 
     few, kept, more = disk(), disk(keep_checkpoints=True), disk(rounds=3)
     assert few.disk_gigabytes < more.disk_gigabytes < kept.disk_gigabytes
@@ -99,12 +101,12 @@ class FakeGPU:
 @pytest.mark.parametrize(
     ("gpus", "memory", "cores", "photos", "expected"),
     [
-        (1, 80, 16, Photos((100,) * 8, 0.3), 8),  # cores: two a scene
-        (1, 80, 64, Photos((100,) * 40, 0.3), 16),  # as many as were measured
-        (1, 8, 16, Photos((100,) * 8, 0.3), 2),  # memory
-        (2, 80, 16, Photos((100,) * 8, 0.3), 8),  # cores are shared between GPUs
-        (1, 80, 16, Photos((600,), 12.0), 1),  # large photos
-        (0, 0, 2, Photos((8,), 0.1), 2),
+        (1, 80, 16, PhotoCounts((100,) * 8, 0.3), 8),  # cores: two a scene
+        (1, 80, 64, PhotoCounts((100,) * 40, 0.3), 16),  # as many as were measured
+        (1, 8, 16, PhotoCounts((100,) * 8, 0.3), 2),  # memory
+        (2, 80, 16, PhotoCounts((100,) * 8, 0.3), 8),  # cores are shared between GPUs
+        (1, 80, 16, PhotoCounts((600,), 12.0), 1),  # large photos
+        (0, 0, 2, PhotoCounts((8,), 0.1), 2),
     ],
 )
 def test_scenes_share_a_machine_by_memory_cores_and_photos(monkeypatch, gpus, memory, cores, photos, expected):

@@ -5,17 +5,18 @@ import torch
 import torch.nn.functional as F
 
 from probe.data.base import IGNORE
-from probe.tasks.losses import can_fuse, cell_cross_entropy, cross_entropy, full_resolution_cross_entropy
+from probe.tasks import losses
+from probe.tasks.losses import can_compile, cell_cross_entropy, cross_entropy, full_resolution_cross_entropy
 
 
 def plain_cross_entropy(logits, labels):
     return cross_entropy(F.interpolate(logits, size=labels.shape[1:], mode="bilinear"), labels)
 
 
-def logits_and_labels(size, grid, device="cpu"):
+def logits_and_labels(size, grid, device="cpu", num_classes=7):
     generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(2, 7, *grid, generator=generator).to(device).requires_grad_()
-    labels = torch.randint(0, 7, (2, *size), generator=generator)
+    logits = torch.randn(2, num_classes, *grid, generator=generator).to(device).requires_grad_()
+    labels = torch.randint(0, num_classes, (2, *size), generator=generator)
     labels[torch.rand(labels.shape, generator=generator) < 0.2] = IGNORE
     return logits, labels.to(device)
 
@@ -45,20 +46,29 @@ def test_without_a_compiler_nothing_is_fused(monkeypatch):
     cuda = torch.device("cuda")
     with monkeypatch.context() as patched:
         patched.setenv("TORCH_COMPILE_DISABLE", "1")
-        assert not can_fuse.__wrapped__(cuda)
+        assert not can_compile.__wrapped__(cuda)
 
     def fail(function):
         raise RuntimeError("Failed to find C compiler.\nSet CC.")
 
     monkeypatch.setattr(torch, "compile", fail)
     with pytest.warns(UserWarning, match=r"does not work here \(Failed to find C compiler\.\): losses"):
-        assert not can_fuse.__wrapped__(cuda)
+        assert not can_compile.__wrapped__(cuda)
+
+
+@pytest.mark.parametrize("num_classes", [11, 16, 17, 150])
+def test_few_classes_are_upsampled(monkeypatch, num_classes):
+    taken = []
+    monkeypatch.setattr(losses, "can_compile", lambda device: True)
+    monkeypatch.setattr(losses, "cell_cross_entropy", lambda *_: taken.append("cells"))
+    full_resolution_cross_entropy(torch.zeros(1, num_classes, 2, 2), torch.zeros(1, 4, 4, dtype=torch.long))
+    assert bool(taken) == (num_classes > 16)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("size, grid", [((512, 512), (37, 37)), ((50, 63), (4, 5))])
 def test_fused_cross_entropy_on_cuda(size, grid):
-    logits, labels = logits_and_labels(size, grid, "cuda")
+    logits, labels = logits_and_labels(size, grid, "cuda", num_classes=21)
     (expected,) = torch.autograd.grad(plain_cross_entropy(logits, labels), logits)
     gradients = [torch.autograd.grad(full_resolution_cross_entropy(logits, labels), logits)[0] for _ in range(2)]
     torch.testing.assert_close(gradients[0], expected, rtol=1e-3, atol=1e-7)

@@ -13,7 +13,7 @@ from probe.features.rows import centre_pad, choose_rows, row_features
 from probe.heads import SegmentationHead, TokenAndClassHead, expected_depth, resize_maps, sample_map
 from probe.protocols import Optimization
 from probe.tasks.losses import cross_entropy
-from probe.training import HeadBank, first_beta, learning_rate_factor
+from probe.training import HeadTrainer, first_beta, learning_rate_factor
 
 WIDTH = 6
 
@@ -35,7 +35,7 @@ def make_partner(group: str, number: int = 1) -> Partner:
 
 
 class _Task:
-    """The part of a task that a head bank needs."""
+    """The part of a task that a head trainer needs."""
 
     def make_head(self, width: int, cls_width: int, fuse: bool) -> torch.nn.Module:
         return SegmentationHead(width, 3, fuse)
@@ -81,7 +81,7 @@ def test_heads_trained_together_equal_heads_trained_alone(clip):
         return cross_entropy(F.interpolate(head(features), size=(20, 28), mode="bilinear"), labels)
 
     def train(rows, rates):
-        bank = HeadBank(
+        trainer = HeadTrainer(
             _Task(),  # type: ignore[arg-type]
             rows,
             Optimization(**{**optimization.__dict__, "learning_rates": rates}),
@@ -90,8 +90,8 @@ def test_heads_trained_together_equal_heads_trained_alone(clip):
             device=torch.device("cpu"),
         )
         for step in range(8):
-            bank.step(step, _features(step), loss)
-        return {head.key: head.module.state_dict() for head in bank.heads}
+            trainer.step(step, _features(step), loss)
+        return {head.key: head.module.state_dict() for head in trainer.heads}
 
     rows = choose_rows(None, (make_partner("tuned"),))
     together = train(rows, (1e-3, 1e-1))
@@ -174,9 +174,9 @@ def test_schedules_at_known_steps():
 def test_a_resumed_optimizer_is_that_of_its_device(tmp_path):
     rows, device = choose_rows(("original",), ()), torch.device("cpu")
     optimization = Optimization(10, 4, (1e-3,), 1e-4, "poly", 0.1, 1e-6)
-    banks = [HeadBank(_Task(), rows, optimization, (WIDTH, 0), 0, device) for _ in range(2)]  # type: ignore[arg-type]
-    banks[0].step(0, _features(), lambda head, features: head(features).square().mean())
-    banks[0].heads[0].optimizer.param_groups[0]["fused"] = True  # as on a GPU
-    banks[0].save(tmp_path / "state.pt", 1, "same")
-    assert banks[1].load(tmp_path / "state.pt", "same", device) == 1
-    assert banks[1].heads[0].optimizer.param_groups[0]["fused"] is None
+    trainers = [HeadTrainer(_Task(), rows, optimization, (WIDTH, 0), 0, device) for _ in range(2)]  # type: ignore[arg-type]
+    trainers[0].step(0, _features(), lambda head, features: head(features).square().mean())
+    trainers[0].heads[0].optimizer.param_groups[0]["fused"] = True  # as on a GPU
+    trainers[0].save(tmp_path / "state.pt", 1, "same")
+    assert trainers[1].load(tmp_path / "state.pt", "same", device) == 1
+    assert trainers[1].heads[0].optimizer.param_groups[0]["fused"] is None

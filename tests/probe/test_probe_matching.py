@@ -10,7 +10,7 @@ from PIL import Image
 from probe_files import TINY, save_photo, save_png
 
 from fit3d_ns.backbones import BackboneInfo, BackboneOutput
-from fit3d_ns.features.correspondences import View
+from fit3d_ns.features.correspondences import SurfaceView
 from fit3d_ns.support.errors import UserError
 from probe.config import CorrespondenceConfig, RetrievalConfig
 from probe.data.own import read_posed_scene
@@ -41,7 +41,7 @@ def _camera(angle: float) -> np.ndarray:
     return pose
 
 
-def _view(angle: float) -> tuple[View, np.ndarray]:
+def _view(angle: float) -> tuple[SurfaceView, np.ndarray]:
     """A view of a plane z = 4, and the world points [H, W, 3] that it sees."""
     pose = _camera(angle)
     columns, rows = np.meshgrid(np.arange(WIDTH) + 0.5, np.arange(HEIGHT) + 0.5)
@@ -50,7 +50,9 @@ def _view(angle: float) -> tuple[View, np.ndarray]:
     depth = (4 - pose[2, 3]) / directions[..., 2]
     points = pose[:3, 3] + directions * depth[..., None]
     K = torch.tensor([[FOCAL, 0, WIDTH / 2], [0, FOCAL, HEIGHT / 2], [0, 0, 1]], dtype=torch.float64)
-    view = View(torch.from_numpy(np.linalg.inv(pose)), K, WIDTH, HEIGHT, torch.from_numpy(depth.astype(np.float32)))
+    view = SurfaceView(
+        torch.from_numpy(np.linalg.inv(pose)), K, WIDTH, HEIGHT, torch.from_numpy(depth.astype(np.float32))
+    )
     return view, points
 
 
@@ -249,5 +251,5 @@ def test_depth_is_read_where_its_point_is(grid, scale):
     rows, columns = HEIGHT * scale, WIDTH * scale
     y, x = torch.meshgrid(torch.arange(rows) + 0.5, torch.arange(columns) + 0.5, indexing="ij")
     for coordinate, axis in ((x / scale, 0), (y / scale, 1)):
-        points, depth = _grid_depth(View(torch.eye(4), torch.eye(3), WIDTH, HEIGHT, coordinate), grid)
+        points, depth = _grid_depth(SurfaceView(torch.eye(4), torch.eye(3), WIDTH, HEIGHT, coordinate), grid)
         assert (depth - points[:, axis]).abs().max() <= 0.5

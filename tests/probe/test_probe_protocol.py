@@ -35,8 +35,8 @@ def _segmentation_recipe() -> SegmentationRecipe:
     return recipe
 
 
-def _depth_recipe(kind, dataset) -> DepthRecipe:
-    recipe = choose_recipe(kind, dataset)
+def _depth_recipe(dataset) -> DepthRecipe:
+    recipe = choose_recipe("depth", dataset)
     assert isinstance(recipe, DepthRecipe)
     return recipe
 
@@ -121,7 +121,7 @@ def test_segmentation_crops_keep_photo_and_labels_together():
 
 
 def test_depth_crops_keep_photo_and_depth_together():
-    recipe = _depth_recipe("depth", "nyuv2")
+    recipe = _depth_recipe("nyuv2")
     depth = np.linspace(1, 9, 480 * 640, dtype=np.float32).reshape(480, 640)
     image = np.repeat((depth * 25).astype(np.uint8)[..., None], 3, 2)
     rotated = 0
@@ -132,7 +132,7 @@ def test_depth_crops_keep_photo_and_depth_together():
         rotated += int(not known.all())
         assert np.abs(crop[known][:, 0].astype(float) - target[known] * 25).mean() < 3
     assert 0 < rotated < 12
-    kitti = _depth_recipe("depth", "kitti")
+    kitti = _depth_recipe("kitti")
     wide, flat = np.zeros((375, 1242, 3), np.uint8), np.zeros((375, 1242), np.float32)
     flat[23, 13] = 1
     cut_image, cut = depth_window(wide, flat, kitti, training=False)
@@ -153,9 +153,8 @@ def test_normals_of_a_tilted_plane_and_of_its_mirror_image():
     assert not found[0].any()
     depth[10, 10] = 0
     assert not normals_from_depth(depth, (fx, fy, 30.0, 20.0))[9:12, 10].any()
-    recipe = _depth_recipe("normals", "rooms")
     image = np.zeros((40, 60, 3), np.uint8)
-    signs = {float(np.sign(augment_normals(image, found, recipe, sample_rng(0, n))[1][5, 5, 0])) for n in range(8)}
+    signs = {float(np.sign(augment_normals(image, found, sample_rng(0, n))[1][5, 5, 0])) for n in range(8)}
     assert signs == {1.0, -1.0}
 
 
@@ -182,8 +181,8 @@ def test_drawn_colors_stay_in_their_ranges():
     assert 0.4 < (drawn[:, 0] != 0).mean() < 0.6
     assert np.abs(drawn[:, 0]).max() <= 32 and drawn[:, 1].min() >= 0.5 and drawn[:, 3].max() <= 1.5
     assert drawn[:, 4].min() >= -36 and drawn[:, 4].max() <= 34
-    recipe = _depth_recipe("depth", "kitti")
-    gains = np.stack([draw_color_change(sample_rng(0, n), recipe) for n in range(400)])
+    recipe = _depth_recipe("kitti")
+    gains = np.stack([draw_color_change(sample_rng(0, n), recipe.brightness) for n in range(400)])
     assert 0.4 < (gains[:, 0] == 1).mean() < 0.6
     assert gains[:, 1:].min() >= 0.9 * 0.9 and gains[:, 1:].max() <= 1.1 * 1.1
 
@@ -197,6 +196,6 @@ def test_order_is_a_function_of_seed_and_number():
 
 @pytest.mark.parametrize("dataset,cap", [("nyuv2", "nyu_eigen"), ("scannet", "nyu_eigen"), ("scannetpp", "none")])
 def test_recipes_name_their_data_set(dataset, cap):
-    recipe = _depth_recipe("depth", dataset)
+    recipe = _depth_recipe(dataset)
     assert recipe.name == f"depth-linear-v1/{dataset}" and recipe.evaluation_crop == cap
     assert recipe.optimization.iterations * recipe.optimization.batch_size == 614_400

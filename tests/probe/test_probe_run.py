@@ -82,14 +82,14 @@ def test_full_segmentation_resumes_to_the_same_result(make_config, tmp_path, mon
     rows = ("original", "linear")
     run_trained_probe(make_config("whole", assemblies=rows, checkpoint_every=2), "segmentation")
     interrupted = make_config("parts", assemblies=rows, checkpoint_every=2)
-    step = run_module.HeadBank.step
+    step = run_module.HeadTrainer.step
 
     def fail(self, number, *args):
         if number == 5:
             raise KeyboardInterrupt
         return step(self, number, *args)
 
-    monkeypatch.setattr(run_module.HeadBank, "step", fail)
+    monkeypatch.setattr(run_module.HeadTrainer, "step", fail)
     with pytest.raises(KeyboardInterrupt):
         run_trained_probe(interrupted, "segmentation")
     taken = []
@@ -98,7 +98,7 @@ def test_full_segmentation_resumes_to_the_same_result(make_config, tmp_path, mon
         taken.append(number)
         return step(self, number, *args)
 
-    monkeypatch.setattr(run_module.HeadBank, "step", count)
+    monkeypatch.setattr(run_module.HeadTrainer, "step", count)
     run_trained_probe(interrupted, "segmentation")
     assert taken == [4, 5]
     states = [torch.load(tmp_path / name / "checkpoints/seed_0.pt", weights_only=True) for name in ("whole", "parts")]

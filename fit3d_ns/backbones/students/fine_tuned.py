@@ -150,6 +150,10 @@ def student_spec(path: Path, flag: str) -> BackboneSpec | None:
 def check_original(fine_tuned: FineTuned, spec: BackboneSpec) -> None:
     """Checks that a backbone is the one that was fine-tuned, as far as that is known.
 
+    Args:
+        fine_tuned: The result, and what its card says of its original.
+        spec: The backbone that it is to stand beside.
+
     Raises:
         UserError: If it is another architecture, or has other published weights.
     """
@@ -164,7 +168,11 @@ def check_original(fine_tuned: FineTuned, spec: BackboneSpec) -> None:
 
 
 def looks_like_path(text: str) -> bool:
-    """Returns whether a text can only mean a place on this machine, no ``user/repo`` and no backbone's name."""
+    """Returns whether a text can only mean a place on this machine, no ``user/repo`` and no backbone's name.
+
+    Args:
+        text: What a user typed for weights or a backbone.
+    """
     path = Path(text)
     return path.suffix in WEIGHT_SUFFIXES or path.is_absolute() or text[:1] in (".", "~") or text.count("/") > 1
 

@@ -13,7 +13,11 @@ _REACH_SECONDS = 5.0
 
 
 class DownloadError(Exception):
-    """Why a file could not be had from the network; its text is one line."""
+    """Why a file could not be had from the network; its text is one line.
+
+    Args:
+        cause: What the client raised.
+    """
 
     def __init__(self, cause: BaseException) -> None:
         lines = str(cause).strip().splitlines()
@@ -21,7 +25,13 @@ class DownloadError(Exception):
 
 
 def cached_file(repository: str, revision: str | None, filenames: Sequence[str]) -> Path | None:
-    """Returns the first of a repository's files that is on this machine; None if there is none."""
+    """Returns the first of a repository's files that is on this machine; None if there is none.
+
+    Args:
+        repository: ``user/name``.
+        revision: Branch, tag or commit; None for the main branch.
+        filenames: In the order in which they are preferred.
+    """
     # hf_hub_download(local_files_only=True) would do, but newer releases reach for the network even then.
     from huggingface_hub import try_to_load_from_cache
 
@@ -33,7 +43,16 @@ def cached_file(repository: str, revision: str | None, filenames: Sequence[str])
 
 
 def offered_file(repository: str, revision: str | None, filenames: Sequence[str]) -> str | Exception:
-    """Asks the hub, without the client's long retries, which of the files it has; else returns why there is none."""
+    """Asks the hub, without the client's long retries, which of the files it has; else returns why there is none.
+
+    Args:
+        repository: ``user/name``.
+        revision: Branch, tag or commit; None for the main branch.
+        filenames: In the order in which they are preferred.
+
+    Returns:
+        The first of the names that the hub has, or why there is none.
+    """
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
     reason: Exception = FileNotFoundError(repository)
@@ -48,6 +67,11 @@ def offered_file(repository: str, revision: str | None, filenames: Sequence[str]
 
 def download_file(repository: str, revision: str | None, filenames: Sequence[str]) -> Path:
     """Returns the first of the files that the hub has, its newest version of that revision.
+
+    Args:
+        repository: ``user/name``.
+        revision: Branch, tag or commit; None for the main branch.
+        filenames: In the order in which they are preferred.
 
     Raises:
         DownloadError: If the hub has none of them or cannot be reached.
@@ -102,7 +126,12 @@ def download_url(url: str) -> Path:
 
 
 def hash_matches(path: Path, sha256: str) -> bool:
-    """Returns whether a file has a SHA-256."""
+    """Returns whether a file has a SHA-256.
+
+    Args:
+        path: A file that exists.
+        sha256: 64 hexadecimal digits.
+    """
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

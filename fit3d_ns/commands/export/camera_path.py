@@ -42,7 +42,12 @@ class CameraPath:
         return len(self.names)
 
     def camera(self, index: int, device: torch.device | str) -> Cameras:
-        """Returns one camera on a device, of shape [1] as models take it."""
+        """Returns one camera on a device, of shape [1] as models take it.
+
+        Args:
+            index: From 0, along the path.
+            device: Of the model.
+        """
         return self.cameras[index : index + 1].to(device)
 
 
@@ -53,6 +58,9 @@ def path_along_views(views: Sequence[BundleView], cameras: BundleCameras, split:
         views: All views of a scene.
         cameras: Theirs, in the same order.
         split: ``train`` or ``eval``.
+
+    Returns:
+        Their cameras, in their order.
 
     Raises:
         UserError: If the split has no view.
@@ -66,7 +74,7 @@ def path_along_views(views: Sequence[BundleView], cameras: BundleCameras, split:
 
 
 def orbit(views: Sequence[BundleView], cameras: BundleCameras, frames: int) -> CameraPath:
-    """A closed ellipse through the space that the training photos were taken from, seen from which the scene turns.
+    """Returns a closed ellipse through the space that the photos were taken from, seen from which the scene turns.
 
     The ellipse is level and lies within where most of the photos stand: around an object it is the photographer's
     round, in a room it stays clear of the walls, and where all photos face one way it is a sway before the scene. All
@@ -110,6 +118,9 @@ def path_from_file(path: Path) -> CameraPath:
     Args:
         path: The file.
 
+    Returns:
+        Its cameras.
+
     Raises:
         UserError: If it cannot be read, holds no camera, or cameras that are not perspective.
     """
@@ -131,7 +142,7 @@ def path_from_file(path: Path) -> CameraPath:
         frames = stored["camera_path"]
         names = [f"frame {number}" for number in range(len(frames))]
         matrices = [np.reshape(frame["camera_to_world"], (4, 4)) for frame in frames]
-        for frame, pose in zip(frames, check_poses(matrices, names, str(path), spread=False).matrices):
+        for frame, pose in zip(frames, check_poses(matrices, names, str(path), distinct=False).matrices):
             frame["camera_to_world"] = pose.ravel().tolist()
         cameras = get_path_from_json(stored)
         seconds = None if stored.get("seconds") is None else float(stored["seconds"])

@@ -67,7 +67,11 @@ class ExportCommand:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Command line of ``fit3d-export``."""
+    """Command line of ``fit3d-export``.
+
+    Args:
+        args: Words of the command line; None for those of this process.
+    """
 
     def command() -> None:
         run_export(tyro.cli(ExportCommand, prog="fit3d-export", args=args))

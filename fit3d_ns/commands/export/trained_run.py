@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fit3d_ns.data.points.splat_ply import standard_gaussians, visible_rows
 from fit3d_ns.features.colors import SceneColors
-from fit3d_ns.runs.bundling import Run
+from fit3d_ns.runs.bundling import FinishedRun
 from fit3d_ns.runs.checkpoints import find_checkpoint, read_checkpoint
 from fit3d_ns.runs.config_reader import read_config
 from fit3d_ns.runs.coordinates import read_coordinates
@@ -23,7 +23,7 @@ from fit3d_ns.support.errors import UserError
 class TrainedRun:
     """A run of this project's method and what its newest checkpoint holds."""
 
-    run: Run
+    run: FinishedRun
     """Where it is."""
     config: Any
     """nerfstudio's ``TrainerConfig``."""
@@ -137,7 +137,7 @@ def open_run(load_config: Path) -> TrainedRun:
     if decoder is None:
         raise UserError(f"{checkpoint} lacks the decoder: use a checkpoint of {METHOD}.")
     data = Path(config.pipeline.datamanager.data)  # type: ignore[attr-defined]
-    opened = TrainedRun(Run(path, checkpoint, data), config, state, gaussians, features, decoder)
+    opened = TrainedRun(FinishedRun(path, checkpoint, data), config, state, gaussians, features, decoder)
     if not bool(opened.visible.any()):
         raise UserError(f"{checkpoint} has no visible Gaussian: train it again.")
     if not bool(features.any()) or not bool(decoder.any()):

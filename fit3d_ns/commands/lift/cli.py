@@ -20,7 +20,7 @@ from fit3d_ns.support.errors import FLAGS, UserError, flags_are
 
 _LOGGER = logging.getLogger("fit3d_ns.commands.lift.cli")  # not __main__, which `python -m` makes of __name__
 DISAGREEMENT = 0.9
-"""From this `photo_check.disagreement` on, a splat is taken not to show its photos."""
+"""From this `photo_check.photo_mismatch` on, a splat is taken not to show its photos."""
 
 
 @dataclass
@@ -71,7 +71,11 @@ class LiftCommand:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Command line of ``fit3d-lift``."""
+    """Command line of ``fit3d-lift``.
+
+    Args:
+        args: Words of the command line; None for those of this process.
+    """
 
     def command() -> None:
         run_lift(tyro.cli(LiftCommand, prog="fit3d-lift", args=args))
@@ -257,7 +261,7 @@ def open_source(source: Any) -> tuple[Any, Any]:
         UserError: If scene or geometry cannot be used, or do not belong together.
     """
     from fit3d_ns.runs.frozen_geometry import replace_gaussians
-    from fit3d_ns.scenes.photo_check import disagreement
+    from fit3d_ns.scenes.photo_check import photo_mismatch
 
     best: Any = None
     for config in source.configs:
@@ -270,7 +274,7 @@ def open_source(source: Any) -> tuple[Any, Any]:
             replace_gaussians(pipeline.model.gauss_params, source.gaussians, source.name)
         pipeline.model.step = max(source.step, 30000)  # all spherical harmonics, as in any loaded model
         pipeline.eval()
-        score = disagreement(pipeline.model, pipeline.datamanager.photo_reader("train"))
+        score = photo_mismatch(pipeline.model, pipeline.datamanager.photo_reader("train"))
         if best is None or score < best[0]:
             best = (score, pipeline, config)
     score, pipeline, config = best

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fit3d_ns.data.photos.described import hash_file
+from fit3d_ns.data.photos.bundled import hash_file
 from fit3d_ns.lifting.lift import Lift
 from fit3d_ns.lifting.settings import LiftSettings
 from fit3d_ns.pipeline import Fit3DPipeline

@@ -129,6 +129,9 @@ def source_from_run(path: Path, output_dir: Path | None, data: Path | None) -> L
         output_dir: Where lifts go instead of into the run.
         data: Where the scene is now, if it moved.
 
+    Returns:
+        Configuration, geometry and place of the lift.
+
     Raises:
         UserError: If it is no such run, or cannot be read.
     """
@@ -190,6 +193,9 @@ def source_from_ply(path: Path, data: Path | None, output_dir: Path | None) -> L
         path: The PLY file.
         data: The scene, in nerfstudio's or COLMAP's format.
         output_dir: Where the file's geometry and lifts go, ``outputs`` if None.
+
+    Returns:
+        Configuration, geometry and place of the lift.
 
     Raises:
         UserError: If file or scene cannot be used.

@@ -41,7 +41,12 @@ class FarOutputs(DataparserOutputs):
 
 
 class SceneReader:
-    """Reads through a dataparser of any kind."""
+    """Reads through a dataparser of any kind.
+
+    Args:
+        parser: nerfstudio's dataparser, set up; its ``get_dataparser_outputs`` is called through this.
+        seeds: Whether points are wanted that Gaussians start from.
+    """
 
     def __init__(self, parser: DataParser, seeds: bool) -> None:
         self._parser: Any = parser
@@ -57,7 +62,15 @@ class SceneReader:
         return Path(self._parser.config.data)
 
     def outputs(self, split: str = "train", **kwargs: Any) -> DataparserOutputs:
-        """Stands for the dataparser's ``get_dataparser_outputs``."""
+        """Stands for the dataparser's ``get_dataparser_outputs``.
+
+        Args:
+            split: ``train``, ``val`` or ``test``.
+            **kwargs: Of the dataparser, handed on.
+
+        Returns:
+            What the dataparser gives, with cameras, poses and points checked.
+        """
         self._wants_points = self._seeds and split == "train"
         outputs = self._read(split, **kwargs)
         check_cameras(outputs, str(self._data))

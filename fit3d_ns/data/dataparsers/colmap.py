@@ -19,7 +19,12 @@ from fit3d_ns.support.errors import UserError
 
 
 class ColmapReader(SceneReader):
-    """Reads a COLMAP model, with lists of views as text files beside it."""
+    """Reads a COLMAP model, with lists of views as text files beside it.
+
+    Args:
+        parser: nerfstudio's COLMAP dataparser.
+        seeds: Whether points are wanted that Gaussians start from.
+    """
 
     _files = {"train": ("train_list.txt",), "val": ("val_list.txt", "validation_list.txt"), "test": ("test_list.txt",)}
 

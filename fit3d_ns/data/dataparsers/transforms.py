@@ -117,7 +117,12 @@ class TransformsReader(SceneReader):
 
 
 class NerfstudioReader(TransformsReader):
-    """Reads nerfstudio's own format."""
+    """Reads nerfstudio's own format.
+
+    Args:
+        parser: nerfstudio's dataparser of ``transforms.json``.
+        seeds: Whether points are wanted that Gaussians start from.
+    """
 
     _module = Nerfstudio.__module__
     _has_lists = True
@@ -201,7 +206,12 @@ class InstantNGPReader(TransformsReader):
 
 
 class BlenderReader(TransformsReader):
-    """Reads the format of NeRF's synthetic scenes: a file for each split."""
+    """Reads the format of NeRF's synthetic scenes: a file for each split.
+
+    Args:
+        parser: nerfstudio's dataparser of NeRF's synthetic scenes.
+        seeds: Whether points are wanted that Gaussians start from.
+    """
 
     _module = Blender.__module__
 

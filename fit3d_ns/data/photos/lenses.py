@@ -111,6 +111,9 @@ def undistort(image: np.ndarray, lens: Lens, mask: Bool[np.ndarray, "H W 1"] | N
         image: [H, W, c] 8-bit or float32, of the lens's size.
         lens: Of the photo.
         mask: What of the photo counts; None for all.
+
+    Returns:
+        The picture of a pinhole camera, its intrinsics, and the mask turned likewise.
     """
     with nerfstudio_needed("Photos of a distorting lens"):
         from nerfstudio.cameras.cameras import Cameras

@@ -173,7 +173,11 @@ def picture_size(path: Path, kind: Kind = "photo") -> tuple[int, int]:
 
 
 def turned_by(path: Path) -> int:
-    """Returns the EXIF orientation of a picture, 1 (as it is stored) to 8."""
+    """Returns the EXIF orientation of a picture, 1 (as it is stored) to 8.
+
+    Args:
+        path: A photo.
+    """
     with _opened(path, None, "photo") as picture:
         return _orientation(picture)
 

@@ -13,7 +13,7 @@ _SMALLER_FOLDER = re.compile(r"(.+)_\d+")
 """A folder of smaller copies: images_2, masks_4."""
 
 
-class Views(Protocol):
+class ViewFiles(Protocol):
     """Files of a split, in the order of its cameras."""
 
     @property
@@ -25,7 +25,7 @@ class Views(Protocol):
     """nerfstudio's ``Cameras``."""
 
 
-def check_views_read_their_own_files(*splits: Views) -> None:
+def check_views_read_their_own_files(*splits: ViewFiles) -> None:
     """Checks that no two views read the same file; a view that stands in two splits with one camera counts once.
 
     Args:
@@ -155,7 +155,7 @@ def whole_path_copies(dataparser: Any, photos: SmallerCopies, masks: SmallerCopi
     Args:
         dataparser: nerfstudio's dataparser of ``transforms.json``.
         photos: Of the scene's photos.
-        masks: Of its masks.
+        masks: Smaller copies of the scene's masks.
     """
     original = dataparser._get_fname
 

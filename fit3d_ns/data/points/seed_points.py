@@ -109,6 +109,9 @@ def sift(positions: Float[Tensor, "N 3"], colors: UInt8[Tensor, "N 3"], extent: 
         extent: Distance of the farthest camera from the middle of all, in the same coordinates.
         source: Where the points come from, for the remark.
 
+    Returns:
+        The points that are left, with a remark on those that are not.
+
     Raises:
         UserError: If there are colours, but not one for each point.
     """

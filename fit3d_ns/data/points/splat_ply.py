@@ -103,7 +103,11 @@ def _stack(vertices: np.ndarray, names: Sequence[str]) -> Tensor:
 
 
 def sh_degree(parameters: dict[str, Tensor]) -> int:
-    """Returns the degree of the spherical harmonics in ``features_rest``."""
+    """Returns the degree of the spherical harmonics in ``features_rest``.
+
+    Args:
+        parameters: With ``features_rest`` [N, K, 3].
+    """
     return math.isqrt(parameters["features_rest"].shape[1] + 1) - 1
 
 
@@ -112,7 +116,7 @@ _ROWS_PER_CALL = 2**18
 
 
 @dataclass(frozen=True)
-class Columns:
+class PlyColumns:
     """Columns of a PLY file that lie side by side.
 
     Attributes:
@@ -125,7 +129,7 @@ class Columns:
 
 
 def write_ply_table(
-    path: Path, columns: Sequence[Columns], rows: Int[Tensor, "M"], comments: Iterable[str] = ()
+    path: Path, columns: Sequence[PlyColumns], rows: Int[Tensor, "M"], comments: Iterable[str] = ()
 ) -> None:
     """Writes columns as a binary little-endian PLY file of vertices, whole or not at all.
 
@@ -164,12 +168,20 @@ FULL_SH = 15
 
 
 def rgb_to_sh(rgb: Float[Tensor, "*shape 3"]) -> Float[Tensor, "*shape 3"]:
-    """The constant coefficient that shows a colour in [0, 1] from all sides."""
+    """Returns the constant coefficient that shows a colour from all sides.
+
+    Args:
+        rgb: In [0, 1].
+    """
     return (rgb - 0.5) / SH_C0
 
 
 def sh_to_rgb(coefficient: Float[Tensor, "*shape 3"]) -> Float[Tensor, "*shape 3"]:
-    """The inverse of `rgb_to_sh`; a coefficient may stand for a colour beyond [0, 1]."""
+    """Returns the colour of a constant coefficient: the inverse of `rgb_to_sh`.
+
+    Args:
+        coefficient: Any; it may stand for a colour beyond [0, 1].
+    """
     return coefficient * SH_C0 + 0.5
 
 
@@ -193,7 +205,7 @@ def standard_gaussians(parameters: Mapping[str, Tensor], sh_degree: int) -> dict
 
 
 def splatfacto_parameters(gaussians: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `standard_gaussians`; colours beyond [0, 1], which have no logit, are cut.
+    """Returns splatfacto's parameters, the inverse of `standard_gaussians`; colours beyond [0, 1] are cut.
 
     Args:
         gaussians: As `fit3d_ns.data.points.splat_ply.read_ply` returns.
@@ -205,7 +217,7 @@ def splatfacto_parameters(gaussians: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def visible_rows(gaussians: Mapping[str, Tensor]) -> Bool[Tensor, "N"]:
-    """Says which Gaussians ``ns-export gaussian-splat`` would write: finite ones of an opacity of at least 1/255.
+    """Returns which Gaussians ``ns-export gaussian-splat`` would write: finite ones of an opacity of at least 1/255.
 
     Args:
         gaussians: As `write_splat_ply`.
@@ -244,11 +256,11 @@ def write_splat_ply(
     """
     means, rest = gaussians["means"], gaussians["features_rest"]
     columns = [
-        Columns(("x", "y", "z"), means),
-        Columns(("nx", "ny", "nz"), means.new_zeros(1, 1).expand(len(means), 3)),
+        PlyColumns(("x", "y", "z"), means),
+        PlyColumns(("nx", "ny", "nz"), means.new_zeros(1, 1).expand(len(means), 3)),
         _numbered("f_dc", gaussians["features_dc"]),
         _numbered("f_rest", rest.transpose(1, 2).flatten(1)),
-        Columns(("opacity",), gaussians["opacities"]),
+        PlyColumns(("opacity",), gaussians["opacities"]),
         _numbered("scale", gaussians["scales"]),
         _numbered("rot", gaussians["quats"]),
     ]
@@ -287,8 +299,8 @@ def write_colored_splat_ply(
     )
 
 
-def _numbered(name: str, values: Tensor) -> Columns:
-    return Columns([f"{name}_{number}" for number in range(values.shape[1])], values)
+def _numbered(name: str, values: Tensor) -> PlyColumns:
+    return PlyColumns([f"{name}_{number}" for number in range(values.shape[1])], values)
 
 
 def write_point_cloud(
@@ -313,10 +325,10 @@ def write_point_cloud(
     """
     rows = visible_rows(gaussians).nonzero().squeeze(-1)
     columns = [
-        Columns(("x", "y", "z"), gaussians["means"]),
-        Columns(("nx", "ny", "nz"), shortest_axes(gaussians["quats"], gaussians["scales"])),
-        Columns(("red", "green", "blue"), (rgb.nan_to_num(0).clamp(0, 1) * 255).round().to(torch.uint8)),
-        Columns(("opacity",), gaussians["opacities"].sigmoid()),
+        PlyColumns(("x", "y", "z"), gaussians["means"]),
+        PlyColumns(("nx", "ny", "nz"), shortest_axes(gaussians["quats"], gaussians["scales"])),
+        PlyColumns(("red", "green", "blue"), (rgb.nan_to_num(0).clamp(0, 1) * 255).round().to(torch.uint8)),
+        PlyColumns(("opacity",), gaussians["opacities"].sigmoid()),
     ]
     write_ply_table(path, columns, rows, comments)
     return len(rows)

@@ -8,7 +8,7 @@ import torch
 from distill.cli import distil
 from distill.evaluation import AMOUNTS, Averages, HeldOutViews, measure_scene
 from distill.photo_store import PhotoStore
-from distill.scenes import SceneBank, open_scenes
+from distill.scenes import SceneCache, open_scenes
 from distill.targets import LiftedTargets
 from fit3d_ns.backbones import BackboneSpec, load_backbone
 from fit3d_ns.backbones.students.averaging import interpolate
@@ -33,7 +33,7 @@ def test_measures_are_those_of_the_features_themselves(make_scene, teacher_weigh
     scenes = open_scenes([folder], None)
     photos = PhotoStore(scenes, 16, CPU)
     photos.fill(show=False)
-    lifted = LiftedTargets(scenes, SceneBank(scenes, World(0, 1, CPU)), CPU, "weight", 0.5)
+    lifted = LiftedTargets(scenes, SceneCache(scenes, World(0, 1, CPU)), CPU, "weight", 0.5)
     original = load_backbone(BackboneSpec("test_vit", teacher_weights), "cpu")
     before = original.model.state_dict()
     generator = torch.Generator().manual_seed(3)

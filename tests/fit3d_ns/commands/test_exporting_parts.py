@@ -9,7 +9,7 @@ from plyfile import PlyData
 
 from fit3d_ns.commands.export.camera_path import orbit, path_along_views
 from fit3d_ns.commands.export.video import video_writer
-from fit3d_ns.data.photos.described import Photo
+from fit3d_ns.data.photos.bundled import BundledPhoto
 from fit3d_ns.data.points import splat_ply
 from fit3d_ns.data.points.splat_ply import read_ply, visible_rows, write_splat_ply
 from fit3d_ns.runs.bundle import BundleCameras, BundleView
@@ -86,7 +86,9 @@ def views_at(eyes, targets):
     viewmats[:, :3, :3] = rotations
     viewmats[:, :3, 3] = -(rotations @ eyes[..., None])[..., 0]
     intrinsics = torch.tensor([[50.0, 0, 20], [0, 50, 15], [0, 0, 1]]).repeat(len(eyes), 1, 1)
-    views = [BundleView(f"{number}.png", "train", Photo("0.png", "0" * 64, 30, 40)) for number in range(len(eyes))]
+    views = [
+        BundleView(f"{number}.png", "train", BundledPhoto("0.png", "0" * 64, 30, 40)) for number in range(len(eyes))
+    ]
     return views, BundleCameras(viewmats, intrinsics)
 
 

@@ -11,7 +11,7 @@ import torch
 from picture_files import ORIENTATIONS, every_mode, save_turned
 from PIL import Image
 
-from fit3d_ns.data.photos.described import Photo, hash_file, read_photo
+from fit3d_ns.data.photos.bundled import BundledPhoto, hash_file, read_photo
 from fit3d_ns.data.photos.view_files import SmallerCopies
 from fit3d_ns.support.errors import UserError
 
@@ -52,9 +52,9 @@ def use_photos(scene: Path, names: list[str], **keys) -> None:
     edit(scene, change)
 
 
-def photo_of(path: Path, **fields) -> Photo:
+def photo_of(path: Path, **fields) -> BundledPhoto:
     with Image.open(path) as picture:
-        return Photo(str(path), hash_file(path), picture.height, picture.width, **fields)
+        return BundledPhoto(str(path), hash_file(path), picture.height, picture.width, **fields)
 
 
 def test_one_picture_in_every_mode_is_the_same_for_all_who_read(scene, make_datamanager, tmp_path):

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from fit3d_ns.features.correspondences import Correspondences, View, correspondences
+from fit3d_ns.features.correspondences import Correspondences, SurfaceView, correspondences
 from fit3d_ns.features.metrics import MatchedViews, choose_pairs, feature_cosine, feature_l1, match_rate
 
 ROOM = torch.tensor([3.0, 2.0, 2.5], dtype=torch.float64)
@@ -50,14 +50,14 @@ def pixel_centres(height: int, width: int, scale_y: float = 1.0, scale_x: float 
     return torch.stack([column * scale_x, row * scale_y], -1)
 
 
-def make_view(eye, target, *, width: int = 224, height: int = 168, ball: bool = True) -> View:
+def make_view(eye, target, *, width: int = 224, height: int = 168, ball: bool = True) -> SurfaceView:
     K = torch.tensor([[150.0, 0, width / 2], [0, 150.0, height / 2], [0, 0, 1]], dtype=torch.float64)
     viewmat = look_at(eye, target)
     depth, _ = cast(viewmat, K, pixel_centres(height, width), ball=ball)
-    return View(viewmat, K, width, height, depth.float())
+    return SurfaceView(viewmat, K, width, height, depth.float())
 
 
-def patch_points(view: View, grid, ball: bool = True) -> torch.Tensor:
+def patch_points(view: SurfaceView, grid, ball: bool = True) -> torch.Tensor:
     """[h, w, 3] surface points at patch centres, ray-cast rather than read from the depth map."""
     centres = pixel_centres(grid[0], grid[1], view.height / grid[0], view.width / grid[1])
     return cast(view.viewmat, view.K, centres, ball=ball)[1]
@@ -77,7 +77,7 @@ GRIDS = [(12, 16), (12, 16), (16, 12), (12, 16), (15, 20)]
 
 
 @pytest.fixture(scope="module")
-def room() -> list[View]:
+def room() -> list[SurfaceView]:
     """Five views of one wall and the ball; the third is portrait, the last has a finer grid."""
     sizes = [(168, 224), (168, 224), (224, 168), (168, 224), (168, 224)]
     return [make_view(eye, target, width=w, height=h) for eye, target, (h, w) in zip(EYES, TARGETS, sizes)]
@@ -200,7 +200,7 @@ def test_points_hidden_in_the_other_view_are_rejected(room):
 
 def test_points_floating_before_the_other_views_surface_are_rejected(room):
     """The other way round: a's depth is too near (a floater), b sees the wall behind."""
-    floating = View(room[0].viewmat, room[0].K, 224, 168, 0.6 * room[0].depth)
+    floating = SurfaceView(room[0].viewmat, room[0].K, 224, 168, 0.6 * room[0].depth)
     assert len(correspondences(room[0], room[1], GRIDS[0], GRIDS[1])) > 50
     assert len(correspondences(floating, room[1], GRIDS[0], GRIDS[1])) < 5
 
@@ -210,13 +210,13 @@ def test_empty_transparent_and_broken_depth_is_no_surface(room):
     everywhere = len(correspondences(room[0], room[0], grid, grid))
     depth = room[0].depth.clone()
     depth[:, :56], depth[:, 56:112], depth[:, 112:168] = 0, float("nan"), float("inf")
-    broken = View(room[0].viewmat, room[0].K, 224, 168, depth)
+    broken = SurfaceView(room[0].viewmat, room[0].K, 224, 168, depth)
     kept = correspondences(broken, broken, grid, grid).patch_index
     assert 0 < len(kept) <= everywhere / 3
     assert (kept % 16 >= 12).all()
     accumulation = torch.ones(168, 224)
     accumulation[:84] = 0.2
-    glassy = View(room[0].viewmat, room[0].K, 224, 168, room[0].depth, accumulation)
+    glassy = SurfaceView(room[0].viewmat, room[0].K, 224, 168, room[0].depth, accumulation)
     for first, second in ((glassy, room[0]), (room[0], glassy)):
         assert (correspondences(first, second, grid, grid).patch_index // 16 >= 6).all()
 
@@ -226,7 +226,7 @@ def test_edges_of_depth_are_not_interpolated():
     view = make_view((0.0, 0.0, 0.0), (0.0, 0.0, 1.0), ball=False)
     depth = torch.full((168, 224), 2.0)
     depth[:, 105:] = 1.0  # the centre of patch column 7 is at x = 105, right on the edge
-    edged = View(view.viewmat, view.K, 224, 168, depth)
+    edged = SurfaceView(view.viewmat, view.K, 224, 168, depth)
     columns = correspondences(edged, edged, (12, 16), (12, 16)).patch_index % 16
     assert set(columns.tolist()) == set(range(16)) - {7}
 
@@ -243,12 +243,14 @@ def test_depth_noise_is_tolerated_and_depth_size_is_free(room):
     noisy = []
     for view in room[:2]:
         noise = 1 + 0.004 * torch.randn(view.depth.shape, generator=generator)
-        noisy.append(View(view.viewmat, view.K, view.width, view.height, view.depth * noise))
+        noisy.append(SurfaceView(view.viewmat, view.K, view.width, view.height, view.depth * noise))
     assert len(correspondences(noisy[0], noisy[1], GRIDS[0], GRIDS[1])) > 0.9 * clean
     small = []
     for view in room[:2]:
         centres = pixel_centres(84, 112, 2, 2)
-        small.append(View(view.viewmat, view.K, 224, 168, cast(view.viewmat, view.K, centres, ball=True)[0].float()))
+        small.append(
+            SurfaceView(view.viewmat, view.K, 224, 168, cast(view.viewmat, view.K, centres, ball=True)[0].float())
+        )
     points = correspondences(small[0], small[1], GRIDS[0], GRIDS[1])
     assert len(points) > 0.85 * clean
     surface = patch_points(room[0], GRIDS[0]).reshape(-1, 3)[points.patch_index]
@@ -265,7 +267,7 @@ def test_coarse_depth_of_a_slanted_wall_is_exact():
         viewmat = look_at(eye, target)
         depth, points = cast(viewmat, K, pixel_centres(12, 16, 14, 14), ball=False)
         on_wall = points[..., 2] > ROOM[2] - 1e-6
-        views.append(View(viewmat, K, 224, 168, torch.where(on_wall, depth, 0.0)))
+        views.append(SurfaceView(viewmat, K, 224, 168, torch.where(on_wall, depth, 0.0)))
     points = correspondences(views[0], views[1], (24, 32), (24, 32), relative_depth_tolerance=0.3)
     surface = patch_points(views[0], (24, 32), ball=False).reshape(-1, 3)[points.patch_index]
     in_camera = surface @ views[1].viewmat[:3, :3].T + views[1].viewmat[:3, 3]
@@ -277,7 +279,7 @@ def test_coarse_depth_of_a_slanted_wall_is_exact():
 def test_depth_must_agree_even_where_the_image_place_does():
     """On the axis of a camera that moved straight ahead, a wrong depth still projects to the right place."""
     behind, ahead = (make_view((0.0, 0.0, z), (0.0, 0.0, 2.0), ball=False) for z in (-1.0, 0.0))
-    floating = View(behind.viewmat, behind.K, 224, 168, 0.8 * behind.depth)
+    floating = SurfaceView(behind.viewmat, behind.K, 224, 168, 0.8 * behind.depth)
     centre = (1, 1)  # one patch: its centre is the axis
     assert len(correspondences(behind, ahead, centre, centre)) == 1
     assert len(correspondences(floating, ahead, centre, centre)) == 0
@@ -287,7 +289,7 @@ def test_image_place_must_agree_even_where_the_depth_nearly_does():
     """Between far apart cameras, a depth within the tolerance can still be another point of the surface."""
     left = make_view((-1.5, 0.0, 0.0), (0.0, 0.0, 2.0), ball=False)
     right = make_view((1.5, 0.0, 0.0), (0.0, 0.0, 2.0), ball=False)
-    wrong = View(right.viewmat, right.K, 224, 168, 1.15 * right.depth)
+    wrong = SurfaceView(right.viewmat, right.K, 224, 168, 1.15 * right.depth)
     grid = (24, 32)
     assert len(correspondences(left, right, grid, grid, relative_depth_tolerance=0.2)) > 100
     assert len(correspondences(left, wrong, grid, grid, relative_depth_tolerance=0.2)) == 0
@@ -295,9 +297,9 @@ def test_image_place_must_agree_even_where_the_depth_nearly_does():
 
 def test_malformed_views_are_refused(room):
     with pytest.raises(ValueError, match="viewmat"):
-        View(torch.eye(3), room[0].K, 224, 168, room[0].depth)
+        SurfaceView(torch.eye(3), room[0].K, 224, 168, room[0].depth)
     with pytest.raises(ValueError, match="accumulation"):
-        View(room[0].viewmat, room[0].K, 224, 168, room[0].depth, torch.ones(3, 3))
+        SurfaceView(room[0].viewmat, room[0].K, 224, 168, room[0].depth, torch.ones(3, 3))
 
 
 # -- matched views ------------------------------------------------------------------------------------------------
@@ -398,7 +400,7 @@ def test_choice_is_deterministic_and_bounded(room):
 @pytest.mark.gpu
 def test_gpu_gives_the_rate_of_the_cpu(room):
     maps = surface_maps(room)
-    on_gpu = [View(v.viewmat.cuda(), v.K.cuda(), v.width, v.height, v.depth.cuda()) for v in room]
+    on_gpu = [SurfaceView(v.viewmat.cuda(), v.K.cuda(), v.width, v.height, v.depth.cuda()) for v in room]
     expected, result = MatchedViews(room, GRIDS), MatchedViews(on_gpu, GRIDS)
     assert (result.num_points, result.num_pairs) == (expected.num_points, expected.num_pairs)
     assert rate(result, [m.cuda() for m in maps]) == pytest.approx(rate(expected, maps), abs=0.005)

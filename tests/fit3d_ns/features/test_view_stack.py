@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from test_metrics import EYES, TARGETS, make_view
 
-from fit3d_ns.features.correspondences import View, ViewStack, correspondences
+from fit3d_ns.features.correspondences import SurfaceView, ViewStack, correspondences
 from fit3d_ns.features.metrics import choose_pairs
 
 SIZES = [(168, 224), (126, 224), (168, 224), (140, 196)]
@@ -19,7 +19,7 @@ def make_views():
     views = [make_view(eye, (0.3, 0.3, 1.0), height=height, width=width) for eye, (height, width) in zip(eyes, SIZES)]
     half = torch.ones_like(views[2].depth)
     half[:, :100] = 0.2
-    views[2] = View(views[2].viewmat, views[2].K, views[2].width, views[2].height, views[2].depth, half)
+    views[2] = SurfaceView(views[2].viewmat, views[2].K, views[2].width, views[2].height, views[2].depth, half)
     return views
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fit3d_ns.features.correspondences import View
+from fit3d_ns.features.correspondences import SurfaceView
 from fit3d_ns.features.decoder import FeatureDecoder, decode_patches
 from fit3d_ns.features.grid import FEATURE_GRIDS, sample_teacher
 from fit3d_ns.features.metrics import feature_cosine
@@ -17,8 +17,7 @@ from fit3d_ns.lifting.lift import LiftScene, lift_features, passes, project, tea
 from fit3d_ns.lifting.memory import ResidentMaps
 from fit3d_ns.lifting.operator import FeatureOperator, PatchCamera
 from fit3d_ns.lifting.settings import LiftSettings
-from fit3d_ns.lifting.solver import LiftSolver, LiftView
-from fit3d_ns.lifting.unseen import fill_unseen
+from fit3d_ns.lifting.solver import LiftSolver, LiftView, fill_unseen
 from fit3d_ns.support.errors import UserError
 
 SIZE, GRID = (48, 64), (6, 8)
@@ -70,7 +69,7 @@ def views_of(operator, cameras, values, noise=0.0, seed=0):
 def surface_of(camera):
     """A view without surface: there is nothing to match in these tests."""
     depth = torch.zeros(camera.image_size)
-    return View(camera.viewmat.float(), camera.K.float(), camera.image_size[1], camera.image_size[0], depth)
+    return SurfaceView(camera.viewmat.float(), camera.K.float(), camera.image_size[1], camera.image_size[0], depth)
 
 
 def to_evaluate(views):
@@ -116,7 +115,7 @@ def test_operator_is_what_a_decoder_with_a_centre_tap_sees(grid):
         points = rendered[:, number // side :: side, number % side :: side]
         torch.testing.assert_close(points, decoded, rtol=1e-4, atol=1e-5)
         teacher = sample_teacher(decoded, offset)
-        spread = operator.spread(decoded[None])[0]
+        spread = operator.upsample(decoded[None])[0]
         torch.testing.assert_close(spread[:, number // side :: side, number % side :: side], teacher)
 
 

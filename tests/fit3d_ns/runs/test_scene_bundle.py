@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fit3d_ns.data.photos.described import Photo, hash_file, locate, read_photo
+from fit3d_ns.data.photos.bundled import BundledPhoto, hash_file, locate, read_photo
 from fit3d_ns.data.photos.lenses import Lens
 from fit3d_ns.features.decoder import FeatureDecoder, decode_patches
 from fit3d_ns.rasterization import rasterize
@@ -244,7 +244,7 @@ def test_what_needs_nerfstudio_says_so(tmp_path, monkeypatch):
     lens = Lens(1, 8.0, 8.0, 4.0, 3.0, 8, 6, (0.1, 0, 0, 0, 0, 0))
     monkeypatch.setitem(sys.modules, "nerfstudio.cameras.cameras", None)
     with pytest.raises(UserError, match=r"^Photos of a distorting lens need nerfstudio, .*pip install nerfstudio"):
-        read_photo(Photo(str(path), hash_file(path), 6, 8, lens))
+        read_photo(BundledPhoto(str(path), hash_file(path), 6, 8, lens))
 
 
 def test_features_that_were_never_lifted_are_refused(scene, train, tmp_path):

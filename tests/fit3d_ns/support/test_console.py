@@ -18,7 +18,7 @@ def shown(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "package", ["fit3d_ns.data.photos.described", "fit3d_rooms.cli", "distill.trainer", "probe.run", "demo"]
+    "package", ["fit3d_ns.data.photos.bundled", "fit3d_rooms.cli", "distill.trainer", "probe.run", "demo"]
 )
 def test_what_packages_log_is_shown_once_with_time_and_origin(shown, package):
     show_log()  # once more

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from distill.config import DistillConfig
-from distill.photo_store import PhotoStore, View
-from distill.sampler import Batch, Sample, Sampler
-from distill.scenes import Scene, SceneBank
+from distill.photo_store import PhotoStore, ViewKey
+from distill.sampler import Batch, BatchView, Sampler
+from distill.scenes import Scene, SceneCache
 from distill.step import StepInput
 from distill.targets import TargetSource
 from fit3d_ns.support.processes import World, sum_over_processes
@@ -25,11 +25,11 @@ class _Window:
     batches: list[Batch]
     jobs: list[tuple[int, list[int]]]
     """Scene and views of one size that are still to be made."""
-    made: dict[View, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    made: dict[ViewKey, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """Target map (half precision) and weights of each view."""
 
 
-class Feed:
+class Prefetcher:
     """Prepares this process's share of every batch.
 
     Steps are grouped into windows. While a window is trained on, the targets of the next are made, a few views of one
@@ -40,7 +40,7 @@ class Feed:
         scenes: The scenes.
         sampler: Which views make up which step.
         source: Makes targets.
-        bank: Told which scenes are needed next.
+        scene_cache: Told which scenes are needed next.
         photos: Where photos are.
         config: The user's choices.
         world: This process among its fellows.
@@ -52,7 +52,7 @@ class Feed:
         scenes: list[Scene],
         sampler: Sampler,
         source: TargetSource,
-        bank: SceneBank,
+        scene_cache: SceneCache,
         photos: PhotoStore,
         config: DistillConfig,
         world: World,
@@ -61,13 +61,13 @@ class Feed:
         self._scenes = scenes
         self._sampler = sampler
         self._source = source
-        self._bank = bank
+        self._scene_cache = scene_cache
         self._photos = photos
         self._views_per_render = config.views_per_render
         self._share = sampler.batch_size // world.size
         self._window_steps = max(1, config.render_ahead // self._share)
         self._world = world
-        self._kept: dict[View, tuple[Tensor, Tensor]] = {}
+        self._kept: dict[ViewKey, tuple[Tensor, Tensor]] = {}
         self._keeps = _target_bytes(scenes) <= kept_bytes
         # Urgent: rendering waits for the device in between, and the next step cannot be launched meanwhile.
         self._stream = torch.cuda.Stream(world.device, priority=-1) if world.device.type == "cuda" else None
@@ -123,10 +123,10 @@ class Feed:
             last = window.batches[-1]
             upcoming = [scene for scene in last.next_block if self._needs(scene, window)]
             with self._on_stream():
-                self._bank.prefetch(upcoming, in_use=last.block)
+                self._scene_cache.prefetch(upcoming, in_use=last.block)
 
     def _needs(self, scene: int, window: _Window) -> bool:
-        """Whether a later window may ask the bank for a scene."""
+        """Whether a later window may ask the cache for a scene."""
         if not self._source.needs(scene):
             return False
         if not self._keeps:
@@ -167,13 +167,13 @@ class Feed:
         fullness = torch.tensor(len(batch.samples) / self._sampler.batch_size).to(device, non_blocking=True)
         return StepInput(images, targets, weights, total_weight, fullness)
 
-    def _target(self, view: View, window: _Window) -> tuple[Tensor, Tensor]:
+    def _target(self, view: ViewKey, window: _Window) -> tuple[Tensor, Tensor]:
         return self._kept[view] if view in self._kept else window.made[view]
 
-    def _local(self, batch: Batch) -> list[Sample]:
+    def _local(self, batch: Batch) -> list[BatchView]:
         return list(batch.samples[self._world.rank :: self._world.size])
 
-    def _grid(self, view: View) -> tuple[int, int]:
+    def _grid(self, view: ViewKey) -> tuple[int, int]:
         return self._scenes[view[0]].info.patch_grid(view[1])
 
     def _on_stream(self) -> AbstractContextManager:

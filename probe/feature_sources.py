@@ -35,7 +35,7 @@ Features = dict[str, BackboneOutput]
 _SAMPLES_MEASURED = 25
 
 
-class Source(ABC):
+class FeatureSource(ABC):
     """Features of training batches and of test photos."""
 
     @abstractmethod
@@ -52,7 +52,7 @@ class Source(ABC):
 
 
 @dataclass
-class OnlineSource(Source):
+class OnlineSource(FeatureSource):
     """The full protocol: every photo is read, changed at random and run through the backbones."""
 
     task: Task
@@ -63,7 +63,7 @@ class OnlineSource(Source):
     """[1, 3, 1, 1] mean colour, in [0, 1]."""
 
     def training(self, seed: int, start: int, stop: int, batch_size: int) -> Iterator[tuple[Features, LossFunction]]:
-        """See `Source`."""
+        """See `FeatureSource`."""
         pin = self.device.type == "cuda"
         batches = training_batches(train_samples(self.task, seed), start, stop, batch_size, self.workers, pin)
         for step, batch in enumerate(batches, start=start):
@@ -72,18 +72,18 @@ class OnlineSource(Source):
             yield features, partial(self.task.loss, target=batch["target"], step=step)
 
     def evaluation(self, split: str) -> Iterator[tuple[int, Features, Tensor]]:
-        """See `Source`."""
+        """See `FeatureSource`."""
         samples = _split(self.task, split)
         indices = list(range(len(samples)))[rank() :: world_size()]
         for index, sample in ordered_samples(partial(_test_sample, self.task, samples), indices, self.workers):
             yield index, self.backbones(sample["views"].to(self.device).float() / 255), sample["target"].to(self.device)
 
     def predict(self, head: torch.nn.Module, features: BackboneOutput, size: tuple[int, int]) -> Tensor:
-        """See `Source`."""
+        """See `FeatureSource`."""
         return self.task.predict(head, features, size)
 
 
-class CachedSource(Source):
+class CachedSource(FeatureSource):
     """The fast protocol: features of whole photos, and of their mirror images, computed once and kept on disk."""
 
     def __init__(
@@ -122,15 +122,15 @@ class CachedSource(Source):
             if not samples:
                 continue
             training = split == "train"
-            question = {**description, **truth} if training else description
-            store = FeatureStore(folder, question, samples, mirrored=training and self._recipe.flip)
+            settings = {**description, **truth} if training else description
+            store = FeatureStore(folder, settings, samples, mirrored=training and self._recipe.flip)
             read = partial(_whole_sample, self._task, samples, self._size, training)
             store.fill(read, backbones, self._device, self._workers, f"features ({split})")
             self._stores[split] = store
         return sum(store.size_bytes() for store in self._stores.values())
 
     def training(self, seed: int, start: int, stop: int, batch_size: int) -> Iterator[tuple[Features, LossFunction]]:
-        """See `Source`."""
+        """See `FeatureSource`."""
         store, count = self._stores["train"], len(self._task.data.train)
         for step in range(start, stop):
             indices, mirrored, positions, values = [], [], [], []
@@ -157,14 +157,14 @@ class CachedSource(Source):
             yield features, partial(self._task.sampled_loss, values=truths, step=step)
 
     def evaluation(self, split: str) -> Iterator[tuple[int, Features, Tensor]]:
-        """See `Source`."""
+        """See `FeatureSource`."""
         samples = _split(self._task, split)
         indices = list(range(len(samples)))[rank() :: world_size()]
         for index, sample in ordered_samples(partial(_truth, self._task, samples), indices, self._workers):
             yield index, self._stores[split].load([index], None, self._device), sample["target"].to(self._device)
 
     def predict(self, head: torch.nn.Module, features: BackboneOutput, size: tuple[int, int]) -> Tensor:
-        """See `Source`."""
+        """See `FeatureSource`."""
         return self._task.predict_whole(head, features, size)
 
 

@@ -20,7 +20,7 @@ _LARGEST = 2**17
 
 
 @dataclass(frozen=True)
-class Photo:
+class BundledPhoto:
     """A photo as a file, and what turns it into the picture that a pinhole camera describes."""
 
     path: str
@@ -61,6 +61,9 @@ class Photo:
 def hash_file(path: Path) -> str:
     """Returns the SHA-256 of a file's bytes, hexadecimal.
 
+    Args:
+        path: A file of any kind.
+
     Raises:
         UserError: If it cannot be read.
     """
@@ -95,7 +98,7 @@ def locate(path: Path, data_root: Path | None) -> Path:
     raise UserError(f"Nothing below {data_root} looks like {path}: check {DATA_ROOT_FLAG}.")
 
 
-def read_photo(photo: Photo, data_root: Path | None = None) -> UInt8[Tensor, "H W 3"]:
+def read_photo(photo: BundledPhoto, data_root: Path | None = None) -> UInt8[Tensor, "H W 3"]:
     """Reads a photo as its pinhole camera sees it: resized, undistorted, transparent parts filled.
 
     The same pixels as nerfstudio's data manager gives for an 8-bit image cache.
