@@ -17,6 +17,7 @@ from torch.nn import Parameter
 
 from fit3d_ns import compat
 from fit3d_ns.backbones import BackboneInfo, patch_grid
+from fit3d_ns.data.photos.reader import image_size
 from fit3d_ns.features.correspondences import SURFACE_SIDE, SurfaceView
 from fit3d_ns.features.decoder import FeatureDecoder
 from fit3d_ns.features.grid import FEATURE_GRIDS, FeatureGrid, sample_teacher, sampling_offset
@@ -63,18 +64,6 @@ class Fit3DSplatModelConfig(SplatfactoModelConfig):
     init_from: Path | None = None
     """A trained splatfacto or fit3d-splat run (its folder, config.yml or checkpoint). Its geometry and colour are taken
     over and frozen; only features and decoder are trained."""
-
-
-def image_size(camera: Cameras) -> tuple[int, int]:
-    """Returns a camera's height and width in pixels.
-
-    The data manager notes them in the metadata; asking a camera on a GPU would wait for all work queued there.
-
-    Args:
-        camera: One camera, of shape [1].
-    """
-    noted = (camera.metadata or {}).get("image_size")
-    return noted or (int(camera.height.item()), int(camera.width.item()))
 
 
 class Fit3DSplatModel(SplatfactoModel):

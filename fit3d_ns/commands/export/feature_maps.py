@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from fit3d_ns.commands.export.camera_path import CameraPath
+from fit3d_ns.data.photos.reader import image_size
 from fit3d_ns.features.decoder import decode_patches
-from fit3d_ns.model import Fit3DSplatModel, image_size
+from fit3d_ns.model import Fit3DSplatModel
 from fit3d_ns.support.errors import UserError
 from fit3d_ns.support.files import atomic_folder
 

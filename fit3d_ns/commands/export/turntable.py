@@ -10,8 +10,9 @@ from torch import Tensor
 
 from fit3d_ns.commands.export.camera_path import CameraPath
 from fit3d_ns.commands.export.video import video_writer
+from fit3d_ns.data.photos.reader import image_size
 from fit3d_ns.features.colors import SceneColors
-from fit3d_ns.model import Fit3DSplatModel, image_size
+from fit3d_ns.model import Fit3DSplatModel
 
 
 def write_turntable(

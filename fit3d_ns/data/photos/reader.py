@@ -29,6 +29,18 @@ _AHEAD_BYTES = 2**30
 """What those may take together, decoded."""
 
 
+def image_size(camera: Cameras) -> tuple[int, int]:
+    """Returns a camera's height and width in pixels.
+
+    Whoever reads the photo notes them in the metadata; asking a camera on a GPU would wait for all work queued there.
+
+    Args:
+        camera: One camera, of shape [1].
+    """
+    noted = (camera.metadata or {}).get("image_size")
+    return noted or (int(camera.height.item()), int(camera.width.item()))
+
+
 class PhotoDataset(InputDataset):
     """nerfstudio's data set of a split, whose photos and masks mean what a viewer shows of them.
 
