@@ -104,7 +104,11 @@ _SCENE_CHOICES = ("backbone", "size", "scenes", "gaussians", "views", "feature_g
 
 
 def main(benchmark: Benchmark) -> None:
-    """Runs the benchmark."""
+    """Runs the benchmark.
+
+    Args:
+        benchmark: The user's choices.
+    """
     with join_world(benchmark.device) as world:
         folder = benchmark.folder or Path(tempfile.gettempdir()) / f"fit3d-distillation-{os.getppid()}"
         if world.is_main:

@@ -83,7 +83,12 @@ class ManyFieldsModel(Fit3DSplatModel):
         return {**super().get_param_groups(), **decoders}
 
     def decode_fields(self, camera: Any, offset: tuple[float, float] = (0.0, 0.0)) -> list[torch.Tensor]:
-        """Decoded maps of a view, one per setting; None where a setting skips this step."""
+        """Returns decoded maps of a view, one per setting; None where a setting skips this step.
+
+        Args:
+            camera: One camera.
+            offset: Shift of the sampling points in patches (y, x).
+        """
         maps = []
         for number, setting in enumerate(SETTINGS):
             if self.training and len(setting) > 3 and self.step % int(setting[3]):
@@ -112,7 +117,11 @@ class ManyFieldsModel(Fit3DSplatModel):
 
 
 def main(benchmark: Benchmark) -> None:
-    """Trains and prints one row per setting and measurement."""
+    """Trains and prints one row per setting and measurement.
+
+    Args:
+        benchmark: The user's choices.
+    """
     from nerfstudio.configs.method_configs import all_methods
     from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackLocation
     from nerfstudio.scripts.train import _set_random_seed

@@ -81,7 +81,12 @@ class Benchmark:
 
 
 class Bench:
-    """A scene ready to be lifted again and again."""
+    """A scene ready to be lifted again and again.
+
+    Args:
+        settings: The user's choices.
+        run: Of splatfacto or fit3d-splat.
+    """
 
     def __init__(self, settings: Benchmark, run: Path) -> None:
         source = source_from_run(run, settings.output, None)
@@ -99,15 +104,23 @@ class Bench:
         self.cuda = self.model.device.type == "cuda"
 
     def operator(self, grid: str = "fast") -> FeatureOperator:
-        """Returns the renderer of a feature grid."""
+        """Returns the renderer of a feature grid.
+
+        Args:
+            grid: ``fast`` or ``paper``.
+        """
         return FeatureOperator(self.geometry, FEATURE_GRIDS[grid])
 
     def evaluation(self, operator: FeatureOperator) -> LiftEvaluation:
-        """Returns the measures of fidelity and consistency; which views are compared is found out once."""
+        """Returns the measures of fidelity and consistency; which views are compared is found out once.
+
+        Args:
+            operator: The renderer.
+        """
         return LiftEvaluation(operator, self.scene.held_out, self.scene.matched)
 
     def now(self) -> float:
-        """Seconds, once the device has done all its work."""
+        """Returns the seconds of a clock, once the device has done all its work."""
         if self.cuda:
             torch.cuda.synchronize()
         return time.perf_counter()
@@ -124,14 +137,26 @@ class Bench:
 
 
 class Table:
-    """Rows of all parts, written to disk one by one: what was measured outlives what comes after it."""
+    """Rows of all parts, written to disk one by one: what was measured outlives what comes after it.
+
+    Args:
+        path: JSON file of all rows.
+        facts: Of the scene and the machine.
+    """
 
     def __init__(self, path: Path, facts: dict[str, Any]) -> None:
         self.path = path
         self.results = facts
 
     def add(self, part: Part, name: str, work: Callable[[], dict[str, Any]], **labels: Any) -> None:
-        """Measures one row; one that fails says why, and the others go on."""
+        """Measures one row; one that fails says why, and the others go on.
+
+        Args:
+            part: Of the benchmark.
+            name: Of the row.
+            work: Measures it.
+            **labels: What else the row says.
+        """
         try:
             row = {"row": name, **labels, **work()}
         except (UserError, torch.cuda.OutOfMemoryError) as error:
@@ -142,7 +167,11 @@ class Table:
 
 
 def main(settings: Benchmark) -> None:
-    """Runs all parts and writes the report."""
+    """Runs all parts and writes the report.
+
+    Args:
+        settings: The user's choices.
+    """
     settings.output.mkdir(parents=True, exist_ok=True)
     bench = Bench(settings, settings.run)
     table = Table(
@@ -169,7 +198,17 @@ def main(settings: Benchmark) -> None:
 
 
 def lift_row(bench: Bench, dim: int, lift: LiftSettings, grid: str = "fast") -> dict[str, Any]:
-    """Lifts once, then measures; time and memory are those of the lift, with a selection its measurements included."""
+    """Lifts once, then measures; time and memory are those of the lift, with a selection its measurements included.
+
+    Args:
+        bench: The scene.
+        dim: Channels D on every Gaussian.
+        lift: How is lifted.
+        grid: ``fast`` or ``paper``.
+
+    Returns:
+        The row.
+    """
     operator, selects = bench.operator(grid), lift.select != "fixed"
     lift = replace(lift, views_per_batch=bench.settings.views_per_batch, evaluate=selects, report_dims=())
     # Two views load and start every kernel and library that this row needs.
@@ -190,7 +229,12 @@ def lift_row(bench: Bench, dim: int, lift: LiftSettings, grid: str = "fast") -> 
 
 
 def add_solvers(bench: Bench, table: Table) -> None:
-    """Solvers side by side at 64 channels, and features that were trained."""
+    """Solvers side by side at 64 channels, and features that were trained.
+
+    Args:
+        bench: The scene.
+        table: Takes the rows.
+    """
     variants: dict[str, tuple[LiftSettings, str]] = {
         f"k = {k}": (LiftSettings(refinements=k), "fast") for k in bench.settings.refinements
     }
@@ -220,12 +264,27 @@ def add_solvers(bench: Bench, table: Table) -> None:
 
 
 def teacher_row(bench: Bench) -> dict[str, Any]:
-    """The consistency that lifting starts from."""
+    """Measures the consistency that lifting starts from.
+
+    Args:
+        bench: The scene.
+
+    Returns:
+        The row.
+    """
     return {"view_match_lifted": bench.evaluation(bench.operator()).teacher_consistency()}
 
 
 def joint_row(settings: Benchmark, run: Path) -> dict[str, Any]:
-    """Measures the features that a run trained, on its own geometry and held-out views; its training is not timed."""
+    """Measures the features that a run trained, on its own geometry and held-out views; its training is not timed.
+
+    Args:
+        settings: The user's choices.
+        run: Whose features were trained.
+
+    Returns:
+        The row.
+    """
     bench = Bench(settings, run)
     assert bench.source.checkpoint is not None
     state = read_checkpoint(bench.source.checkpoint)["pipeline"]
@@ -238,7 +297,15 @@ def joint_row(settings: Benchmark, run: Path) -> dict[str, Any]:
 
 
 def adam_row(bench: Bench, steps: int) -> dict[str, Any]:
-    """Gradient descent on features and decoder over frozen geometry, with the rates of `ns-train fit3d-splat`."""
+    """Fits features and decoder over frozen geometry by gradient descent, with the rates of `ns-train fit3d-splat`.
+
+    Args:
+        bench: The scene.
+        steps: Of Adam.
+
+    Returns:
+        The row.
+    """
     device, operator, views = bench.model.device, bench.operator(), bench.scene.training
     bench.reset_peak()
     start = bench.now()
@@ -264,14 +331,24 @@ def adam_row(bench: Bench, steps: int) -> dict[str, Any]:
 
 
 def add_dims(bench: Bench, table: Table) -> None:
-    """Quality against channels on every Gaussian."""
+    """Quality against channels on every Gaussian.
+
+    Args:
+        bench: The scene.
+        table: Takes the rows.
+    """
     for dim in bench.settings.dims:
         if dim <= bench.width:
             table.add("dims", f"D = {dim}", lambda dim=dim: lift_row(bench, dim, LiftSettings()), dim=dim)
 
 
 def add_views(bench: Bench, table: Table) -> None:
-    """Time and memory against views: the scene's own, over and over."""
+    """Time and memory against views: the scene's own, over and over.
+
+    Args:
+        bench: The scene.
+        table: Takes the rows.
+    """
     for count in bench.settings.views:
         training = [bench.scene.training[index % len(bench.scene.training)] for index in range(count)]
         table.add(
@@ -283,7 +360,12 @@ def add_views(bench: Bench, table: Table) -> None:
 
 
 def add_gaussians(bench: Bench, table: Table) -> None:
-    """Time and memory against Gaussians."""
+    """Time and memory against Gaussians.
+
+    Args:
+        bench: The scene.
+        table: Takes the rows.
+    """
     for count in bench.settings.gaussians:
         table.add(
             "gaussians",
@@ -294,7 +376,12 @@ def add_gaussians(bench: Bench, table: Table) -> None:
 
 
 def resampled(old: Geometry, count: int) -> Geometry:
-    """Trained Gaussians drawn at random, a little moved and shrunk."""
+    """Returns trained Gaussians drawn at random, a little moved and shrunk.
+
+    Args:
+        old: The trained ones.
+        count: How many are wanted.
+    """
     generator = torch.Generator(device=old.means.device).manual_seed(0)
     chosen = torch.randint(len(old), (count,), generator=generator, device=old.means.device)
     noise = torch.randn(count, 3, generator=generator, device=old.means.device)
@@ -308,7 +395,16 @@ def resampled(old: Geometry, count: int) -> Geometry:
 
 
 def cost_row(bench: Bench, geometry: Geometry, scene: LiftScene) -> dict[str, Any]:
-    """Times the stages of a lift with 64 channels and one refinement step."""
+    """Times the stages of a lift with 64 channels and one refinement step.
+
+    Args:
+        bench: The scene.
+        geometry: Gaussians to lift onto.
+        scene: Views to lift from.
+
+    Returns:
+        The row.
+    """
     operator = FeatureOperator(geometry, FEATURE_GRIDS["fast"])
     dim = min(64, bench.width)
 
@@ -335,7 +431,12 @@ def cost_row(bench: Bench, geometry: Geometry, scene: LiftScene) -> dict[str, An
 
 
 def add_teacher(bench: Bench, table: Table) -> None:
-    """Opens all photos and computes all maps, as on the first visit to a scene, and once more with all maps there."""
+    """Opens all photos and computes all maps, as on the first visit to a scene, and once more with all maps there.
+
+    Args:
+        bench: The scene.
+        table: Takes the rows.
+    """
     datamanager = bench.pipeline.datamanager
     place, cache = datamanager.config.feature_cache_dir, datamanager._feature_cache
 
@@ -354,7 +455,12 @@ def add_teacher(bench: Bench, table: Table) -> None:
 
 
 def add_command(bench: Bench, table: Table) -> None:
-    """Runs the whole command, in a process that has imported and started everything."""
+    """Runs the whole command, in a process that has imported and started everything.
+
+    Args:
+        bench: The scene.
+        table: Takes the rows.
+    """
     settings = bench.settings
     with tempfile.TemporaryDirectory() as folder:
         command = LiftCommand(

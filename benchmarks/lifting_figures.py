@@ -67,7 +67,11 @@ def write_report(path: Path, results: dict[str, Any]) -> None:
 
 
 def main(figures: Figures) -> None:
-    """Draws both figures."""
+    """Draws both figures.
+
+    Args:
+        figures: The user's choices.
+    """
     scenes = {path.stem: json.loads(path.read_text()) for path in figures.results}
     _save(_cost(scenes), figures.output / "lifting_cost.svg")
     _save(_choice(scenes), figures.output / "lifting_choice.svg")

@@ -60,7 +60,11 @@ class PackingConfig:
 
 
 def main(config: PackingConfig) -> None:
-    """Measures and prints a line for each number of scenes."""
+    """Measures and prints a line for each number of scenes.
+
+    Args:
+        config: The user's choices.
+    """
     scenes, _ = read_scenes(config.scenes)
     measured: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(dir=config.work_dir) as folder, _mps(config.mps):

@@ -179,8 +179,8 @@ def measure(module: str, function: str, arguments: Sequence[str], log: Path) -> 
 
     Args:
         module: Where its function is.
-        function: The function.
-        arguments: Its arguments.
+        function: Name of the command's entry point there.
+        arguments: Words of the command line.
         log: File for what it prints.
 
     Returns:

@@ -147,7 +147,14 @@ class Random:
 
 
 def throughput(benchmark: Throughput) -> dict[str, Any] | None:
-    """Times steps on noise, and on photos if there are some; None in all processes but the first."""
+    """Times steps on noise, and on photos if there are some.
+
+    Args:
+        benchmark: The user's choices.
+
+    Returns:
+        What was measured; None in all processes but the first.
+    """
     with join_world(benchmark.device) as world:
         line = _throughput(benchmark, world.device)
         return line if world.is_main else None
@@ -226,7 +233,14 @@ def _throughput(benchmark: Throughput, device: torch.device) -> dict[str, Any]:
 
 
 def data_loading(benchmark: DataLoading) -> dict[str, Any]:
-    """Times the workers."""
+    """Times the workers.
+
+    Args:
+        benchmark: The user's choices.
+
+    Returns:
+        What was measured.
+    """
     data = load_data(DataChoice(benchmark.dataset, benchmark.data, benchmark.kind))
     recipe = choose_recipe(benchmark.kind, benchmark.dataset)
     task: Task = TASKS[benchmark.kind](data, recipe)
@@ -247,7 +261,14 @@ def data_loading(benchmark: DataLoading) -> dict[str, Any]:
 
 
 def difference(benchmark: Difference) -> dict[str, Any]:
-    """Runs both protocols."""
+    """Runs both protocols.
+
+    Args:
+        benchmark: The user's choices.
+
+    Returns:
+        Scores of both.
+    """
     kind = SegmentationConfig if benchmark.kind == "segmentation" else DepthConfig
     tables = {}
     protocols: tuple[tuple[str, Literal["fast", "paper"]], ...] = (("fast", "fast"), ("full", "paper"))
@@ -285,14 +306,22 @@ def difference(benchmark: Difference) -> dict[str, Any]:
 
 
 def write_random_weights(benchmark: Random) -> None:
-    """Writes the weights that timm starts training with."""
+    """Writes the weights that timm starts training with.
+
+    Args:
+        benchmark: The user's choices.
+    """
     torch.manual_seed(benchmark.seed)
     model = build_model(resolve_architecture(benchmark.backbone), "cpu")
     save_file(model.state_dict(), benchmark.weights)
 
 
 def main(benchmark: Throughput | DataLoading | Difference | Random) -> None:
-    """Runs a benchmark and collects its line."""
+    """Runs a benchmark and collects its line.
+
+    Args:
+        benchmark: The user's choices.
+    """
     if isinstance(benchmark, Random):
         write_random_weights(benchmark)
         return

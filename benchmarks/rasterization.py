@@ -22,7 +22,13 @@ SCENES = [(20_000, 160, 120, 67), (20_000, 160, 120, 3), (50_000, 200, 150, 67),
 
 
 def milliseconds(function: Callable[[], None], repeat: int, device: str) -> float:
-    """Median wall time of one call, after two calls to warm up."""
+    """Returns the median wall time of one call, after two calls to warm up.
+
+    Args:
+        function: That is timed.
+        repeat: Timed calls.
+        device: ``cpu`` or ``cuda``.
+    """
     times = []
     for _ in range(repeat + 2):
         start = time.perf_counter()
@@ -36,7 +42,20 @@ def milliseconds(function: Callable[[], None], repeat: int, device: str) -> floa
 def time_scene(
     renderer: Callable, number: int, width: int, height: int, channels: int, repeat: int, device: str
 ) -> tuple[float, float, float]:
-    """Forward alone; forward and full backward; forward and backward to colours with detached geometry."""
+    """Times forward alone, forward and full backward, and forward and backward to colours with detached geometry.
+
+    Args:
+        renderer: `rasterize`, or another of its signature.
+        number: Gaussians.
+        width: Of the image, pixels.
+        height: Of the image, pixels.
+        channels: Of a Gaussian's colour.
+        repeat: Timed calls.
+        device: ``cpu`` or ``cuda``.
+
+    Returns:
+        Three times, milliseconds.
+    """
     scene = random_scene(number, 1, width, height, dtype=torch.float32, device=device, size=0.06)
     cameras = {name: scene.pop(name) for name in ("viewmats", "Ks", "width", "height")}
     colors = torch.rand(number, channels, device=device, requires_grad=True)

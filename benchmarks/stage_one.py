@@ -56,7 +56,11 @@ class Benchmark:
 
 
 def main(benchmark: Benchmark) -> None:
-    """Runs the benchmark, or one variant of it."""
+    """Runs the benchmark, or one variant of it.
+
+    Args:
+        benchmark: The user's choices.
+    """
     if benchmark.single is not None:
         print("ROW " + json.dumps(train_variant(benchmark, benchmark.single)), flush=True)
         return

@@ -51,6 +51,9 @@ def complete(config: DemoConfig, cuda: bool) -> DemoConfig:
         config: The user's choices.
         cuda: Whether there is a GPU.
 
+    Returns:
+        All sizes filled in.
+
     Raises:
         UserError: If a number is out of range, or the backbone is none.
     """
@@ -71,7 +74,11 @@ def complete(config: DemoConfig, cuda: bool) -> DemoConfig:
 
 
 def settings(config: DemoConfig) -> dict[str, Any]:
-    """Returns everything that decides the outcome, as JSON values."""
+    """Returns everything that decides the outcome, as JSON values.
+
+    Args:
+        config: Of `complete`.
+    """
     values = {name: value for name, value in asdict(config).items() if name != "output_dir"}
     weights = config.backbone_weights
     values["backbone_weights"] = None if weights is None else str(weights.expanduser().absolute())

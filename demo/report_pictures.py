@@ -17,12 +17,22 @@ Picture = tuple[str, np.ndarray]
 
 
 def photos(room: Path, count: int) -> list[Picture]:
-    """Returns photos of a room, spread over the walk through it, named by their files."""
+    """Returns photos of a room, spread over the walk through it, named by their files.
+
+    Args:
+        room: Folder of a room.
+        count: Most photos.
+    """
     return [(path.stem, read_picture(path)) for path in evenly_spaced(sorted((room / "images").glob("*.png")), count)]
 
 
 def evaluation_views(folder: Path, count: int) -> list[list[Picture]]:
-    """Returns held-out views as ``ns-eval`` saved them: photo, render, teacher's and lifted features."""
+    """Returns held-out views as ``ns-eval`` saved them: photo, render, teacher's and lifted features.
+
+    Args:
+        folder: That ``ns-eval`` was told to write to.
+        count: Most views.
+    """
     rows = []
     for path in evenly_spaced(sorted(folder.glob("eval_img_*.png")), count):
         photo, render = _halves(read_picture(path))
@@ -60,7 +70,12 @@ def feature_pictures(config: DemoConfig, count: int) -> list[list[Picture]]:
 
 
 def panels(folder: Path, count: int) -> list[list[Picture]]:
-    """Returns test photos of a probe with truth and predictions, as the probe drew them."""
+    """Returns test photos of a probe with truth and predictions, as the probe drew them.
+
+    Args:
+        folder: Output folder of a probe.
+        count: Most test photos.
+    """
     places_ = sorted({path.name.partition("_")[0] for path in (folder / "panels").glob("[0-9]*_photo.png")})
     rows = []
     for place in evenly_spaced(places_, count):
@@ -71,7 +86,14 @@ def panels(folder: Path, count: int) -> list[list[Picture]]:
 
 
 def read_picture(path: Path) -> np.ndarray:
-    """Reads a picture as uint8 [H, W, 3]."""
+    """Reads a picture as uint8 [H, W, 3].
+
+    Args:
+        path: A PNG that a command wrote.
+
+    Returns:
+        uint8 [H, W, 3].
+    """
     with Image.open(path) as picture:
         return np.asarray(picture.convert("RGB"))
 

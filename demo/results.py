@@ -18,6 +18,7 @@ class RoomResult:
     """One lifted room."""
 
     name: str
+    """Of the room's folder."""
     scores: dict[str, Any]
     """Of ns-eval, on the held-out views: psnr, ssim, feature_cosine ..."""
     lift: dict[str, Any]
@@ -29,12 +30,15 @@ class Comparison:
     """A row of a probe beside one that it should beat, over the same test photos."""
 
     row: str
+    """Row of the probe's table."""
     baseline: str
+    """The row that it should beat."""
     gain: float
     """Difference of the scores, positive where the row is better."""
     low: float
     """Of the interval that holds 95 % of the draws of test photos."""
     high: float
+    """End of that interval."""
 
     @property
     def verdict(self) -> str:
@@ -49,6 +53,7 @@ class DemoResults:
     """Everything the demo measured."""
 
     rooms: list[RoomResult]
+    """All that were lifted."""
     tuned: dict[str, Any]
     """metrics.json of the distillation."""
     control: dict[str, Any] | None
@@ -56,7 +61,9 @@ class DemoResults:
     correspondence: dict[str, Any]
     """metrics.json of the probe; likewise the others."""
     segmentation: dict[str, Any]
+    """metrics.json of the probe for segmentation."""
     depth: dict[str, Any]
+    """metrics.json of the probe for depth."""
 
 
 def read_results(config: DemoConfig) -> DemoResults:
@@ -64,6 +71,9 @@ def read_results(config: DemoConfig) -> DemoResults:
 
     Args:
         config: Of a demo whose stages are done.
+
+    Returns:
+        Every number of the page.
 
     Raises:
         UserError: If one is missing or damaged.

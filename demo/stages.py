@@ -45,24 +45,44 @@ class Places:
         return self.root / "rooms" / _ROOM_NAME.format(self.num_lifted)
 
     def run(self, room: Path) -> Path:
-        """Returns a room's nerfstudio run."""
+        """Returns a room's nerfstudio run.
+
+        Args:
+            room: Folder of a room.
+        """
         return self.loop.geometry(room.name)
 
     def evaluation(self, room: Path) -> Path:
-        """Returns where ``ns-eval`` puts numbers and pictures of a room."""
+        """Returns where ``ns-eval`` puts numbers and pictures of a room.
+
+        Args:
+            room: Folder of a room.
+        """
         return self.root / "eval" / room.name
 
     def distilled(self, targets: str) -> Path:
-        """Returns the folder of a distillation, by its targets: ``lifted`` or ``control``."""
+        """Returns the folder of a distillation, by its targets: ``lifted`` or ``control``.
+
+        Args:
+            targets: ``lifted`` or ``control``.
+        """
         return self.loop.student(1) if targets == "lifted" else self.loop.control("control")
 
     def probe(self, kind: str) -> Path:
-        """Returns the folder of a probe."""
+        """Returns the folder of a probe.
+
+        Args:
+            kind: ``correspondence``, ``segmentation`` or ``depth``.
+        """
         return self.root / "correspondence" if kind == "correspondence" else self.loop.probe(kind)
 
 
 def places(config: DemoConfig) -> Places:
-    """Returns where things of a demo are."""
+    """Returns where things of a demo are.
+
+    Args:
+        config: The user's choices.
+    """
     return Places(config.output_dir, config.rooms)
 
 

@@ -26,6 +26,9 @@ _NAME = re.compile(r"step-(\d+)\.pt")
 def check_writable(output_dir: Path) -> None:
     """Makes a training's folder and checks that files can be written there.
 
+    Args:
+        output_dir: Of the training.
+
     Raises:
         UserError: If not.
     """
@@ -86,7 +89,11 @@ def save_checkpoint(output_dir: Path, state: Mapping[str, Any], keep: int) -> Pa
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """Returns the checkpoints of a training, oldest first."""
+    """Returns the checkpoints of a training, oldest first.
+
+    Args:
+        output_dir: Of the training.
+    """
     found = {
         int(match[1]): path for path in (output_dir / FOLDER).glob("*.pt") if (match := _NAME.fullmatch(path.name))
     }
@@ -199,7 +206,11 @@ def random_state() -> dict[str, Any]:
 
 
 def restore_random_state(state: Mapping[str, Any]) -> None:
-    """Puts back what `random_state` returned."""
+    """Puts back what `random_state` returned.
+
+    Args:
+        state: Generators of torch, CUDA, Python and numpy by those names.
+    """
     torch.set_rng_state(state["torch"])
     cuda: torch.Tensor | None = state["cuda"]
     if cuda is not None and torch.cuda.is_available():

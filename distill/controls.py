@@ -34,7 +34,7 @@ class ControlTargets:
 
     Args:
         kind: Which of the three.
-        scenes: The scenes.
+        scenes: As opened; a scene's number is its place in this list.
         scene_cache: Where their decoders are.
         photos: Where the photos are.
         teacher: The scenes' teacher, frozen.
@@ -65,7 +65,15 @@ class ControlTargets:
 
     @torch.no_grad()
     def make(self, scene: int, views: Sequence[int]) -> Targets:
-        """Sees the photos, projects and blurs; see `TargetSource.make`."""
+        """Sees the photos, projects and blurs; see `TargetSource.make`.
+
+        Args:
+            scene: Its number.
+            views: Numbers of its views, all of one size.
+
+        Returns:
+            Maps [V, C, h, w] and weights [V, h, w].
+        """
         maps = self._project(scene, self._see(scene, views))
         weights = mask_weights(self._scenes[scene], views, _grid(maps), self._device)
         if self._kind == "control-blur":
@@ -75,7 +83,11 @@ class ControlTargets:
         return Targets(maps, weights)
 
     def needs(self, scene: int) -> bool:
-        """Only the first do, for the decoder; see `TargetSource.needs`."""
+        """Returns whether a scene's decoder, or its blur, is still to be read; see `TargetSource.needs`.
+
+        Args:
+            scene: Its number.
+        """
         return scene not in self._bases or (self._kind == "control-blur" and scene not in self.blurs)
 
     def _see(self, scene: int, views: Sequence[int]) -> Float[Tensor, "V C h w"]:

@@ -25,10 +25,15 @@ class ViewPictures:
     """A view and its maps, on the CPU."""
 
     name: str
+    """Of the view's file."""
     photo: UInt8[Tensor, "H W 3"]
+    """uint8 [H, W, 3]."""
     original: Float[Tensor, "C h w"]
+    """Map of the backbone before training, [C, h, w]."""
     target: Float[Tensor, "C h w"]
+    """What the student was trained on, [C, h, w]."""
     tuned: Float[Tensor, "C h w"]
+    """Map of the result, [C, h, w]."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,7 @@ class HeldOutViews:
     """Views of a scene with their targets, ready to measure one backbone after the other.
 
     Args:
-        scenes: The scenes.
+        scenes: As opened; a scene's number is its place in this list.
         index: Position of the scene.
         original: The backbone before training, which drift is measured from.
         targets: What the student is trained on.
@@ -90,14 +95,22 @@ class HeldOutViews:
 
     @torch.no_grad()
     def maps(self, backbone: Backbone) -> list[Float[Tensor, "C h w"]]:
-        """Returns what a backbone says about each view."""
+        """Returns what a backbone says about each view.
+
+        Args:
+            backbone: On the device of the photos.
+        """
         return [
             backbone(self._photos.get([(self._index, view)]).float() / 255.0).patch_tokens[0].float()
             for view in self.views
         ]
 
     def measure(self, maps: Sequence[Float[Tensor, "C h w"]]) -> dict[str, float]:
-        """Returns `MEASURES` of a backbone's maps of all views, as far as they can be measured."""
+        """Returns `MEASURES` of a backbone's maps of all views, as far as they can be measured.
+
+        Args:
+            maps: Of `maps`, one for each view.
+        """
         values: dict[str, list[float]] = {"l1": [], "cosine": [], "drift": []}
         for found, target, weights, before in zip(maps, self.targets, self._weights, self._original):
             values["drift"].append(float(feature_cosine(found, before.float())))
@@ -109,12 +122,20 @@ class HeldOutViews:
         return measured if match is None else {**measured, "view_match": match[0]}
 
     def match(self, maps: Sequence[Float[Tensor, "C h w"]]) -> tuple[float, int] | None:
-        """Returns the share of points found again, and how many there are; None where no two views share enough."""
+        """Returns the share of points found again, and how many there are; None where no two views share enough.
+
+        Args:
+            maps: Of `maps`, one for each view.
+        """
         match = self._matched.match(maps)
         return None if match is None else (match, self._matched.num_points)
 
     def photo(self, position: int) -> UInt8[Tensor, "H W 3"]:
-        """Returns a view's photo, on the CPU; ``position`` counts the views taken."""
+        """Returns a view's photo, on the CPU.
+
+        Args:
+            position: Among the views that were taken, from 0.
+        """
         return self._photos.get([(self._index, self.views[position])])[0].permute(1, 2, 0).cpu()
 
 
@@ -134,7 +155,11 @@ class Averages:
         self._original = {name: tensor.to(device) for name, tensor in original.items()}
 
     def take(self, amount: float) -> Backbone:
-        """Returns the backbone with ``amount`` x student + (1 - ``amount``) x original."""
+        """Returns the backbone with ``amount`` x student + (1 - ``amount``) x original.
+
+        Args:
+            amount: Share of the student, in [0, 1].
+        """
         self.backbone.model.load_state_dict(interpolate(self._student, self._original, amount), strict=True)
         return self.backbone
 
@@ -147,6 +172,9 @@ def measure_scene(held_out: HeldOutViews, averages: Averages, amount: float, num
         averages: Of the student and the original.
         amount: Share of the student in the result.
         num_pictures: Most views that are kept as pictures.
+
+    Returns:
+        Its measures at each amount, and pictures at the result's.
     """
     curve: dict[float, dict[str, float]] = {}
     kept: dict[float, list[Tensor]] = {}
@@ -175,7 +203,11 @@ def measure_scene(held_out: HeldOutViews, averages: Averages, amount: float, num
 
 
 def average(results: Sequence[SceneResult]) -> dict[str, float]:
-    """Returns the mean of each metric over the scenes that have it; points of ``view_match`` are summed."""
+    """Returns the mean of each metric over the scenes that have it; points of ``view_match`` are summed.
+
+    Args:
+        results: One for each scene.
+    """
     return mean_of([result.metrics for result in results])
 
 
@@ -193,7 +225,11 @@ def average_curve(results: Sequence[SceneResult]) -> dict[str, list[float | None
 
 
 def mean_of(measured: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Returns the mean of each number over those that have it and where it is no NaN; counts of points are summed."""
+    """Returns the mean of each number over those that have it and where it is no NaN; counts of points are summed.
+
+    Args:
+        measured: Numbers by name, of each scene or view.
+    """
     means = {}
     for name in dict.fromkeys(name for numbers in measured for name in numbers):
         values = [numbers[name] for numbers in measured if not math.isnan(numbers.get(name, math.nan))]
@@ -225,6 +261,10 @@ class Validation:
         self._amount = amount
 
     def measure(self, student: Mapping[str, Tensor]) -> dict[str, float]:
-        """Returns the means of `MEASURES` over the scenes, of what the result would be with these weights."""
+        """Returns the means of `MEASURES` over the scenes, of what the result would be with these weights.
+
+        Args:
+            student: Weights of the student by timm's keys.
+        """
         backbone = Averages(self._backbone, student, self._original).take(self._amount)
         return mean_of([views.measure(views.maps(backbone)) for views in self._held_out])

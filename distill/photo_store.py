@@ -39,7 +39,7 @@ class PhotoStore:
     """The photos of all views.
 
     Args:
-        scenes: The scenes.
+        scenes: As opened; a scene's number is its place in this list.
         patch_size: The student's; a photo is stored at its patch grid times this.
         device: Where photos are needed.
         directory: Where decoded photos are kept; the user's cache folder if None.
@@ -110,7 +110,11 @@ class PhotoStore:
         return len(share)
 
     def prefetch(self, views: Iterable[ViewKey]) -> None:
-        """Starts reading photos in the background."""
+        """Starts reading photos in the background.
+
+        Args:
+            views: Numbers of scene and view.
+        """
         for view in views:
             if view not in self._resident and view not in self._pending:
                 self._pending[view] = self._threads.submit(self._read, view)

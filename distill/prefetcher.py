@@ -37,7 +37,7 @@ class Prefetcher:
     on the step alone, so a resumed run makes the same targets to the last bit.
 
     Args:
-        scenes: The scenes.
+        scenes: As opened; a scene's number is its place in this list.
         sampler: Which views make up which step.
         source: Makes targets.
         scene_cache: Told which scenes are needed next.
@@ -73,7 +73,12 @@ class Prefetcher:
         self._stream = torch.cuda.Stream(world.device, priority=-1) if world.device.type == "cuda" else None
 
     def steps(self, start: int, stop: int) -> Iterator[tuple[Batch, StepInput]]:
-        """Yields the steps from ``start`` to before ``stop``."""
+        """Yields the steps from ``start`` to before ``stop``.
+
+        Args:
+            start: First step, from 0.
+            stop: The step after the last.
+        """
         if start >= stop:
             return
         windows = self._windows(start, stop)

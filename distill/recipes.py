@@ -24,20 +24,33 @@ class Recipe:
     """Every number that decides how the student learns; see the flags of the same names in `DistillConfig`."""
 
     name: Literal["auto", "paper"]
+    """Which recipe."""
     batch_size: int
+    """Views of a step, over all processes."""
     steps: int | None
     """Optimizer steps; None: as many as ``epochs`` take."""
     epochs: float
+    """Passes over all views; a part of one counts."""
     lr: float
+    """Peak learning rate."""
     schedule: Literal["constant", "cosine"]
+    """Whether the rate stays, or falls to zero along a cosine."""
     warmup_steps: int
+    """Steps in which the rate rises linearly."""
     weight_decay: float
+    """Of AdamW."""
     clip: float
+    """Largest norm of the gradient."""
     flip: float
+    """Share of views that are mirrored, in [0, 1]."""
     ema_decay: float
+    """Of the moving average of the student's weights, in [0, 1); 0 for none."""
     interpolate: float
+    """Share of the student in its average with the original, in [0, 1]."""
     accumulation: Literal["ignore", "weight", "drop"]
+    """What the opacity of a rendered target means for its weight."""
     precision: Literal["auto", "bf16", "fp32"]
+    """In which the student computes."""
     given: tuple[str, ...] = ()
     """Those that the user's flags decided."""
 
@@ -128,7 +141,7 @@ def explain(recipe: Recipe, config: DistillConfig, num_views: int, num_scenes: i
         recipe: See `choose_recipe`.
         config: The user's choices.
         num_views: Training views V of all scenes.
-        num_scenes: Scenes.
+        num_scenes: Scenes that are trained on.
         num_steps: Optimizer steps that will be taken.
     """
     seen = num_steps * recipe.batch_size / max(num_views, 1)

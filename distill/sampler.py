@@ -53,7 +53,7 @@ class Sampler:
     Every epoch shows every view exactly once. A batch holds views of one size.
 
     Args:
-        scenes: The scenes.
+        scenes: As opened; a scene's number is its place in this list.
         batch_size: Views per step.
         seed: Of the order and of mirroring.
         flip: Share of views that are mirrored.
@@ -85,11 +85,19 @@ class Sampler:
         return sum(len(scene.views) for scene in self._scenes)
 
     def epoch(self, epoch: int) -> list[tuple[BatchView, ...]]:
-        """Returns the batches of an epoch, in order."""
+        """Returns the batches of an epoch, in order.
+
+        Args:
+            epoch: Its number, from 0.
+        """
         return [samples for block in self._epoch_by_block(epoch)[1] for samples in block]
 
     def steps_of(self, epochs: float) -> int:
-        """Returns how many steps so many epochs take, at least 1."""
+        """Returns how many steps so many epochs take, at least 1.
+
+        Args:
+            epochs: Passes over all views; a part of one counts.
+        """
         whole = int(epochs)
         steps = sum(len(self.epoch(epoch)) for epoch in range(whole))
         if epochs > whole:
@@ -97,7 +105,12 @@ class Sampler:
         return max(steps, 1)
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
-        """Yields the batches of the steps from ``start`` to before ``stop``."""
+        """Yields the batches of the steps from ``start`` to before ``stop``.
+
+        Args:
+            start: First step, from 0.
+            stop: The step after the last.
+        """
         epoch, step = 0, 0
         while step < stop:
             blocks, batches = self._epoch_by_block(epoch)

@@ -38,7 +38,7 @@ class DistillLoss(nn.Module):
     Divided by the weight of the whole batch, so that parts of a batch, and shares of processes, simply add up.
 
     Args:
-        student: The student.
+        student: A backbone in training.
         bf16: Whether the student computes in bf16 (weights and loss stay fp32).
     """
 
@@ -54,7 +54,14 @@ class DistillLoss(nn.Module):
         weights: Float[Tensor, "B h w"],
         total_weight: Float[Tensor, ""],
     ) -> Float[Tensor, ""]:
-        """Returns this part's summand of the batch's mean loss; see `StepInput`."""
+        """Returns this part's summand of the batch's mean loss; see `StepInput`.
+
+        Args:
+            images: 8-bit RGB at the student's size.
+            targets: Maps at patch resolution, in any precision.
+            weights: How much each patch counts, in [0, 1].
+            total_weight: Sum of the weights of the whole batch, over all parts and processes.
+        """
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self._bf16):
             features = self.student(images.float() / 255.0).patch_tokens
         distance = (features.float() - targets.float()).abs().mean(1)
@@ -66,9 +73,15 @@ class StepRunner(Protocol):
     """Runs optimizer steps."""
 
     def run(self, inputs: StepInput) -> Float[Tensor, ""]:
-        """Takes one step and returns this process's summand of the loss, without waiting for the device.
+        """Takes one step, without waiting for the device.
 
         Where a gradient is NaN or infinite no weight is changed, and NaN is returned.
+
+        Args:
+            inputs: This process's share of the batch, on the device.
+
+        Returns:
+            This process's summand of the loss.
         """
         ...
 
@@ -102,7 +115,14 @@ class EagerStep:
         self._num_processes = num_processes
 
     def run(self, inputs: StepInput) -> Float[Tensor, ""]:
-        """See `StepRunner.run`."""
+        """See `StepRunner.run`.
+
+        Args:
+            inputs: This process's share of the batch, on the device.
+
+        Returns:
+            This process's summand of the loss; see `StepRunner.run`.
+        """
         self._optimizer.zero_grad(set_to_none=True)
         total = self.forward_backward(inputs)
         norm = nn.utils.clip_grad_norm_(self._parameters, self._clip)
@@ -118,7 +138,13 @@ class EagerStep:
         return torch.where(broken, torch.nan, total)
 
     def forward_backward(self, inputs: StepInput) -> Float[Tensor, ""]:
-        """Adds the gradients of all parts of the share; returns their loss.
+        """Adds the gradients of all parts of the share.
+
+        Args:
+            inputs: This process's share of the batch, on the device.
+
+        Returns:
+            The summed loss of the parts.
 
         Raises:
             UserError: If torch.compile fails, which happens at the first step of each shape.
@@ -177,7 +203,14 @@ class GraphStep:
         self._pool = torch.cuda.graph_pool_handle()
 
     def run(self, inputs: StepInput) -> Float[Tensor, ""]:
-        """See `StepRunner.run`."""
+        """See `StepRunner.run`.
+
+        Args:
+            inputs: This process's share of the batch, on the device.
+
+        Returns:
+            This process's summand of the loss; see `StepRunner.run`.
+        """
         if inputs.images.shape not in self._graphs:
             self._graphs[inputs.images.shape] = self._capture(inputs)
         graph, held, loss = self._graphs[inputs.images.shape]
@@ -231,14 +264,25 @@ class GraphStep:
 
 
 def make_optimizer(parameters: Sequence[nn.Parameter], recipe: Recipe, device: torch.device) -> torch.optim.AdamW:
-    """Returns AdamW for the student; on CUDA in one kernel, with its learning rate where a CUDA graph can read it."""
+    """Returns AdamW for the student; on CUDA in one kernel, with its learning rate where a CUDA graph can read it.
+
+    Args:
+        parameters: Those that are trained.
+        recipe: Learning rate and weight decay.
+        device: Of the parameters.
+    """
     cuda = device.type == "cuda"
     lr = torch.tensor(recipe.lr, device=device) if cuda else recipe.lr
     return torch.optim.AdamW(parameters, lr=lr, weight_decay=recipe.weight_decay, fused=cuda or None)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Sets the learning rate, in place where a CUDA graph reads it."""
+    """Sets the learning rate, in place where a CUDA graph reads it.
+
+    Args:
+        optimizer: Of `make_optimizer`.
+        lr: For all groups of parameters.
+    """
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(lr)

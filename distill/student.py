@@ -22,7 +22,11 @@ from fit3d_ns.support.errors import UserError, flags_are
 
 
 def teacher_spec(scenes: Sequence[Scene]) -> BackboneSpec:
-    """Returns the backbone that the scenes' features come from, by the first of them."""
+    """Returns the backbone that the scenes' features come from, by the first of them.
+
+    Args:
+        scenes: Scenes of one teacher.
+    """
     info = scenes[0].info
     return spec_of_identity(info.teacher, Path(info.teacher_weights) if info.teacher_weights else None)
 
@@ -34,6 +38,9 @@ def load_teacher(scenes: Sequence[Scene], device: torch.device, weights: Path | 
         scenes: Scenes of one teacher.
         device: Where it goes.
         weights: Its weight file, if the scenes' own path no longer holds.
+
+    Returns:
+        The frozen teacher.
 
     Raises:
         UserError: If its weights cannot be had, or are not those the features were lifted with.
@@ -60,6 +67,9 @@ def load_student(config: DistillConfig, scenes: Sequence[Scene], device: torch.d
         config: The user's choices.
         scenes: Scenes of one teacher.
         device: Where it goes.
+
+    Returns:
+        With the weights that training starts from.
 
     Raises:
         UserError: As `load_teacher`; or if another backbone's width differs from the teacher's.
@@ -143,6 +153,9 @@ def prepare_training(student: Backbone, config: DistillConfig) -> list[nn.Parame
 
     Returns:
         The trainable parameters.
+
+    Raises:
+        UserError: If low-rank updates find no layer, or the backbone cannot recompute its activations.
     """
     _freeze_unused(student)
     if config.lora_rank > 0:
@@ -183,12 +196,21 @@ class LowRankUpdate(nn.Module):
         self.up = nn.Parameter(torch.zeros(rows, rank))
 
     def forward(self, weight: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
-        """Returns the updated weight."""
+        """Returns the updated weight.
+
+        Args:
+            weight: Of the layer, as loaded.
+        """
         return weight + self.up @ self.down
 
 
 def make_average(student: Backbone, decay: float) -> AveragedModel | None:
-    """Returns the exponential moving average of the student, to be updated after every step; None for decay 0."""
+    """Returns the exponential moving average of the student, to be updated after every step; None for decay 0.
+
+    Args:
+        student: The backbone in training.
+        decay: Share of the average that stays at each step, in [0, 1).
+    """
     if decay <= 0:
         return None
     return AveragedModel(student.model, multi_avg_fn=get_ema_multi_avg_fn(decay))

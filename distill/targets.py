@@ -37,12 +37,22 @@ class TargetSource(Protocol):
         ...
 
     def needs(self, scene: int) -> bool:
-        """Returns whether targets of a scene still take its tensors."""
+        """Returns whether targets of a scene still take its tensors.
+
+        Args:
+            scene: Its number.
+        """
         ...
 
 
 def accumulation_weights(alpha: Float[Tensor, "V h w"], rule: str, min_accumulation: float) -> Float[Tensor, "V h w"]:
-    """Returns how much patches of opacity ``alpha`` count; see `DistillConfig.accumulation`."""
+    """Returns how much patches of opacity ``alpha`` count; see `DistillConfig.accumulation`.
+
+    Args:
+        alpha: Opacity of rendered patches, in [0, 1].
+        rule: ``ignore``, ``weight`` or ``drop``.
+        min_accumulation: Least opacity that counts under ``drop``, in [0, 1].
+    """
     if rule == "ignore":
         return torch.ones_like(alpha)
     if rule == "weight":
@@ -54,7 +64,7 @@ class LiftedTargets:
     """Renders targets at the poses of the photos, by the rule that the scene was lifted with.
 
     Args:
-        scenes: The scenes.
+        scenes: As opened; a scene's number is its place in this list.
         scene_cache: Where their Gaussians are.
         device: Where to render.
         accumulation: See `DistillConfig.accumulation`.
@@ -77,7 +87,15 @@ class LiftedTargets:
 
     @torch.no_grad()
     def make(self, scene: int, views: Sequence[int]) -> Targets:
-        """Renders, decodes and weighs; see `TargetSource.make`."""
+        """Renders, decodes and weighs; see `TargetSource.make`.
+
+        Args:
+            scene: Its number.
+            views: Numbers of its views, all of one size.
+
+        Returns:
+            Maps [V, C, h, w] and weights [V, h, w].
+        """
         held, tensors = self._scenes[scene], self._scene_cache.get(scene)
         info = held.info
         grid = info.patch_grid(views[0])
@@ -98,12 +116,21 @@ class LiftedTargets:
         return Targets(maps, weights * mask_weights(held, views, grid, self._device))
 
     def needs(self, scene: int) -> bool:
-        """Every render does; see `TargetSource.needs`."""
+        """Returns True: every render takes the scene's tensors.
+
+        Args:
+            scene: Its number.
+        """
         return True
 
     @torch.no_grad()
     def surface(self, scene: int, view: int) -> SurfaceView:
-        """Returns a camera with the depth that the scene shows there, to match features between views."""
+        """Returns a camera with the depth that the scene shows there, to match features between views.
+
+        Args:
+            scene: Its number.
+            view: Its number in the scene.
+        """
         held, tensors = self._scenes[scene], self._scene_cache.get(scene)
         info = held.info
         photo, (rows, columns) = info.views[view].photo, info.patch_grid(view)
@@ -117,7 +144,14 @@ class LiftedTargets:
 
 
 def mask_weights(scene: Scene, views: Sequence[int], grid: tuple[int, int], device: torch.device) -> Tensor:
-    """Returns what masks leave valid of the patches of views of one size, [V, h, w], ones where there is no mask."""
+    """Returns what masks leave valid of the patches of views of one size, [V, h, w], ones where there is no mask.
+
+    Args:
+        scene: As opened.
+        views: Numbers of its views.
+        grid: Height h and width w, patches.
+        device: Where the weights go.
+    """
     if not any(view in scene.patch_weights for view in views):
         return torch.ones(len(views), *grid, device=device)
     weights = torch.ones(len(views), *grid)

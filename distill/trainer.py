@@ -66,7 +66,7 @@ class Trainer:
     Args:
         config: The user's choices.
         recipe: The numbers that were settled.
-        scenes: The scenes.
+        scenes: As opened; a scene's number is its place in this list.
         student: The backbone, with its original weights; changed in place.
         prefetcher: Prepares steps.
         sampler: Knows how many steps there are.
@@ -133,6 +133,9 @@ class Trainer:
 
     def train(self) -> TrainingResult:
         """Trains to the last step.
+
+        Returns:
+            The weights to save, and how training went.
 
         Raises:
             UserError: If the loss becomes NaN or infinite (the batch is named).
@@ -321,7 +324,7 @@ def read_resumed(
     Args:
         config: The user's choices.
         recipe: The numbers that were settled.
-        scenes: The scenes.
+        scenes: As opened; a scene's number is its place in this list.
         student: As loaded.
 
     Returns:
@@ -347,7 +350,7 @@ def training_settings(config: DistillConfig, recipe: Recipe, scenes: list[Scene]
     Args:
         config: The user's choices.
         recipe: The numbers that were settled.
-        scenes: The scenes.
+        scenes: As opened; a scene's number is its place in this list.
         student: With its identity, as loaded.
     """
     settings: dict[str, Any] = {name: getattr(config, name) for name in _RESULT_SETTINGS}

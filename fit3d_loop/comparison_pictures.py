@@ -102,7 +102,15 @@ def read_pictures(folder: Path) -> list[list[tuple[str, np.ndarray]]]:
 def picture_words(
     output_dir: Path, student: Path, bundles: Sequence[Path], weights: Path | None, cache: Path
 ) -> tuple[str, ...]:
-    """Returns this command as typed; arguments as `PicturesCommand`."""
+    """Returns this command as typed.
+
+    Args:
+        output_dir: Where pictures go.
+        student: Result folder of the student.
+        bundles: Of the scenes that are shown.
+        weights: Of the original backbone, where it was given some.
+        cache: For decoded photos.
+    """
     words = ["fit3d-loop-pictures", "--output-dir", output_dir, "--student", student, "--cache-dir", cache]
     words += [] if weights is None else ["--original-weights", weights]
     return tuple(map(str, [*words, "--bundles", *bundles[:_SCENES]]))

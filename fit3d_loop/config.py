@@ -80,6 +80,9 @@ class LoopConfig:
     def given_flags(self, name: str) -> list[str]:
         """Returns the words of one of the ``*_flags``.
 
+        Args:
+            name: Of the field, such as ``train_flags``.
+
         Raises:
             UserError: If a quote in it is never closed.
         """

@@ -57,9 +57,12 @@ def make_plan(loop: Begun, photos: PhotoCounts, packing: Packing) -> Plan:
     """Plans what is left.
 
     Args:
-        loop: The loop.
+        loop: As it was begun: choices, folders and scenes.
         photos: Of the scenes.
         packing: How they share the machine.
+
+    Returns:
+        Steps with their minutes, and gigabytes of disk.
     """
     config, states = loop.config, [loop.state(scene) for scene in loop.scenes]
     untrained = [
@@ -148,8 +151,8 @@ def format_plan(plan: Plan, loop: Begun, packing: Packing, free: float) -> str:
     """Returns the plan as text.
 
     Args:
-        plan: The plan.
-        loop: The loop.
+        plan: Of `make_plan`.
+        loop: As it was begun: choices, folders and scenes.
         packing: How scenes share the machine.
         free: Gigabytes that are free.
     """
@@ -163,6 +166,10 @@ def format_plan(plan: Plan, loop: Begun, packing: Packing, free: float) -> str:
 
 
 def photos_of(states: Sequence[SceneState]) -> int:
-    """Returns the photos of scenes that were trained, as their geometry says."""
+    """Returns the photos of scenes that were trained, as their geometry says.
+
+    Args:
+        states: Of all scenes.
+    """
     found = (state.geometry or {} for state in states)
     return sum(one.get("training_views", 0) + one.get("held_out_views", 0) for one in found)

@@ -26,51 +26,100 @@ class Places:
     """The output folder, absolute."""
 
     def state(self, scene: str) -> Path:
-        """Returns a scene's state file."""
+        """Returns a scene's state file.
+
+        Args:
+            scene: Name of the scene.
+        """
         return self.root / "scenes" / f"{scene}.json"
 
     def geometry(self, scene: str) -> Path:
-        """Returns the run of a scene that is trained here."""
+        """Returns the run of a scene that is trained here.
+
+        Args:
+            scene: Name of the scene.
+        """
         return self.root / "geometry" / scene / "fit3d-splat" / "geometry"
 
     def lifts(self, scene: str) -> Path:
-        """Returns the folder of the lifts onto geometry that a user brought."""
+        """Returns the folder of the lifts onto geometry that a user brought.
+
+        Args:
+            scene: Name of the scene.
+        """
         return self.root / "lifts" / scene
 
     def bundles(self, number: int, scene: str) -> Path:
-        """Returns the folder that holds a scene's bundle of a round."""
+        """Returns the folder that holds a scene's bundle of a round.
+
+        Args:
+            number: Of the round, from 1.
+            scene: Name of the scene.
+        """
         return self.root / "bundles" / f"round{number}" / scene
 
     def teacher_maps(self, scene: str) -> Path:
-        """Returns where the teacher's maps of a scene are kept while features are lifted."""
+        """Returns where the teacher's maps of a scene are kept while features are lifted.
+
+        Args:
+            scene: Name of the scene.
+        """
         return self.root / "teacher_maps" / scene
 
     def student(self, number: int) -> Path:
-        """Returns the folder of a round's student."""
+        """Returns the folder of a round's student.
+
+        Args:
+            number: Of the round, from 1.
+        """
         return self.root / "rounds" / str(number)
 
     def control(self, kind: str) -> Path:
-        """Returns the folder of a control."""
+        """Returns the folder of a control.
+
+        Args:
+            kind: What its targets are, such as ``control-blur``.
+        """
         return self.root / "controls" / kind
 
     def probe(self, task: str) -> Path:
-        """Returns the folder of a probe."""
+        """Returns the folder of a probe.
+
+        Args:
+            task: ``segmentation``, ``depth`` and the like.
+        """
         return self.root / "probes" / task
 
     def step(self, name: str) -> Path:
-        """Returns the record of a step."""
+        """Returns the record of a step.
+
+        Args:
+            name: Unique in the loop.
+        """
         return self.root / "steps" / f"{name}.json"
 
     def log(self, name: str) -> Path:
-        """Returns where the output of a command goes."""
+        """Returns where the output of a command goes.
+
+        Args:
+            name: Of a step, or of a scene.
+        """
         return self.root / "logs" / f"{name}.log"
 
     def progress(self, name: str) -> Path:
-        """Returns where a running scene says how far it is."""
+        """Returns where a running scene says how far it is.
+
+        Args:
+            name: Of the scene.
+        """
         return self.root / "running" / f"{name}.json"
 
     def lock(self, name: str) -> Path:
-        """Returns a lock file."""
+        """Returns a lock file.
+
+        Args:
+            name: Of what is locked.
+        """
         return self.root / ".locks" / name
 
 
@@ -79,6 +128,7 @@ class SceneState:
     """All that is known of a scene; written after what it vouches for."""
 
     name: str
+    """Of the scene, fit for a file name."""
     source: dict[str, Any]
     """`SceneSource.identity`."""
     geometry: dict[str, Any] | None = None
@@ -89,18 +139,32 @@ class SceneState:
     """``round``, ``teacher``, ``stage``, ``sentence`` of the last attempt; None where it did not fail."""
 
     def lifted(self, number: int, teacher: str) -> bool:
-        """Returns whether the features of a teacher were lifted in a round."""
+        """Returns whether the features of a teacher were lifted in a round.
+
+        Args:
+            number: Of the round, from 1.
+            teacher: Key of its teacher.
+        """
         return self.geometry is not None and self.rounds.get(str(number), {}).get("teacher") == teacher
 
     def failed(self, number: int, teacher: str) -> bool:
-        """Returns whether the last attempt at a round with this teacher, or at one before, failed."""
+        """Returns whether the last attempt at a round with this teacher, or at one before, failed.
+
+        Args:
+            number: Of the round, from 1.
+            teacher: Key of its teacher.
+        """
         if self.failure is None:
             return False
         before = self.failure["round"] < number
         return before or (self.failure["round"] == number and self.failure["teacher"] == teacher)
 
     def bundle(self, number: int) -> Path | None:
-        """Returns the bundle of a round, where it is still there."""
+        """Returns the bundle of a round, where it is still there.
+
+        Args:
+            number: Of the round, from 1.
+        """
         path = self.rounds.get(str(number), {}).get("bundle")
         return Path(path) if path and (Path(path) / "scene.json").is_file() else None
 
@@ -112,6 +176,9 @@ def read_state(places: Places, name: str, source: Mapping[str, Any]) -> SceneSta
         places: Of the output folder.
         name: The scene.
         source: `SceneSource.identity`.
+
+    Returns:
+        What is known of it.
 
     Raises:
         UserError: If the scene was something else before.
@@ -147,7 +214,12 @@ def read_recorded_state(places: Places, name: str) -> SceneState:
 
 
 def write_state(places: Places, state: SceneState) -> None:
-    """Writes a scene's state, as one step."""
+    """Writes a scene's state, as one step.
+
+    Args:
+        places: Of the output folder.
+        state: Of one scene.
+    """
     atomic_write_json(places.state(state.name), asdict(state))
 
 
@@ -213,7 +285,12 @@ def check_folder(root: Path) -> None:
 
 
 def stored_settings(root: Path, name: str = SETTINGS) -> dict[str, Any]:
-    """Returns the settings that a loop was begun with; none where there is no loop."""
+    """Returns the settings that a loop was begun with; none where there is no loop.
+
+    Args:
+        root: The output folder.
+        name: File of the settings below it.
+    """
     try:
         return json.loads((root / name).read_text())
     except (OSError, ValueError):

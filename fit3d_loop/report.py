@@ -17,7 +17,10 @@ def read_metrics(loop: Begun) -> dict[str, Any]:
     """Gathers every number of a finished loop, as JSON values.
 
     Args:
-        loop: The loop.
+        loop: As it was begun: choices, folders and scenes.
+
+    Returns:
+        What is written to ``metrics.json``.
     """
     places, config = loop.places, loop.config
     rounds = []
@@ -130,7 +133,7 @@ def add_scenes(report: Report, loop: Begun, metrics: dict[str, Any]) -> None:
 
     Args:
         report: The page.
-        loop: The loop.
+        loop: As it was begun: choices, folders and scenes.
         metrics: Of `read_metrics`.
     """
     report.add_heading("Scenes")
@@ -159,7 +162,7 @@ def add_pictures(report: Report, loop: Begun) -> None:
 
     Args:
         report: The page.
-        loop: The loop.
+        loop: As it was begun: choices, folders and scenes.
     """
     rows = read_pictures(loop.places.root / "pictures")
     if not rows:
@@ -201,7 +204,7 @@ def add_commands(report: Report, loop: Begun) -> None:
 
     Args:
         report: The page.
-        loop: The loop.
+        loop: As it was begun: choices, folders and scenes.
     """
     report.add_heading("Commands")
     report.add_text("Each can be repeated as it stands. Those of the scenes are at the top of the logs below logs/.")

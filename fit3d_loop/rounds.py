@@ -49,7 +49,14 @@ class Begun:
         return self.scenes[index::count]
 
     def state(self, scene: SceneSource) -> SceneState:
-        """Reads a scene's state."""
+        """Reads a scene's state.
+
+        Args:
+            scene: One of `scenes`.
+
+        Returns:
+            What is known of it by now.
+        """
         return read_state(self.places, scene.name, scene.identity)
 
 
@@ -67,7 +74,7 @@ def run_rounds(loop: Begun, engine: Engine, table: Table) -> Ending:
     """Does all that can be done.
 
     Args:
-        loop: The loop.
+        loop: As it was begun: choices, folders and scenes.
         engine: Runs the scenes.
         table: Shows how far they are.
 
@@ -164,7 +171,7 @@ def round_steps(loop: Begun, included: Sequence[SceneSource], number: int, teach
     """Returns the trainings of a round: its student, and in the first the controls.
 
     Args:
-        loop: The loop.
+        loop: As it was begun: choices, folders and scenes.
         included: Scenes that are trained on.
         number: The round.
         teacher: Key of its teacher.
@@ -249,14 +256,18 @@ def failures(loop: Begun) -> dict[str, dict[str, Any]]:
     """Returns what failed, by scene.
 
     Args:
-        loop: The loop.
+        loop: As it was begun: choices, folders and scenes.
     """
     found = {scene.name: loop.state(scene).failure for scene in loop.scenes}
     return {name: failure for name, failure in found.items() if failure is not None}
 
 
 def step_records(loop: Begun) -> list[StepRecord]:
-    """Returns the records of all steps that are done."""
+    """Returns the records of all steps that are done.
+
+    Args:
+        loop: As it was begun: choices, folders and scenes.
+    """
     names = [f"student{number}" for number in range(1, loop.config.rounds + 1)]
     names[1:1] = list(loop.config.chosen_controls)
     if loop.config.probe_data is not None:

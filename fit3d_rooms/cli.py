@@ -46,7 +46,11 @@ class RoomsConfig:
 
 
 def check_size(width: int, height: int) -> None:
-    """Checks the size of the photos, in pixels.
+    """Checks the size of the photos.
+
+    Args:
+        width: Pixels.
+        height: Pixels.
 
     Raises:
         UserError: If a side is too short or too long.
@@ -118,7 +122,11 @@ def _parts(advance: Advance, name: str) -> Callable[[str, float], None]:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Entry point of ``fit3d-rooms``."""
+    """Entry point of ``fit3d-rooms``.
+
+    Args:
+        args: Words of the command line; None for those of this process.
+    """
     run_command(lambda: _make_and_report(tyro.cli(RoomsConfig, prog="fit3d-rooms", args=args)))
 
 

@@ -40,23 +40,39 @@ class RoomSettings:
     """What a set of rooms depends on, besides how many there are."""
 
     seed: int
+    """Of all rooms."""
     views: int
+    """Photos of each room."""
     width: int
+    """Of a photo, pixels."""
     height: int
+    """Of a photo, pixels."""
 
     def key(self, index: int) -> str:
-        """Hash of everything that room ``index`` depends on."""
+        """Returns the hash of everything that a room depends on.
+
+        Args:
+            index: Of the room, from 0.
+        """
         content = json.dumps({"version": VERSION, "index": index, **asdict(self)}, sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def room_name(index: int) -> str:
-    """Folder of a room."""
+    """Returns the name of a room's folder.
+
+    Args:
+        index: Of the room, from 0.
+    """
     return f"room_{index:03d}"
 
 
 def open_output(out: Path, settings: RoomSettings) -> None:
     """Makes the output folder, or checks that it holds rooms of the same settings.
+
+    Args:
+        out: Folder of all rooms.
+        settings: What they depend on.
 
     Raises:
         UserError: if ``out`` is a file, holds something else or other rooms, or cannot be written.
@@ -109,7 +125,12 @@ def _write_json(path: Path, content: object) -> None:
 
 
 def write_index(out: Path, settings: RoomSettings) -> None:
-    """Writes ``rooms.json`` from the rooms that are finished."""
+    """Writes ``rooms.json`` from the rooms that are finished.
+
+    Args:
+        out: Folder of all rooms.
+        settings: What they depend on.
+    """
     rooms = [_read_json(path) for path in sorted(out.glob("room_*/room.json"))]
     keep = ("name", "index", "kind", "views", "settings_key")
     content = {
@@ -123,7 +144,12 @@ def write_index(out: Path, settings: RoomSettings) -> None:
 
 
 def is_finished(out: Path, index: int, settings: RoomSettings) -> bool:
-    """Whether a room is there already.
+    """Returns whether a room is there already.
+
+    Args:
+        out: Folder of all rooms.
+        index: Of the room, from 0.
+        settings: What it depends on.
 
     Raises:
         UserError: if something else has its name.
@@ -138,6 +164,11 @@ def is_finished(out: Path, index: int, settings: RoomSettings) -> bool:
 
 def seed_points(room: RenderedRoom, rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Draws coloured points on visible surfaces, more where the picture changes, as structure from motion would.
+
+    Args:
+        room: Rendered.
+        rng: Draws what differs from room to room.
+        count: Points P.
 
     Returns:
         Positions float32 [P, 3] in metres and colours uint8 [P, 3].
@@ -171,7 +202,14 @@ def _write_ply(path: Path, points: np.ndarray, colors: np.ndarray) -> None:
 
 
 def write_room(out: Path, index: int, settings: RoomSettings, room: RenderedRoom) -> None:
-    """Writes a room under a temporary name and gives it its own name when it is complete."""
+    """Writes a room under a temporary name and gives it its own name when it is complete.
+
+    Args:
+        out: Folder of all rooms.
+        index: Of the room, from 0.
+        settings: What it depends on.
+        room: Rendered.
+    """
     target = out / room_name(index)
     partial = out / f".{room_name(index)}.partial-{platform.node()}-{os.getpid()}"
     shutil.rmtree(partial, ignore_errors=True)

@@ -24,6 +24,10 @@ class PackedScene:
         nodes: light map nodes along s and t per patch, int32 [P, 2].
         node_start: first node of each patch in the flat light map, int64 [P]; node (i, j) is at start + i * nt + j.
         patches: the surfaces themselves.
+
+    Args:
+        patches: All surfaces of the room.
+        bank: Their textures.
     """
 
     def __init__(self, patches: Sequence[Patch], bank: TextureBank) -> None:
@@ -97,6 +101,9 @@ class PackedScene:
         """Returns positions [M, 3] and normals [M, 3] of all light map nodes, and the patch of each [M].
 
         Nodes on the rim are drawn ``inset`` metres inwards, off whatever the surface abuts on.
+
+        Args:
+            inset: Metres by which nodes on the rim are drawn inwards.
         """
         positions, normals = np.empty((self.node_total, 3)), np.empty((self.node_total, 3))
         owner = np.repeat(np.arange(len(self.patches)), self.nodes.prod(axis=1))
@@ -121,13 +128,18 @@ class PackedScene:
         return positions, normals, owner
 
     def surface_points(self, faces: np.ndarray, uv: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the patch [N] and (s, t) [N, 2] of hits given as triangle [N] and barycentric (u, v) [N, 2]."""
+        """Returns the patch [N] and (s, t) [N, 2] of hits given as triangle [N] and barycentric (u, v) [N, 2].
+
+        Args:
+            faces: [N], triangles.
+            uv: [N, 2], barycentric.
+        """
         corners = self.face_st[faces]
         u, v = uv[:, :1], uv[:, 1:]
         return self.face_patch[faces], corners[:, 0] * (1 - u - v) + corners[:, 1] * u + corners[:, 2] * v
 
     def albedo(self, patch: np.ndarray, st: np.ndarray, footprint: np.ndarray) -> np.ndarray:
-        """Texture colour, linear RGB float32 [N, 3].
+        """Returns texture colour, linear RGB float32 [N, 3].
 
         Args:
             patch: [N].
@@ -154,7 +166,16 @@ class PackedScene:
         return (bottom * (1 - fy) + top * fy) * self.tint[patch]
 
     def from_nodes(self, values: np.ndarray, patch: np.ndarray, st: np.ndarray) -> np.ndarray:
-        """Bilinear look-up of per-node values [M, 3] at places on patches, [N, 3]."""
+        """Looks per-node values up at places on patches, bilinearly.
+
+        Args:
+            values: [M, 3], one for each node.
+            patch: [N].
+            st: [N, 2], place on the patch.
+
+        Returns:
+            [N, 3].
+        """
         count = self.nodes[patch]
         x = st.clip(0, 1) * (count - 1).astype(np.float32)
         low = np.minimum(x.astype(np.int32), count - 2)
@@ -192,7 +213,12 @@ class RayScene:
         return self._tensor(rays)
 
     def first_hit(self, origins: np.ndarray, directions: np.ndarray):
-        """Casts rays; returns triangle [N] (-1: nothing hit), barycentric uv [N, 2], distance in ray lengths [N]."""
+        """Casts rays; returns triangle [N] (-1: nothing hit), barycentric uv [N, 2], distance in ray lengths [N].
+
+        Args:
+            origins: [N, 3] or [1, 3], metres.
+            directions: [N, 3], of any length.
+        """
         hits = self._scene.cast_rays(self._rays(origins, directions), nthreads=0)
         faces = hits["primitive_ids"].numpy().astype(np.int64)
         missed = faces >= len(self._faces)
@@ -200,5 +226,11 @@ class RayScene:
         return faces, hits["primitive_uvs"].numpy(), hits["t_hit"].numpy()
 
     def blocked(self, origins: np.ndarray, directions: np.ndarray, reach: float) -> np.ndarray:
-        """Whether something lies between each origin and ``reach`` ray lengths, bool [N]."""
+        """Returns whether something lies between each origin and ``reach``, bool [N].
+
+        Args:
+            origins: [N, 3] or [1, 3], metres.
+            directions: [N, 3], of any length.
+            reach: In lengths of a ray's direction.
+        """
         return self._scene.test_occlusions(self._rays(origins, directions), 0.0, reach, nthreads=0).numpy()

@@ -32,9 +32,13 @@ class WindowLight:
     """A bright rectangle: corner and edges (metres, [3] each) and the unit normal into the room."""
 
     corner: np.ndarray
+    """[3], metres."""
     edge_s: np.ndarray
+    """[3], from the corner, metres."""
     edge_t: np.ndarray
+    """[3], from the corner, metres."""
     normal: np.ndarray
+    """[3], into the room."""
 
 
 @dataclass
@@ -42,13 +46,26 @@ class Lights:
     """Everything that shines: windows, lamps, and the direction towards the sun (None: overcast)."""
 
     windows: list[WindowLight]
+    """Of all walls."""
     bulbs: list[Bulb]
+    """Of all lamps."""
     sun: np.ndarray | None = None
+    """[3], towards it; None where it is overcast."""
     strength: float = field(default=1.0)
+    """Of the daylight, relative."""
 
 
 def make_lights(room: Room, bulbs: Sequence[Bulb], rng: np.random.Generator) -> Lights:
-    """Collects the lights of a room and draws the weather."""
+    """Collects the lights of a room and draws the weather.
+
+    Args:
+        room: With its windows.
+        bulbs: Of all lamps, in the room's frame.
+        rng: Draws what differs from room to room.
+
+    Returns:
+        Windows, lamps and, on most days, the sun.
+    """
     windows = []
     for wall in room.walls:
         for hole in wall.windows:
@@ -279,6 +296,9 @@ def bake(scene: PackedScene, lights: Lights, rng: np.random.Generator, workers: 
         lights: what shines.
         rng: drawn from before any work is shared out, so the result does not depend on ``workers``.
         workers: threads.
+
+    Returns:
+        Light on every node, float32 [M, 3].
     """
     full = RayScene(scene)
     lamps = (scene.glow > 0) & ~(scene.gloss > 0)

@@ -27,7 +27,7 @@ class Camera:
     focal: float
 
     def directions(self, shift: tuple[float, float]) -> np.ndarray:
-        """Ray directions [H * W, 3] in the camera frame (x right, y up, looking along -z), with z = -1.
+        """Returns ray directions [H * W, 3] in the camera frame (x right, y up, looking along -z), with z = -1.
 
         Args:
             shift: place in the pixel, (0.5, 0.5) for its centre.
@@ -55,17 +55,36 @@ class View:
 
 
 def rotate(vectors: np.ndarray, rotation: np.ndarray) -> np.ndarray:
-    """Applies a rotation [3, 3] to vectors [N, 3] without BLAS, whose rounding depends on its threads."""
+    """Applies a rotation [3, 3] to vectors [N, 3] without BLAS, whose rounding depends on its threads.
+
+    Args:
+        vectors: [N, 3].
+        rotation: [3, 3].
+
+    Returns:
+        [N, 3].
+    """
     return vectors[:, :1] * rotation[:, 0] + vectors[:, 1:2] * rotation[:, 1] + vectors[:, 2:] * rotation[:, 2]
 
 
 def tone_map(radiance: np.ndarray) -> np.ndarray:
-    """From scene to display light, [0, inf) -> [0, 1]: Reinhard's curve with white at 4, and a little contrast."""
+    """Returns display light of scene light: Reinhard's curve with white at 4, and a little contrast.
+
+    Args:
+        radiance: In [0, inf).
+
+    Returns:
+        In [0, 1].
+    """
     return np.minimum(radiance * (1 + radiance / 16) / (1 + radiance), 1.0) ** np.float32(1.2)
 
 
 def to_srgb(linear: np.ndarray) -> np.ndarray:
-    """Linear display light in [0, 1] to sRGB bytes."""
+    """Returns sRGB bytes of linear display light.
+
+    Args:
+        linear: In [0, 1].
+    """
     encoded = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * np.maximum(linear, 1e-9) ** (1 / 2.4) - 0.055)
     return np.rint(encoded * 255).astype(np.uint8)
 
@@ -126,7 +145,12 @@ class Renderer:
         return tone_map(color)
 
     def expose(self, poses: np.ndarray, target: float = 0.62) -> None:
-        """Sets one exposure for the whole room, from a coarse look along all camera poses [V, 4, 4]."""
+        """Sets one exposure for the whole room, from a coarse look along all camera poses.
+
+        Args:
+            poses: [V, 4, 4] camera to world, OpenGL axes.
+            target: Brightness that the 60th percentile of all pixels gets.
+        """
         self.exposure = 1.0
         coarse = Camera(24, 18, self.camera.focal * 24 / self.camera.width)
         samples = []
@@ -138,7 +162,14 @@ class Renderer:
         self.exposure = float(target / np.quantile(np.concatenate(samples), 0.6))
 
     def render(self, pose: np.ndarray) -> View:
-        """Renders the view from a camera-to-world matrix [4, 4] (OpenGL axes)."""
+        """Renders a view.
+
+        Args:
+            pose: [4, 4] camera to world, OpenGL axes.
+
+        Returns:
+            Colour, depth and labels.
+        """
         camera, scene = self.camera, self.scene
         origin = pose[:3, 3].astype(np.float32)
 

@@ -41,7 +41,13 @@ class RenderedRoom:
 def plan_room(
     seed: int, index: int, camera: Camera, views: int
 ) -> tuple[Layout, PackedScene, np.ndarray, np.random.Generator]:
-    """Furnishes room ``index`` and finds a walk through it.
+    """Furnishes a room and finds a walk through it.
+
+    Args:
+        seed: Of all rooms.
+        index: Of the room, from 0.
+        camera: Of all views.
+        views: Camera poses V.
 
     Returns:
         The layout, its surfaces, camera poses [V, 4, 4], and the generator that goes on with the light.
@@ -86,6 +92,9 @@ def render_room(
         height: H, pixels.
         workers: threads.
         progress: called with what is being done and the share of the room that is done, 0..1.
+
+    Returns:
+        Views, poses and surfaces of the room.
     """
     camera = Camera(width, height, width / 2 / float(np.tan(np.deg2rad(FIELD_OF_VIEW) / 2)))
     progress("furnishing", 0.0)

@@ -13,7 +13,12 @@ _BINS = 48
 
 
 def clearance(layout: Layout, points: np.ndarray) -> np.ndarray:
-    """Distance on the floor plan from points [N, 2] to the nearest wall or solid, metres; negative inside."""
+    """Returns the distance on the floor plan to the nearest wall or solid, metres [N]; negative inside.
+
+    Args:
+        layout: Of the furnished room.
+        points: [N, 2], metres.
+    """
     room = layout.room
     distance = np.minimum.reduce([points[:, 0], room.width - points[:, 0], points[:, 1], room.depth - points[:, 1]])
     for rectangle in (*layout.solids, *room.notches):
@@ -128,7 +133,13 @@ def _resample(line: np.ndarray, count: int) -> np.ndarray:
 
 
 def look(position: np.ndarray, yaw: float, pitch: float) -> np.ndarray:
-    """Camera-to-world matrix [4, 4], OpenGL axes: yaw counter-clockwise from x, pitch upwards, both radians."""
+    """Returns a camera-to-world matrix [4, 4], OpenGL axes.
+
+    Args:
+        position: [3], metres.
+        yaw: Radians, counter-clockwise from x.
+        pitch: Radians, upwards.
+    """
     forward = np.array([np.cos(pitch) * np.cos(yaw), np.cos(pitch) * np.sin(yaw), np.sin(pitch)])
     right = np.array([np.sin(yaw), -np.cos(yaw), 0.0])
     pose = np.eye(4)

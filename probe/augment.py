@@ -17,20 +17,43 @@ _CROP_TRIES = 10
 
 
 def scaled_size(height: int, width: int, long_side: int, short_side: int) -> tuple[int, int]:
-    """Returns the size (H, W) of a photo made as large as fits, with its aspect kept (mmcv's ``imrescale``)."""
+    """Returns the size (H, W) of a photo made as large as fits, with its aspect kept (mmcv's ``imrescale``).
+
+    Args:
+        height: Of the photo, pixels.
+        width: Of the photo, pixels.
+        long_side: Most pixels of the longer side.
+        short_side: Most pixels of the shorter side.
+    """
     scale = min(long_side / max(height, width), short_side / min(height, width))
     return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
 
 
 def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resizes uint8 [H, W, 3] bilinearly without antialiasing, as the references do."""
+    """Resizes uint8 [H, W, 3] bilinearly without antialiasing, as the references do.
+
+    Args:
+        image: uint8 [H, W, 3].
+        size: Height and width wanted, pixels.
+
+    Returns:
+        uint8 of that size.
+    """
     if image.shape[:2] == size:
         return image
     return transforms.resize(_image(image), list(size), antialias=False).permute(1, 2, 0).numpy()
 
 
 def resize_nearest(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resizes [H, W] to the nearest lower index, as OpenCV does."""
+    """Resizes [H, W] to the nearest lower index, as OpenCV does.
+
+    Args:
+        values: [H, W] of any type.
+        size: Height and width wanted, pixels.
+
+    Returns:
+        The same type, of that size.
+    """
     rows = (np.arange(size[0]) * values.shape[0]) // size[0]
     columns = (np.arange(size[1]) * values.shape[1]) // size[1]
     return values[rows][:, columns]
@@ -77,7 +100,17 @@ def augment_segmentation(
 
 
 def depth_window(image: np.ndarray, target: np.ndarray, recipe: DepthRecipe, training: bool) -> tuple:
-    """Cuts photo and truth to the part that a data set's protocol uses; ``target`` may be [H, W] or [H, W, 3]."""
+    """Cuts photo and truth to the part that a data set's protocol uses.
+
+    Args:
+        image: uint8 [H, W, 3].
+        target: [H, W] or [H, W, 3].
+        recipe: Which part, in training and in test.
+        training: Whether the sample is trained on.
+
+    Returns:
+        Photo and truth, cut alike.
+    """
     if recipe.kitti_window:
         height, width = KITTI_WINDOW
         top, left = max(0, image.shape[0] - height), max(0, (image.shape[1] - width) // 2)
@@ -166,7 +199,11 @@ def augment_normals(image: np.ndarray, normals: np.ndarray, rng: np.random.Gener
 
 
 def mirror_normals(normals: np.ndarray) -> np.ndarray:
-    """Returns the normals [H, W, 3] of the mirrored photo: their x component changes sign."""
+    """Returns the normals [H, W, 3] of the mirrored photo: their x component changes sign.
+
+    Args:
+        normals: float32 [H, W, 3], x to the right.
+    """
     return normals[:, ::-1] * np.array([-1, 1, 1], np.float32)
 
 
@@ -182,6 +219,9 @@ def _crop_corner(size: tuple[int, ...], crop: tuple[int, int], rng: np.random.Ge
 
 def draw_distortion(rng: np.random.Generator) -> np.ndarray:
     """Draws one sample's photometric distortion, each part with probability one half.
+
+    Args:
+        rng: This sample's own.
 
     Returns:
         float32 [5]: brightness added (of 255), contrast factor, whether contrast comes last, saturation factor, hue

@@ -22,7 +22,11 @@ _LOGGER = logging.getLogger("probe.cli")  # not __main__, which `python -m` make
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Entry point."""
+    """Entry point.
+
+    Args:
+        args: Words of the command line; None for those of this process.
+    """
     config = tyro.cli(Command, prog="fit3d-probe", args=args, description=__doc__)
     run_command(partial(_run, config))
 

@@ -92,6 +92,9 @@ class DataConfig(FeatureConfig):
     def choice(self, kind: Kind) -> DataChoice:
         """Returns the choice of data.
 
+        Args:
+            kind: Which probe.
+
         Raises:
             UserError: If a number is out of range.
         """

@@ -40,15 +40,32 @@ class FeatureSource(ABC):
 
     @abstractmethod
     def training(self, seed: int, start: int, stop: int, batch_size: int) -> Iterator[tuple[Features, LossFunction]]:
-        """Yields this process's features of each step, and the loss that belongs to them."""
+        """Yields this process's features of each step, and the loss that belongs to them.
+
+        Args:
+            seed: Of order and augmentation.
+            start: First step, from 0.
+            stop: The step after the last.
+            batch_size: Samples of a step over all processes.
+        """
 
     @abstractmethod
     def evaluation(self, split: str) -> Iterator[tuple[int, Features, Tensor]]:
-        """Yields (place, features of all views, truth) of this process's share of ``validation`` or ``test``."""
+        """Yields (place, features of all views, truth) of this process's share of ``validation`` or ``test``.
+
+        Args:
+            split: ``validation`` or ``test``.
+        """
 
     @abstractmethod
     def predict(self, head: torch.nn.Module, features: BackboneOutput, size: tuple[int, int]) -> Tensor:
-        """Returns a head's prediction of the size of the truth (H, W)."""
+        """Returns a head's prediction of the size of the truth (H, W).
+
+        Args:
+            head: In evaluation mode.
+            features: Of all views of a photo.
+            size: Height and width of the truth, pixels.
+        """
 
 
 @dataclass
@@ -56,9 +73,13 @@ class OnlineSource(FeatureSource):
     """The full protocol: every photo is read, changed at random and run through the backbones."""
 
     task: Task
+    """The probe."""
     backbones: FrozenBackbones
+    """Run on every batch."""
     device: torch.device
+    """Where they run."""
     workers: int
+    """Processes that read ahead."""
     fill: Tensor
     """[1, 3, 1, 1] mean colour, in [0, 1]."""
 
@@ -169,12 +190,23 @@ class CachedSource(FeatureSource):
 
 
 def train_samples(task: Task, seed: int) -> NumberedSamples:
-    """Returns the full protocol's training samples by number, read and augmented by whoever asks."""
+    """Returns the full protocol's training samples by number, read and augmented by whoever asks.
+
+    Args:
+        task: The probe.
+        seed: Of order and augmentation.
+    """
     return NumberedSamples(partial(_train_sample, task, task.data.train), len(task.data.train), seed)
 
 
 def whole_size(task: Task, patch_size: int, long_side: int) -> tuple[int, int]:
-    """Returns the size (H, W) that the fast protocol resizes photos to: that of the median shape of some of them."""
+    """Returns the size (H, W) that the fast protocol resizes photos to: that of the median shape of some of them.
+
+    Args:
+        task: The probe.
+        patch_size: Of the backbones, pixels.
+        long_side: Pixels of the longer side.
+    """
     shapes = [
         task.test_target(*task.read(sample))[0].shape for sample in evenly_spaced(task.data.train, _SAMPLES_MEASURED)
     ]
@@ -184,6 +216,11 @@ def whole_size(task: Task, patch_size: int, long_side: int) -> tuple[int, int]:
 
 def draw_positions(target: np.ndarray, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Draws pixels of a truth [H, W] or [H, W, 3], with repetition.
+
+    Args:
+        target: Truth, at the photo's size.
+        count: Pixels P to draw.
+        rng: This sample's own.
 
     Returns:
         Positions float32 [P, 2], (x, y) as shares of width and height, and the truth there, [P] or [P, 3].

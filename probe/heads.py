@@ -18,7 +18,12 @@ class Fusion(nn.Conv2d):
     """The learned layer 2C -> C of the assembly `linear`, trained with the head behind it."""
 
     def __init__(self, width: int, bias: bool) -> None:
-        """Makes the layer, for ``width`` = 2C; a bias is of no use before a batch norm."""
+        """Makes the layer, for ``width`` = 2C; a bias is of no use before a batch norm.
+
+        Args:
+            width: 2C, channels of both backbones together.
+            bias: Of no use before a batch norm.
+        """
         super().__init__(width, width // 2, 1, bias=bias)
 
 
@@ -42,7 +47,11 @@ class SegmentationHead(nn.Module):
         nn.init.zeros_(self.classifier.bias)  # type: ignore[arg-type]
 
     def forward(self, features: BackboneOutput) -> Float[Tensor, "B K h w"]:
-        """Returns logits on the patch grid."""
+        """Returns logits on the patch grid.
+
+        Args:
+            features: Patch tokens [B, C, h, w].
+        """
         tokens = features.patch_tokens if self.fusion is None else self.fusion(features.patch_tokens)
         return self.classifier(self.norm(tokens))
 
@@ -68,7 +77,11 @@ class TokenAndClassHead(nn.Module):
         self.convolution = nn.Conv2d(self.width + cls_width, outputs, 1)
 
     def forward(self, features: BackboneOutput) -> Float[Tensor, "B K h w"]:
-        """Returns the linear map on the patch grid."""
+        """Returns the linear map on the patch grid.
+
+        Args:
+            features: Patch tokens [B, C, h, w] and, where there is one, the class token [B, C].
+        """
         tokens = features.patch_tokens if self.fusion is None else self.fusion(features.patch_tokens)
         weight = self.convolution.weight
         result = F.conv2d(tokens, weight[:, : self.width], self.convolution.bias)

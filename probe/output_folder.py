@@ -73,11 +73,19 @@ class ResultFolder:
         atomic_write_json(self.folder / "question.json", self._settings)
 
     def checkpoint(self, seed: int) -> Path:
-        """Returns where a seed's training is saved."""
+        """Returns where a seed's training is saved.
+
+        Args:
+            seed: Of the training.
+        """
         return self.folder / "checkpoints" / f"seed_{seed}.pt"
 
     def read_seed(self, seed: int) -> dict[str, Any] | None:
-        """Returns a finished seed's results; None if there are none of these settings, or they are damaged."""
+        """Returns a finished seed's results; None if there are none of these settings, or they are damaged.
+
+        Args:
+            seed: Of the training.
+        """
         path = self.folder / "seeds" / f"seed_{seed}.json"
         try:
             content = read_json(path)
@@ -92,7 +100,13 @@ class ResultFolder:
         return content if content["fingerprint"] == self.fingerprint else None
 
     def write_seed(self, seed: int, rows: dict[str, Any], timing: dict[str, float]) -> None:
-        """Writes a finished seed's results."""
+        """Writes a finished seed's results.
+
+        Args:
+            seed: Of the training.
+            rows: Scores by row, as JSON values.
+            timing: Seconds by what took them.
+        """
         content: dict[str, Any] = {"fingerprint": self.fingerprint, "seed": seed, "rows": rows, "timing": timing}
         content = without_non_finite(content)
         atomic_write_json(self.folder / "seeds" / f"seed_{seed}.json", {**content, "digest": _digest(content)})
@@ -104,7 +118,11 @@ def _digest(content: dict[str, Any]) -> str:
 
 
 def summarize(values: Sequence[float | None]) -> dict[str, Any]:
-    """Returns mean and spread (sample standard deviation; None for a single value) of one metric over seeds."""
+    """Returns mean and spread (sample standard deviation; None for a single value) of one metric over seeds.
+
+    Args:
+        values: One for each seed; None and NaN do not count.
+    """
     known = [value for value in values if value is not None and math.isfinite(value)]
     return {
         "mean": statistics.fmean(known) if known else None,
@@ -114,7 +132,11 @@ def summarize(values: Sequence[float | None]) -> dict[str, Any]:
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
-    """Returns the exact command, the versions and the machine's kind."""
+    """Returns the exact command, the versions and the machine's kind.
+
+    Args:
+        device: On which was computed.
+    """
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
         "command": shlex.join([*_program(), *sys.argv[1:]]),
@@ -215,7 +237,14 @@ def write_report(
 
 
 def format_summary(value: dict[str, Any]) -> str:
-    """Shows mean and spread with digits that fit the size of the number."""
+    """Shows mean and spread with digits that fit the size of the number.
+
+    Args:
+        value: Of `summarize`.
+
+    Returns:
+        Such as ``0.4840 ± 0.0031``, a dash where nothing is known.
+    """
     if value["mean"] is None:
         return "–"
     digits = 2 if abs(value["mean"]) >= 10 else 4
@@ -224,14 +253,23 @@ def format_summary(value: dict[str, Any]) -> str:
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Returns a Markdown table."""
+    """Returns a Markdown table.
+
+    Args:
+        header: Of the columns.
+        rows: As many cells each.
+    """
     lines = ["| " + " | ".join(header) + " |", "|" + "|".join(["---", *["---:"] * (len(header) - 1)]) + "|"]
     lines += ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join(lines) + "\n"
 
 
 def report_title(summary: dict[str, Any]) -> str:
-    """Returns the title of a probe's page."""
+    """Returns the title of a probe's page.
+
+    Args:
+        summary: What the page is about: ``probe``, ``backbone`` and ``data``.
+    """
     return f"{summary['probe'].capitalize()} probe: {summary['backbone']['name']} on {summary['data']['name']}"
 
 
@@ -286,7 +324,12 @@ def _write_page(
 
 
 def add_provenance(report: Report, summary: dict[str, Any]) -> None:
-    """Adds the command, the versions and the machine's kind to a page."""
+    """Adds the command, the versions and the machine's kind to a page.
+
+    Args:
+        report: The page.
+        summary: Of `provenance`.
+    """
     report.add_heading("How this was made")
     report.add_code(summary["command"])
     versions = ", ".join(f"{name} {version}" for name, version in summary["versions"].items() if version)
@@ -294,7 +337,13 @@ def add_provenance(report: Report, summary: dict[str, Any]) -> None:
 
 
 def add_class_table(report: Report, classes: Sequence[str], numbers: dict[str, Any]) -> None:
-    """Adds the IoU of every class that occurs, by row, to a page."""
+    """Adds the IoU of every class that occurs, by row, to a page.
+
+    Args:
+        report: The page.
+        classes: Their names.
+        numbers: Summaries by row, of which ``iou`` is taken, by class.
+    """
     report.add_heading("IoU of every class")
     rows = [
         [name, *(format_summary(numbers[row]["iou"][name]) for row in numbers)]
@@ -305,7 +354,14 @@ def add_class_table(report: Report, classes: Sequence[str], numbers: dict[str, A
 
 
 def add_pictures(report: Report, results: ResultFolder, task: Task, rows: Sequence[str]) -> None:
-    """Adds the test photos that were kept, with their truth and the predictions of some rows, to a page."""
+    """Adds the test photos that were kept, with their truth and the predictions of some rows, to a page.
+
+    Args:
+        report: The page.
+        results: Where the pictures were kept.
+        task: Knows the test photos' names.
+        rows: Names of the rows.
+    """
     panels = results.panels.read()
     if not panels:
         return

@@ -14,11 +14,13 @@ class Optimization:
     """How heads are trained: AdamW on each alone."""
 
     iterations: int
+    """Steps."""
     batch_size: int
     """Samples per step over all processes: with fewer GPUs the number of samples stays."""
     learning_rates: tuple[float, ...]
     """With several, one head is trained for each, and the best on held-out training samples is reported."""
     weight_decay: float
+    """Of AdamW."""
     schedule: Literal["poly", "cosine"]
     """To 0 linearly, or to a share of 1e-8 along a cosine."""
     warmup_share: float
@@ -36,15 +38,23 @@ class SegmentationRecipe:
     """Linear segmentation: batch norm and a 1x1 convolution on the last layer's normed tokens."""
 
     name: str
+    """Of the protocol, with its version."""
     optimization: Optimization
+    """How heads are trained."""
     short_side: int = 512
+    """Photos are scaled until it, or the long side, is reached, pixels."""
     long_side: int = 2048
+    """Likewise, pixels."""
     scale_range: tuple[float, float] = (0.5, 2.0)
+    """Random factor of both sides, in training."""
     crop: int = 512
+    """Side of a training crop, pixels."""
     max_class_share: float = 0.75
     """A crop in which one class takes more is drawn again, up to 10 times."""
     window: int = 512
+    """Side of the windows that test photos are cut into, pixels."""
     stride: int = 341
+    """From window to window, pixels."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +62,9 @@ class DepthRecipe:
     """Linear depth: a 1x1 convolution on the last layer's tokens, before the final norm, and its cls."""
 
     name: str
+    """Of the protocol, with its version."""
     optimization: Optimization
+    """How heads are trained."""
     train_window: tuple[int, int, int, int] | None = None
     """Top, bottom, left, right of the part of a photo that is trained on, pixels."""
     kitti_window: bool = False
@@ -60,10 +72,15 @@ class DepthRecipe:
     crop: tuple[int, int] | None = None
     """Height, width of a training crop, pixels; None: 13/15 of the photo's height and 17/20 of its width."""
     brightness: tuple[float, float] = (0.75, 1.25)
+    """Least and largest random factor of the colours."""
     evaluation_crop: Literal["none", "nyu_eigen", "garg"] = "none"
+    """Part of a test photo that is scored."""
     num_bins: int = 256
+    """Depths whose weighted mean is the prediction."""
     upsample: int = 4
+    """Factor by which logits are enlarged before they become depth."""
     min_depth: float = 1e-3
+    """Metres; nearer depth is neither predicted nor scored."""
     loss_group: int = 2
     """Samples over which one value of the scale-invariant loss is taken: it is no mean over samples, and the paper's
     is taken on each GPU's two."""
@@ -81,8 +98,11 @@ class NormalsRecipe:
     """
 
     name: str
+    """Of the protocol, with its version."""
     optimization: Optimization
+    """How heads are trained."""
     brightness: tuple[float, float] = (0.75, 1.25)
+    """Least and largest random factor of the colours."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +110,9 @@ class FastRecipe:
     """Heads on features cached once: no crop, scale or colour augmentation, loss on a sample of the pixels."""
 
     name: str
+    """Of the protocol, with its version."""
     optimization: Optimization
+    """How heads are trained."""
     long_side: int = 518
     """Every photo is resized to one size with this long side, pixels."""
     positions: int = 384
@@ -104,6 +126,7 @@ class ExactRecipe:
     """Linear maps of standardised features, cached once, that solve a convex problem: see `probe.solvers`."""
 
     name: str
+    """Of the protocol, with its version."""
     decays: tuple[float, ...]
     """One is chosen for all rows, by the first of them, on held-out training photos."""
     long_side: int = 448
@@ -127,7 +150,12 @@ _FAST_DEPTH = Optimization(2000, 8, (1e-3, 3e-3, 1e-2), 1e-2, "cosine", 0.1, 1e-
 
 
 def choose_recipe(kind: Kind, dataset: str) -> Recipe:
-    """Returns the full protocol of a probe on a data set."""
+    """Returns the full protocol of a probe on a data set.
+
+    Args:
+        kind: Which probe.
+        dataset: Name of the data set, as in `DataChoice`.
+    """
     if kind == "segmentation":
         return SegmentationRecipe("segmentation-linear-v1", _SEGMENTATION)
     if kind == "normals":
@@ -154,17 +182,26 @@ def choose_recipe(kind: Kind, dataset: str) -> Recipe:
 
 
 def choose_fast_recipe(kind: Kind, long_side: int | None = None) -> FastRecipe:
-    """Returns the fast protocol of a probe, at another size of the photos if that is given, pixels."""
+    """Returns the fast protocol of a probe.
+
+    Args:
+        kind: Which probe.
+        long_side: Of the photos, pixels; the protocol's own if None.
+    """
     name = _NORMALS.format("fast") if kind == "normals" else f"{kind}-fast-v1"
     recipe = FastRecipe(name, _FAST_SEGMENTATION if kind == "segmentation" else _FAST_DEPTH)
     return replace(recipe, long_side=long_side or recipe.long_side)
 
 
 def choose_exact_recipe(kind: Kind, long_side: int | None = None) -> ExactRecipe:
-    """Returns the exact protocol of a probe, at another size of the photos if that is given, pixels.
+    """Returns the exact protocol of a probe.
 
     Version 1 chose a decay for each row, on single photos between the others: one student in three then came out 1.7
     points of mIoU worse than its fellows by that choice alone.
+
+    Args:
+        kind: Which probe.
+        long_side: Of the photos, pixels; the protocol's own if None.
     """
     recipe = ExactRecipe(f"{kind}-exact-v2", LOGISTIC_DECAYS if kind == "segmentation" else RIDGE_DECAYS)
     return replace(recipe, long_side=long_side or recipe.long_side)
@@ -177,6 +214,15 @@ def override(
     learning_rates: tuple[float, ...] | None,
 ) -> Optimization:
     """Replaces what the user chose otherwise.
+
+    Args:
+        optimization: The protocol's.
+        iterations: Steps; as the protocol says if None.
+        batch_size: Samples of a step; as the protocol says if None.
+        learning_rates: One head is trained for each; as the protocol says if None.
+
+    Returns:
+        With what was given in its place.
 
     Raises:
         UserError: If a value is not positive.

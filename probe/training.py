@@ -48,7 +48,12 @@ def learning_rate_factor(optimization: Optimization, step: int) -> float:
 
 
 def first_beta(optimization: Optimization, step: int) -> float:
-    """Returns Adam's first beta at a step: .9, or one cycle with cosines, as mmcv's OneCycle hook for momentum."""
+    """Returns Adam's first beta at a step: .9, or one cycle with cosines, as mmcv's OneCycle hook for momentum.
+
+    Args:
+        optimization: Says whether it cycles, and the number of steps.
+        step: From 0.
+    """
     if not optimization.beta1_cycle:
         return 0.9
     turn = _BETA1_TURN * optimization.iterations - 1
@@ -67,9 +72,13 @@ class Head:
     """A head in training."""
 
     row: Row
+    """Of the table."""
     learning_rate: float
+    """Peak."""
     module: nn.Module
+    """On the device."""
     optimizer: torch.optim.Optimizer
+    """Of the module alone."""
 
     @property
     def key(self) -> str:
@@ -146,7 +155,13 @@ class HeadTrainer:
         return losses
 
     def save(self, path: Path, step: int, fingerprint: str) -> None:
-        """Writes everything that a resumed training needs; the first process does."""
+        """Writes everything that a resumed training needs; the first process does.
+
+        Args:
+            path: Of the checkpoint.
+            step: The next one.
+            fingerprint: Of the settings.
+        """
         if rank() == 0:
             state = {
                 "step": step,
@@ -160,6 +175,11 @@ class HeadTrainer:
 
     def load(self, path: Path, fingerprint: str, device: torch.device) -> int:
         """Reads what `save` wrote.
+
+        Args:
+            path: Of the checkpoint.
+            fingerprint: Of the settings.
+            device: Of the heads.
 
         Returns:
             The step to go on with; 0 if there is no such file, or it belongs to other settings.
@@ -195,7 +215,12 @@ def _check_finite(value: Any) -> None:
 
 
 def mean_losses(trainer: HeadTrainer, losses: list[Tensor]) -> dict[str, float]:
-    """Returns the losses by head, averaged over processes; waits for the device."""
+    """Returns the losses by head, averaged over processes; waits for the device.
+
+    Args:
+        trainer: Whose heads they are.
+        losses: One for each head, on the device.
+    """
     values = torch.stack(losses).tolist()
     everywhere = gather_objects(values)
     return {head.key: sum(one[k] for one in everywhere) / len(everywhere) for k, head in enumerate(trainer.heads)}

@@ -10,7 +10,11 @@ from fit3d_ns.support.command_line import run_command
 
 
 def main(config: EvidenceConfig) -> None:
-    """Makes what is missing."""
+    """Makes what is missing.
+
+    Args:
+        config: The user's choices.
+    """
     records = Records(config.output / "records")
     plan = Plan(config, records)
     pieces = to_do(plan.pieces, records, config.only, config.pieces)
@@ -25,7 +29,12 @@ def main(config: EvidenceConfig) -> None:
 
 
 def print_plan(pieces: list[Piece], places: dict[str, int]) -> None:
-    """Prints the steps that are still to be made."""
+    """Prints the steps that are still to be made.
+
+    Args:
+        pieces: Steps that are still to be made.
+        places: How many run at a time, by kind.
+    """
     for piece in pieces:
         print(f"{piece.seconds / 60:6.1f} min  {piece.name}")
     total = sum(piece.seconds for piece in pieces)

@@ -37,7 +37,11 @@ class EvidenceFigure:
 
 
 def main(config: EvidenceFigure) -> None:
-    """Writes all three."""
+    """Writes all three.
+
+    Args:
+        config: The user's choices.
+    """
     write_tables(config.records, config.output)
     summary = json.loads((config.output / "summary.json").read_text())
     figure = draw(summary)
@@ -51,6 +55,9 @@ def draw(summary: Row) -> Figure:
 
     Args:
         summary: What `write_tables` writes.
+
+    Returns:
+        Panels side by side.
     """
     counts = {row["scenes"] for row in summary["test"] if row["kind"] != "original"}
     panels = [_rounds, _shares]

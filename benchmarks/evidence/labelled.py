@@ -43,18 +43,26 @@ class LabelledPhotos:
     """Photos of a data set with their truth, on the device; the training photos come first."""
 
     images: UInt8[Tensor, "V 3 H W"]
+    """uint8 RGB."""
     labels: UInt8[Tensor, "V Y X"]
     """Class ids, 255 for ignored."""
     patch_labels: Int[Tensor, "V h w"]
+    """The class that most of a patch's pixels have, 255 for ignored."""
     num_classes: int
+    """Class ids run from 0 to one less."""
     num_training: int
+    """How many of the photos are for training."""
     depth: Float[Tensor, "V Y X"] | None = None
     """Metres, 0 for none."""
     patch_log_depth: Float[Tensor, "V h w"] | None = None
     """Mean log depth of a patch's pixels, NaN where there are none."""
 
     def split(self, part: str) -> tuple[list[int], list[int]]:
-        """Returns the photos to fit on and to score on: for choices (`development`) or for the final table (`test`)."""
+        """Returns the photos to fit on and to score on: for choices (`development`) or for the final table (`test`).
+
+        Args:
+            part: ``development`` or ``test``.
+        """
         training = list(range(self.num_training))
         if part == "test":
             return training, list(range(self.num_training, len(self.images)))
@@ -70,6 +78,9 @@ def read_labelled(folder: Path, size: tuple[int, int], device: torch.device, dep
         size: Height and width at which photos are seen, pixels.
         device: Where it goes.
         depth: Whether it has depth.
+
+    Returns:
+        Photos and truth on the device.
     """
     splits = {
         split: pair_folders(folder / split, folder / f"{split}annot", "DATA/{train,test}annot", Counter())
@@ -127,7 +138,13 @@ def _log_depth(metres: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
 
 @torch.no_grad()
 def features(backbone: Backbone, images: UInt8[Tensor, "V 3 H W"], chosen: Sequence[int]) -> Float[Tensor, "V C h w"]:
-    """Returns the patch tokens of chosen photos, fp32."""
+    """Returns the patch tokens of chosen photos, fp32.
+
+    Args:
+        backbone: In evaluation mode.
+        images: uint8 RGB.
+        chosen: Places of the photos.
+    """
     parts = [images[list(chosen[start : start + _BATCH])] for start in range(0, len(chosen), _BATCH)]
     return torch.cat([backbone(part.float() / 255).patch_tokens for part in parts])
 
@@ -232,7 +249,11 @@ class LastFrames:
         self._matched = MatchedViews(views, [grid] * len(views), pairs)
 
     def match(self, backbone: Backbone) -> float | None:
-        """Returns the share of surface points that features find again in the other view of a pair."""
+        """Returns the share of surface points that features find again in the other view of a pair.
+
+        Args:
+            backbone: In evaluation mode.
+        """
         return self._matched.match(list(features(backbone, self._images, range(len(self._images)))))
 
 
@@ -241,11 +262,19 @@ class Labelled:
     """All that students are scored on with labels, loaded once."""
 
     nyu: LabelledPhotos
+    """NYUv2, with depth."""
     camvid: LabelledPhotos
+    """CamVid."""
     last_frames: LastFrames
+    """Of a scene with measured depth, kept from lifting."""
 
     def choose_decays(self, backbone: Backbone, decays: Sequence[float]) -> dict[str, dict[float, float]]:
-        """Returns the mIoU on development frames by decay of the logistic regression, for each data set."""
+        """Returns the mIoU on development frames by decay of the logistic regression, for each data set.
+
+        Args:
+            backbone: In evaluation mode.
+            decays: Of the logistic regression.
+        """
         sets = {"nyu": self.nyu, "camvid": self.camvid}
         return {
             name: {decay: score(backbone, photos, "development", decay)["miou"] for decay in decays}

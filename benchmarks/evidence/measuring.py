@@ -36,11 +36,19 @@ class Measuring:
         self._lift: tuple[str, HeldOutScenes] | None = None
 
     def amounts(self, student: Student) -> tuple[float, ...]:
-        """Returns the shares of a student that are measured."""
+        """Returns the shares of a student that are measured.
+
+        Args:
+            student: Says its kind.
+        """
         return self._config.amounts if student.kind == "lifted" else self._config.control_amounts
 
     def original_development(self) -> dict[str, Any]:
-        """Chooses the probes' decay for the original, and scores it for further choices."""
+        """Chooses the probes' decay for the original, and scores it for further choices.
+
+        Returns:
+            Decays, mIoU by decay, and scores.
+        """
         scores = self._labelled.choose_decays(self._original, self._config.decays)
         decays = {name: max(by_decay, key=by_decay.__getitem__) for name, by_decay in scores.items()}
         by_decay = {name: {str(decay): value for decay, value in values.items()} for name, values in scores.items()}
@@ -48,11 +56,22 @@ class Measuring:
         return {"decays": decays, "miou_by_decay": by_decay, "labelled": labelled}
 
     def original_test(self) -> dict[str, Any]:
-        """Scores the original for the final table."""
+        """Scores the original for the final table.
+
+        Returns:
+            Its scores.
+        """
         return {"labelled": self._labelled.score(self._original, "test", self._decays)}
 
     def development(self, student: Student) -> dict[str, Any]:
-        """Scores all averages of a student on what choices may be made on, with labels and without."""
+        """Scores all averages of a student on what choices may be made on, with labels and without.
+
+        Args:
+            student: That was trained.
+
+        Returns:
+            Scores by amount.
+        """
         held_out = self._held_out(student.lift if student.kind == "lifted" else "original")
         averages, rows = self._averages(student), []
         for amount in self.amounts(student):
@@ -65,7 +84,14 @@ class Measuring:
         return {**self._describe(student), "original": held_out.measure(self._original), "rows": rows}
 
     def test(self, student: Student) -> dict[str, Any]:
-        """Scores a student for the final table: averaged by the amount fixed beforehand; of round 1 also as it is."""
+        """Scores a student for the final table: averaged by the amount fixed beforehand; of round 1 also as it is.
+
+        Args:
+            student: That was trained.
+
+        Returns:
+            Scores by amount.
+        """
         averages, rows = self._averages(student), []
         for amount in (self._config.interpolate, 1.0)[: 2 if student.round == 1 else 1]:
             labelled = self._labelled.score(averages.take(amount), "test", self._decays)

@@ -48,19 +48,36 @@ class Records:
         self._folder = folder
 
     def path(self, name: str) -> Path:
-        """Returns the place of a piece's record."""
+        """Returns the place of a piece's record.
+
+        Args:
+            name: Of a piece.
+        """
         return self._folder / f"{name}.json"
 
     def has(self, name: str) -> bool:
-        """Tells whether a piece is done."""
+        """Returns whether a piece is done.
+
+        Args:
+            name: Of a piece.
+        """
         return self.path(name).is_file()
 
     def read(self, name: str) -> dict[str, Any]:
-        """Returns a piece's record."""
+        """Returns a piece's record.
+
+        Args:
+            name: Of a piece that is done.
+        """
         return json.loads(self.path(name).read_text())
 
     def write(self, name: str, record: Mapping[str, Any]) -> None:
-        """Marks a piece as done."""
+        """Marks a piece as done.
+
+        Args:
+            name: Of a piece.
+            record: JSON-able.
+        """
         atomic_write_json(self.path(name), record)
 
 

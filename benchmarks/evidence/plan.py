@@ -16,7 +16,11 @@ from benchmarks.evidence.students import Commands, Student, all_students, withou
 
 
 def scene_folders(config: EvidenceConfig) -> dict[str, Path]:
-    """Returns the scenes by name, the one that matches are counted on without its last frames."""
+    """Returns the scenes by name, the one that matches are counted on without its last frames.
+
+    Args:
+        config: The user's choices.
+    """
     scenes = {}
     for path in config.scenes:
         scenes[path.name] = path

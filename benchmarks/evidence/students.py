@@ -46,7 +46,13 @@ class Student:
 
 
 def order_of_scenes(scenes: Sequence[str], seeds: Sequence[int], seed: int) -> list[str]:
-    """Returns the scenes in the order in which a seed's curve takes them: every seed starts elsewhere in the list."""
+    """Returns the scenes in the order in which a seed's curve takes them: every seed starts elsewhere in the list.
+
+    Args:
+        scenes: Names of all.
+        seeds: All that are used.
+        seed: One of them.
+    """
     start = list(seeds).index(seed) * len(scenes) // len(seeds)
     return [*scenes[start:], *scenes[:start]]
 
@@ -117,7 +123,11 @@ class Commands:
         self._root = config.output.absolute()
 
     def geometry(self, scene: str) -> list[str | Path]:
-        """Trains a scene and lifts the original's features onto it."""
+        """Returns the command that trains a scene and lifts the original's features onto it.
+
+        Args:
+            scene: Its name.
+        """
         config = self._config
         never = str(config.geometry_steps + 1)
         command: list[str | Path] = [shutil.which("ns-train") or "ns-train", "fit3d-splat"]
@@ -132,11 +142,20 @@ class Commands:
         return command
 
     def geometry_run(self, scene: str) -> Path:
-        """Returns the folder of a scene's run."""
+        """Returns the folder of a scene's run.
+
+        Args:
+            scene: Its name.
+        """
         return self._root / "geometry" / scene / "fit3d-splat" / "geometry"
 
     def lift(self, lift: str, teacher: Path) -> list[str | Path]:
-        """Lifts the features of a student onto all scenes' geometry."""
+        """Returns the command that lifts the features of a student onto all scenes' geometry.
+
+        Args:
+            lift: Its name.
+            teacher: Weights of the student.
+        """
         command: list[str | Path] = [sys.executable, "-m", "fit3d_ns.commands.lift.cli"]
         command += ["--runs", self._root / "geometry", "--name", lift]
         command += ["--output-dir", self._root / "lifts" / lift, "--no-evaluate"]
@@ -146,18 +165,31 @@ class Commands:
         return command
 
     def bundles(self, lift: str) -> list[str | Path]:
-        """Makes the bundles of a lift."""
+        """Returns the command that makes the bundles of a lift.
+
+        Args:
+            lift: Its name.
+        """
         runs = self._root / ("geometry" if lift == "original" else f"lifts/{lift}")
         command: list[str | Path] = [sys.executable, "-m", "distill", "--runs", runs, "--bundles-only"]
         return [*command, "--bundle-dir", self._root / "bundles" / lift]
 
     def bundle(self, lift: str, scene: str) -> Path:
-        """Returns a bundle's folder."""
+        """Returns a bundle's folder.
+
+        Args:
+            lift: Its name.
+            scene: Name of the scene.
+        """
         run = "geometry" if lift == "original" else f"geometry-{lift}"
         return self._root / "bundles" / lift / f"{scene}-{run}"
 
     def student(self, student: Student) -> list[str | Path]:
-        """Trains a student by the automatic recipe, from the original, whatever its teacher."""
+        """Returns the command that trains a student by the automatic recipe, from the original, whatever its teacher.
+
+        Args:
+            student: What it learns from.
+        """
         config = self._config
         command: list[str | Path] = [sys.executable, "-m", "distill", "--output-dir", self.student_folder(student)]
         command += ["--bundles", *(self.bundle(student.lift, scene) for scene in student.scenes)]
@@ -172,15 +204,27 @@ class Commands:
         return command
 
     def student_folder(self, student: Student) -> Path:
-        """Returns where a student is written."""
+        """Returns where a student is written.
+
+        Args:
+            student: What it learns from.
+        """
         return self._root / "students" / student.name
 
     def teacher(self, student: Student) -> Path:
-        """Returns the weights of a student averaged with the original, which teach the next round."""
+        """Returns the weights of a student averaged with the original, which teach the next round.
+
+        Args:
+            student: Of the round before.
+        """
         return self.student_folder(student) / WEIGHTS_NAME
 
     def log(self, name: str) -> Path:
-        """Returns where a command's output goes."""
+        """Returns where a command's output goes.
+
+        Args:
+            name: Of a piece.
+        """
         return self._root / "logs" / f"{name.replace('/', '-')}.log"
 
     def _backbone(self, prefix: str, weights: Path | None) -> list[str | Path]:

@@ -9,7 +9,14 @@ from benchmarks.faults.harness import FaultsConfig, run_all, table, write
 
 
 def main(config: FaultsConfig) -> int:
-    """Runs the cases; returns 1 if one ended as it must not."""
+    """Runs the cases.
+
+    Args:
+        config: The user's choices.
+
+    Returns:
+        The exit status: 1 if one ended as it must not.
+    """
     start = time.monotonic()
     records = run_all(config)
     write(config, records, time.monotonic() - start)

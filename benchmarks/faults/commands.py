@@ -42,6 +42,7 @@ class Command:
     """A command in the world."""
 
     name: str
+    """Of the command, unique in the world."""
     call: Callable[[], None]
     """What typing it would do."""
     makes: tuple[str, ...]
@@ -54,7 +55,11 @@ class Command:
     """Files that are removed before a damaged start: where its result is there already, it would refuse."""
 
     def values(self, world: World) -> dict[str, Any]:
-        """Returns its result, by file."""
+        """Returns its result, by file.
+
+        Args:
+            world: In which it ran.
+        """
         found = sorted({path for pattern in self.makes for path in world.root.glob(pattern) if path.is_file()})
         return {str(path.relative_to(world.root)): values_of(path) for path in found}
 
@@ -73,6 +78,9 @@ def build_world(folder: Path) -> tuple[World, list[Command]]:
 
     Args:
         folder: Where.
+
+    Returns:
+        The world, and every command with what it reads and makes.
     """
     world = World(folder)
     root, run = world.root, world.run_folder

@@ -20,10 +20,13 @@ class Case:
     """One damaged file under one command."""
 
     command: str
+    """Name of the command."""
     file: str
     """Relative to the world's root."""
     kind: str
+    """Of the damage."""
     seed: int
+    """Of the damage."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class Verdict:
     """What came of a case."""
 
     case: Case
+    """That was tried."""
     end: str
     """``equal``, ``sentence``, ``its word`` (a user's file says something else, as valid), or one of `FAULTS`."""
     named: bool | None

@@ -196,7 +196,13 @@ def table(records: list[dict[str, Any]]) -> str:
 
 
 def write(config: FaultsConfig, records: list[dict[str, Any]], seconds: float) -> None:
-    """Writes all cases, without the places of this machine."""
+    """Writes all cases, without the places of this machine.
+
+    Args:
+        config: The user's choices.
+        records: Of all cases, as JSON values.
+        seconds: That all took.
+    """
     for record in records:
         record["text"] = record["text"].replace(str(config.folder), "").strip()[-700:]
     content = {"seed": config.seed, "minutes": round(seconds / 60, 1), "written": time.strftime("%Y-%m-%d")}

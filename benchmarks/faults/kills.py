@@ -16,12 +16,15 @@ class Killed:
     """A command that was killed, and what came of it."""
 
     command: str
+    """Name of the command."""
     signal: str
+    """SIGKILL or SIGTERM."""
     moments: list[float]
     """Seconds after each start at which it was killed."""
     equal: bool
     """Whether, started again, it came to the same values and left nothing behind."""
     text: str
+    """What was said at the end."""
 
     def plain(self) -> dict[str, Any]:
         """Returns it as JSON values."""
@@ -35,11 +38,14 @@ def kill(
 
     Args:
         world: Restored first, without what the command makes.
-        command: The command.
+        command: One that is meant to be killed and started again.
         expected: Its values in an undisturbed run.
         seconds: What that took.
         rng: Draws the moments.
         number: SIGKILL, or SIGTERM.
+
+    Returns:
+        When it was killed, and what came of it.
     """
     world.restore(without=world.made[command.name])
     moments = []
@@ -66,7 +72,12 @@ def kill(
 
 
 def undisturbed(world: World, command: Command) -> tuple[dict[str, Any], float]:
-    """Returns a command's values when it starts from nothing and nobody disturbs it, and the seconds that it takes."""
+    """Returns a command's values when it starts from nothing and nobody disturbs it, and the seconds that it takes.
+
+    Args:
+        world: Restored first.
+        command: Any of the world's.
+    """
     world.restore(without=world.made.get(command.name, []))
     ended = run(command.call, world.log)
     if ended.status:
@@ -79,7 +90,7 @@ def start_two(world: World, command: Command, expected: dict[str, Any]) -> tuple
 
     Args:
         world: Restored first, without what the command makes.
-        command: The command.
+        command: Any of the world's.
         expected: Its values in an undisturbed run.
 
     Returns:

@@ -16,7 +16,11 @@ class NotApplicable(Exception):
 
 
 def overwrite(make: Callable[[bytes, random.Random], bytes]) -> Mutation:
-    """Returns a mutation that makes other bytes of a file's."""
+    """Returns a mutation that makes other bytes of a file's.
+
+    Args:
+        make: Takes a file's bytes to others.
+    """
 
     def mutate(path: Path, rng: random.Random) -> None:
         path.write_bytes(make(path.read_bytes(), rng))

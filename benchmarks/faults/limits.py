@@ -21,10 +21,13 @@ class Limited:
     """A command under a limit, and what came of it."""
 
     command: str
+    """Name of the command."""
     limit: str
+    """Its name and size."""
     good: bool
     """One sentence and no result, or the right result; and the right result once the limit is gone."""
     text: str
+    """What was said."""
 
     def plain(self) -> dict[str, Any]:
         """Returns it as JSON values."""
@@ -32,7 +35,17 @@ class Limited:
 
 
 def file_size(world: World, command: Command, expected: dict[str, Any], rng: random.Random) -> Limited:
-    """``ulimit -f``: no file grows beyond a few kilobytes, up to as many as the largest file takes."""
+    """Runs a command under ``ulimit -f``: no file grows beyond a few kilobytes, up to half of what the largest takes.
+
+    Args:
+        world: Restored first.
+        command: Any of the world's.
+        expected: Its values in an undisturbed run.
+        rng: Draws the limit.
+
+    Returns:
+        What came of it.
+    """
     world.restore(without=world.made[command.name])
     sizes = [(world.root / path).stat().st_size for path in world.made[command.name] if (world.root / path).is_file()]
     limit = rng.choice([1000, 20_000, 200_000, max(sizes, default=50_000) // 2])
@@ -41,7 +54,17 @@ def file_size(world: World, command: Command, expected: dict[str, Any], rng: ran
 
 
 def full_disk(world: World, command: Command, expected: dict[str, Any], rng: random.Random) -> Limited | None:
-    """The result's folder is a file system of a few kilobytes; None where none can be mounted."""
+    """Runs a command whose result's folder is a file system of a few kilobytes.
+
+    Args:
+        world: Restored first.
+        command: Any of the world's.
+        expected: Its values in an undisturbed run.
+        rng: Draws the size.
+
+    Returns:
+        What came of it; None where no file system can be mounted.
+    """
     if not (shutil.which("mount") and shutil.which("umount")):
         return None
     world.restore(without=world.made[command.name])
@@ -72,7 +95,16 @@ def full_disk(world: World, command: Command, expected: dict[str, Any], rng: ran
 
 
 def read_only(world: World, command: Command, expected: dict[str, Any]) -> Limited | None:
-    """Someone who may read everything and write nothing; None where this process cannot be someone else."""
+    """Runs a command as someone who may read everything and write nothing.
+
+    Args:
+        world: Restored first.
+        command: Any of the world's.
+        expected: Its values in an undisturbed run.
+
+    Returns:
+        What came of it; None where this process cannot be someone else.
+    """
     if os.geteuid() != 0:
         return None
     world.restore(without=world.made[command.name])

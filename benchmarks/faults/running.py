@@ -62,7 +62,11 @@ class Running:
         os.close(writing)
 
     def signal(self, number: int) -> None:
-        """Sends it a signal."""
+        """Sends it a signal.
+
+        Args:
+            number: Such as SIGKILL.
+        """
         os.kill(self._pid, number)
 
     def wait(self, until: float | None = None) -> Ended | None:
@@ -70,6 +74,9 @@ class Running:
 
         Args:
             until: Seconds after its start at which to come back with None if it still runs; None: no such time.
+
+        Returns:
+            How it ended; None if it still runs.
         """
         while True:
             pid, status = os.waitpid(self._pid, os.WNOHANG)
@@ -87,7 +94,17 @@ class Running:
 
 
 def run(call: Callable[[], None], log: Path, limit: int | None = None, user: int | None = None) -> Ended:
-    """Runs a command to its end; arguments as of `Running`."""
+    """Runs a command to its end.
+
+    Args:
+        call: What typing the command would do.
+        log: File for what it prints.
+        limit: Most bytes of a file that it writes; None for no limit.
+        user: Number of the user to become; None for this one.
+
+    Returns:
+        Status, seconds, and what was said.
+    """
     ended = Running(call, log, limit, user).wait()
     assert ended is not None
     return ended

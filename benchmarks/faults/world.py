@@ -55,7 +55,15 @@ class World:
         return {path.relative_to(self.root): path.stat().st_mtime_ns for path in found}
 
     def make(self, name: str, call: Callable[[], None]) -> Ended:
-        """Runs a command that must end well, and notes what it made."""
+        """Runs a command that must end well, and notes what it made.
+
+        Args:
+            name: Of the command.
+            call: What typing the command would do.
+
+        Returns:
+            How it ended.
+        """
         before = self.files()
         ended = run(call, self.log)
         if ended.status:

@@ -84,7 +84,13 @@ def _by_scene(results: Sequence[SceneResult]) -> dict[str, Any]:
 
 
 def write_report(output_dir: Path, card: Mapping[str, Any], findings: Findings) -> None:
-    """Writes ``report.html``; arguments as `write_metrics`."""
+    """Writes ``report.html``.
+
+    Args:
+        output_dir: Of the training.
+        card: Of `fit3d_ns.backbones.students.result_folder.read_card`.
+        findings: Everything that was measured.
+    """
     report = Report(_TITLES[card["settings"]["targets"]])
     report.add_text(_what_was_done(card, len(findings.scenes)))
     report.add_heading("Before and after")

@@ -43,10 +43,13 @@ class StepRecord:
     """A step that is done."""
 
     name: str
+    """Unique in the loop."""
     title: str
+    """For people."""
     command: list[str]
     """Its words."""
     key: str
+    """What the step was made from."""
     seconds: float
     """On the wall clock, of the start that finished it."""
     cpu_seconds: float
@@ -59,7 +62,15 @@ class WholeMachine(Protocol):
     """Where a step may run."""
 
     def whole(self, work: Callable[..., Any], *arguments: Any) -> Any:
-        """See `fit3d_loop.scenes.runner.Engine`."""
+        """See `fit3d_loop.scenes.runner.Engine`.
+
+        Args:
+            work: A function that another machine can import.
+            *arguments: Of ``work``, each of which pickles.
+
+        Returns:
+            What ``work`` returns.
+        """
         ...
 
 
@@ -67,12 +78,25 @@ class ThisMachine:
     """Runs steps where this process is."""
 
     def whole(self, work: Callable[..., Any], *arguments: Any) -> Any:
-        """See `WholeMachine`."""
+        """See `WholeMachine`.
+
+        Args:
+            work: Any function.
+            *arguments: Of ``work``.
+
+        Returns:
+            What ``work`` returns.
+        """
         return work(*arguments)
 
 
 def read_record(places: Places, name: str) -> StepRecord | None:
-    """Returns the record of a step; None if it is not done."""
+    """Returns the record of a step; None if it is not done.
+
+    Args:
+        places: Of the output folder.
+        name: Of the step.
+    """
     try:
         return StepRecord(**json.loads(places.step(name).read_text()))
     except (OSError, ValueError, TypeError):
@@ -80,7 +104,12 @@ def read_record(places: Places, name: str) -> StepRecord | None:
 
 
 def is_done(places: Places, step: Step) -> bool:
-    """Returns whether a step was done from what it would be made from now."""
+    """Returns whether a step was done from what it would be made from now.
+
+    Args:
+        places: Of the output folder.
+        step: With the key of what it would be made from now.
+    """
     record = read_record(places, step.name)
     return record is not None and record.key == step.key
 

@@ -267,7 +267,11 @@ class _Reporter:
 
 
 def read_progress(path: Path) -> dict | None:
-    """Returns what a running command last said; None if nothing."""
+    """Returns what a running command last said; None if nothing.
+
+    Args:
+        path: File that the command writes its progress to.
+    """
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError):

@@ -67,7 +67,10 @@ def look_at_photos(scenes: Sequence[SceneSource]) -> PhotoCounts:
     """Counts the photos of all scenes and looks at the size of some.
 
     Args:
-        scenes: All scenes.
+        scenes: Of `read_scenes`.
+
+    Returns:
+        Counts, and the size of the largest photo that was looked at.
     """
     counts, megapixels = [], []
     for scene in scenes:
@@ -91,7 +94,7 @@ def default_threads(num_scenes: int, cuda: bool) -> int:
     """Returns processor threads for each scene.
 
     Args:
-        num_scenes: Scenes.
+        num_scenes: Scenes that are worked on at once.
         cuda: Whether there is a GPU.
     """
     if cuda:
@@ -106,6 +109,9 @@ def choose_packing(photos: PhotoCounts, threads: int, at_once: int | None) -> Pa
         photos: Of the scenes.
         threads: Processor threads of each scene.
         at_once: The user's choice, if any.
+
+    Returns:
+        The choice and its reason.
     """
     cores, gpus = num_cores(), torch.cuda.device_count() if torch.cuda.is_available() else 0
     by_cores = max(1, cores // threads)

@@ -31,7 +31,9 @@ class Outcome:
     """What became of a scene."""
 
     job: Job
+    """The scene and the round."""
     result: Result
+    """Whether it is done."""
     sentence: str | None
     """Why, where it is not done."""
 
@@ -49,7 +51,7 @@ class Engine(Protocol):
 
         Args:
             work: A function that another machine can import.
-            arguments: Its arguments.
+            *arguments: Of ``work``, each of which pickles.
 
         Returns:
             What it returns; it raises what that raises.
@@ -62,6 +64,9 @@ class Engine(Protocol):
         Args:
             jobs: One for each scene.
             show: Called about once a second, with what has come to an end.
+
+        Returns:
+            Of every job, in any order.
         """
         ...
 

@@ -93,7 +93,7 @@ def backbone_of(scenes: Iterable[SceneSource], named: str | None) -> str:
     """Returns the backbone to use.
 
     Args:
-        scenes: All scenes.
+        scenes: Of `read_scenes`.
         named: What the user chose, if anything.
 
     Raises:
@@ -291,7 +291,7 @@ def count_photos(scene: SceneSource) -> tuple[int, Path | None]:
     """Counts the photos of a scene, about, without reading what describes them.
 
     Args:
-        scene: The scene.
+        scene: Of `read_scenes`.
 
     Returns:
         Photos in the folder that holds the most of them, and one of them.

@@ -37,7 +37,30 @@ def rasterize_on_cpu(
     absgrad: bool,
     rasterize_mode: str,
 ) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """Rasterises on the CPU; arguments and returns are those of `fit3d_ns.rasterization.rasterize`."""
+    """Rasterises on the CPU, as `fit3d_ns.rasterization.rasterize` says.
+
+    Args:
+        means: [N, 3] centres.
+        quats: [N, 4] rotations (w, x, y, z), of any length.
+        scales: [N, 3] standard deviations along the axes.
+        opacities: [N] in [0, 1].
+        colors: [(V,) N, X], or coefficients [(V,) N, K, 3] with ``sh_degree``.
+        viewmats: [V, 4, 4] world to camera, OpenCV axes.
+        Ks: [V, 3, 3] intrinsics, pixels.
+        width: Of the images, pixels.
+        height: Of the images, pixels.
+        near_plane: Least depth that is seen.
+        far_plane: Largest depth that is seen.
+        eps2d: Added to the diagonal of projected covariances, squared pixels.
+        sh_degree: Degree of the spherical harmonics; None for plain colours.
+        tile_size: Side of a tile, pixels.
+        render_mode: ``RGB``, ``ED`` or ``RGB+ED``.
+        absgrad: Whether absolute gradients of the projected centres are kept.
+        rasterize_mode: ``classic`` or ``antialiased``.
+
+    Returns:
+        Images [V, H, W, X], opacity [V, H, W, 1] and gsplat's ``info``.
+    """
     num_views = len(viewmats)
     projected = project_gaussians(
         means,

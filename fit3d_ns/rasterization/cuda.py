@@ -27,10 +27,21 @@ def rasterize_on_cuda(
     tile_size: int,
     **arguments: Any,
 ) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """Rasterises with gsplat; arguments and returns are those of `fit3d_ns.rasterization.rasterize`.
+    """Rasterises with gsplat, as `fit3d_ns.rasterization.rasterize` says.
 
     Channels are padded to a number that every version of gsplat has kernels for. Each channel is blended on its own,
     so what is asked for comes out the same.
+
+    Args:
+        colors: [(V,) N, X], or coefficients [(V,) N, K, 3] with ``sh_degree``.
+        sh_degree: Degree of the spherical harmonics; None for plain colours.
+        render_mode: ``RGB``, ``ED`` or ``RGB+ED``.
+        channel_chunk: Channels of one launch; None for as many as pays.
+        tile_size: Side of a tile, pixels.
+        **arguments: The others, handed on.
+
+    Returns:
+        Images [V, H, W, X], opacity [V, H, W, 1] and gsplat's ``info``.
 
     Raises:
         UserError: gsplat or its CUDA kernels cannot be loaded.

@@ -22,7 +22,12 @@ BOOK_COLORS = (
 
 
 def wardrobe(materials: Materials, doors: int) -> Piece:
-    """A tall wardrobe with hinged doors."""
+    """Returns a tall wardrobe with hinged doors.
+
+    Args:
+        materials: Of the room; its generator draws the details.
+        doors: How many, half a metre each.
+    """
     rng = materials.rng
     body = materials.white if rng.random() < 0.4 else materials.any_wood()
     width, depth, height = doors * 0.5, 0.6, rng.uniform(1.95, 2.15)
@@ -43,7 +48,14 @@ def wardrobe(materials: Materials, doors: int) -> Piece:
 
 
 def cabinet(materials: Materials, width: float, height: float, depth: float = 0.42) -> Piece:
-    """A sideboard, chest or night stand: doors and drawers on legs."""
+    """Returns a sideboard, chest or night stand: doors and drawers on legs.
+
+    Args:
+        materials: Of the room; its generator draws the details.
+        width: Metres along x.
+        height: Metres along z.
+        depth: Metres along y.
+    """
     rng, wood = materials.rng, materials.any_wood()
     front = materials.white if rng.random() < 0.35 else wood
     knob = materials.brass if rng.random() < 0.5 else materials.metal
@@ -72,7 +84,14 @@ def cabinet(materials: Materials, width: float, height: float, depth: float = 0.
 
 
 def books(materials: Materials, width: float, headroom: float, depth: float) -> list[Patch]:
-    """A row of upright books with their backs to +y, from x = 0 to at most ``width``, standing on z = 0."""
+    """Returns a row of upright books with their backs to +y, from x = 0 to at most ``width``, standing on z = 0.
+
+    Args:
+        materials: Of the room; its generator draws the details.
+        width: Metres along x.
+        headroom: Metres up to what is above them.
+        depth: Metres along y.
+    """
     rng, patches, x = materials.rng, [], 0.0
     while True:
         thickness = rng.uniform(0.02, 0.052)
@@ -94,7 +113,12 @@ def books(materials: Materials, width: float, headroom: float, depth: float) -> 
 
 
 def book_pile(materials: Materials, count: int) -> list[Patch]:
-    """Books lying on each other around the origin."""
+    """Returns books lying on each other around the origin.
+
+    Args:
+        materials: Of the room; its generator draws the details.
+        count: Books.
+    """
     rng, patches, z = materials.rng, [], 0.0
     for _ in range(count):
         w, d, h = rng.uniform(0.15, 0.2), rng.uniform(0.21, 0.27), rng.uniform(0.018, 0.04)
@@ -109,7 +133,13 @@ def book_pile(materials: Materials, count: int) -> list[Patch]:
 
 
 def bookshelf(materials: Materials, width: float, height: float) -> Piece:
-    """Open shelves, filled with books, piles and vases."""
+    """Returns open shelves, filled with books, piles and vases.
+
+    Args:
+        materials: Of the room; its generator draws the details.
+        width: Metres along x.
+        height: Metres along z.
+    """
     rng = materials.rng
     wood = materials.white if rng.random() < 0.3 else materials.any_wood()
     depth, board = 0.3, 0.022

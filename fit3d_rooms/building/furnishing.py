@@ -23,7 +23,12 @@ EXPECTED = {
 
 
 def dining_group(materials: Materials, seats: int) -> Piece:
-    """A table with chairs around it, as one piece."""
+    """Returns a table with chairs around it, as one piece.
+
+    Args:
+        materials: Of the room; its generator draws the details.
+        seats: Chairs, 2 to 6.
+    """
     rng, style = materials.rng, int(materials.rng.integers(3))
     around = 0.42
     if seats <= 3 and rng.random() < 0.6:
@@ -243,7 +248,12 @@ def _finishing(layout: Layout) -> None:
 
 
 def furnish(layout: Layout, kind: str) -> None:
-    """Fills an empty room; ``kind`` is one of :data:`ROOM_KINDS`. What finds no place is left out."""
+    """Fills an empty room; what finds no place is left out.
+
+    Args:
+        layout: Of the empty room.
+        kind: One of `ROOM_KINDS`.
+    """
     materials, rng = layout.materials, layout.rng
     _dress_windows(layout)
     if kind == "living room":

@@ -16,9 +16,13 @@ class Top:
     """A free flat place on a piece of furniture, in its own frame: x and y range, height, headroom."""
 
     x: tuple[float, float]
+    """Least and largest, metres."""
     y: tuple[float, float]
+    """Least and largest, metres."""
     z: float
+    """Above the floor, metres."""
     headroom: float = 1.0
+    """Metres up to what is above it."""
 
 
 @dataclass
@@ -43,7 +47,16 @@ class Piece:
 def legs(
     width: float, depth: float, height: float, thickness: float, surface: Surface, inset: float = 0.0
 ) -> list[Patch]:
-    """Four tapering legs at the corners of [-width / 2, width / 2] x [0, depth]."""
+    """Returns four tapering legs at the corners of [-width / 2, width / 2] x [0, depth].
+
+    Args:
+        width: Metres along x.
+        depth: Metres along y.
+        height: Metres along z.
+        thickness: Of a leg at its top, metres.
+        surface: What it is made of.
+        inset: Metres from the corners.
+    """
     patches = []
     margin = inset + thickness
     for x in (-width / 2 + margin, width / 2 - margin):
@@ -53,7 +66,15 @@ def legs(
 
 
 def square_legs(width: float, depth: float, height: float, thickness: float, surface: Surface) -> list[Patch]:
-    """Four square legs flush with the corners of [-width / 2, width / 2] x [0, depth]."""
+    """Returns four square legs flush with the corners of [-width / 2, width / 2] x [0, depth].
+
+    Args:
+        width: Metres along x.
+        depth: Metres along y.
+        height: Metres along z.
+        thickness: Side of a leg, metres.
+        surface: What it is made of.
+    """
     patches = []
     for x in (-width / 2, width / 2 - thickness):
         for y in (0.0, depth - thickness):
@@ -62,7 +83,14 @@ def square_legs(width: float, depth: float, height: float, thickness: float, sur
 
 
 def table(materials: Materials, width: float, depth: float, height: float = 0.74) -> Piece:
-    """A rectangular table on four legs, with an apron."""
+    """Returns a rectangular table on four legs, with an apron.
+
+    Args:
+        materials: Of the room; its generator draws the details.
+        width: Metres along x.
+        depth: Metres along y.
+        height: Metres along z.
+    """
     rng, wood = materials.rng, materials.any_wood()
     top = 0.035
     patches = rounded_box((-width / 2, 0, height - top), (width / 2, depth, height), 0.012, wood)
@@ -85,7 +113,13 @@ def table(materials: Materials, width: float, depth: float, height: float = 0.74
 
 
 def round_table(materials: Materials, diameter: float, height: float = 0.74) -> Piece:
-    """A round table on a pedestal."""
+    """Returns a round table on a pedestal.
+
+    Args:
+        materials: Of the room; its generator draws the details.
+        diameter: Metres.
+        height: Metres along z.
+    """
     wood, radius = materials.any_wood(), diameter / 2
     foot = materials.black if materials.rng.random() < 0.5 else wood
     patches = cylinder(radius, height - 0.03, height, wood, 40)
@@ -96,7 +130,12 @@ def round_table(materials: Materials, diameter: float, height: float = 0.74) -> 
 
 
 def desk(materials: Materials, width: float) -> Piece:
-    """A writing desk with a drawer unit on one side."""
+    """Returns a writing desk with a drawer unit on one side.
+
+    Args:
+        materials: Of the room; its generator draws the details.
+        width: Metres along x.
+    """
     wood, depth, height = materials.any_wood(), 0.62, 0.74
     patches = rounded_box((-width / 2, 0, height - 0.03), (width / 2, depth, height), 0.008, wood)
     inner = materials.white if materials.rng.random() < 0.5 else wood
@@ -117,7 +156,12 @@ def desk(materials: Materials, width: float) -> Piece:
 
 
 def chair(materials: Materials, style: int) -> Piece:
-    """A chair; ``style`` 0: slatted wood, 1: upholstered, 2: shell on thin legs. All chairs of a set share it."""
+    """Returns a chair; all chairs of a set share its style.
+
+    Args:
+        materials: Of the room; its generator draws the details.
+        style: 0: slatted wood, 1: upholstered, 2: shell on thin legs.
+    """
     wood = (materials.wood, materials.dark_wood, materials.pale_wood)[style % 3]
     width, depth, seat = 0.45, 0.5, 0.45
     if style == 0:
@@ -150,7 +194,11 @@ def chair(materials: Materials, style: int) -> Piece:
 
 
 def office_chair(materials: Materials) -> Piece:
-    """A swivel chair on five feet."""
+    """Returns a swivel chair on five feet.
+
+    Args:
+        materials: Of the room; its generator draws the details.
+    """
     cloth = materials.sofa if materials.rng.random() < 0.5 else materials.black
     patches = rounded_box((-0.25, 0.06, 0.42), (0.25, 0.54, 0.5), 0.035, cloth, 0.015, 4)
     patches += tilted(rounded_box((-0.22, 0.02, 0.56), (0.22, 0.085, 1.02), 0.03, cloth), (0, 0.05, 0.5), 0.12)
@@ -174,7 +222,12 @@ def _throw_cushion(materials: Materials, size: float, index: int) -> list[Patch]
 
 
 def sofa(materials: Materials, seats: int) -> Piece:
-    """A sofa with ``seats`` seats (1: an armchair), back cushions and throw cushions."""
+    """Returns a sofa with ``seats`` seats (1: an armchair), back cushions and throw cushions.
+
+    Args:
+        materials: Of the room; its generator draws the details.
+        seats: 1 for an armchair.
+    """
     rng, cloth = materials.rng, materials.sofa
     seat_width, arm = 0.66 if seats > 1 else 0.6, rng.uniform(0.13, 0.2)
     width, depth, seat, back = seats * seat_width + 2 * arm, 0.88, 0.43, rng.uniform(0.76, 0.84)
@@ -203,7 +256,12 @@ def sofa(materials: Materials, seats: int) -> Piece:
 
 
 def bed(materials: Materials, width: float) -> Piece:
-    """A bed with headboard, mattress, duvet, blanket and pillows."""
+    """Returns a bed with headboard, mattress, duvet, blanket and pillows.
+
+    Args:
+        materials: Of the room; its generator draws the details.
+        width: Metres along x.
+    """
     rng, wood = materials.rng, materials.any_wood()
     length, frame, top = 2.08, 0.3, 0.52
     patches = rounded_box((-width / 2, 0.04, 0.1), (width / 2, length, frame), 0.02, wood)

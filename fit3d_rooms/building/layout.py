@@ -16,7 +16,13 @@ Rectangle = tuple[float, float, float, float]
 
 
 def overlap(a: Rectangle, b: Rectangle, margin: float = 0.0) -> bool:
-    """Whether two rectangles come closer than ``margin``."""
+    """Returns whether two rectangles come closer than ``margin``.
+
+    Args:
+        a: On the floor plan.
+        b: On the floor plan.
+        margin: Metres.
+    """
     return a[0] < b[2] + margin and b[0] < a[2] + margin and a[1] < b[3] + margin and b[1] < a[3] + margin
 
 
@@ -25,12 +31,21 @@ class Placement:
     """A piece in the room: its frame is turned by ``angle`` about z and moved to ``position``."""
 
     piece: Piece
+    """In its own frame."""
     position: tuple[float, float, float]
+    """x, y, z of its frame's origin, metres."""
     angle: float
+    """Radians, counter-clockwise about z."""
     rectangle: Rectangle
+    """What it covers of the floor."""
 
     def world(self, x: float, y: float) -> tuple[float, float]:
-        """Floor plan position of a point of the piece's frame."""
+        """Returns the floor plan position of a point of the piece's frame.
+
+        Args:
+            x: Metres.
+            y: Metres.
+        """
         c, s = np.cos(self.angle), np.sin(self.angle)
         return self.position[0] + c * x - s * y, self.position[1] + s * x + c * y
 
@@ -65,14 +80,24 @@ class Layout:
         return self.materials.rng
 
     def inside(self, rectangle: Rectangle, margin: float = 0.0) -> bool:
-        """Whether a rectangle lies in the room."""
+        """Returns whether a rectangle lies in the room.
+
+        Args:
+            rectangle: On the floor plan.
+            margin: Metres to the walls.
+        """
         x0, y0, x1, y1 = rectangle
         if x0 < margin or y0 < margin or x1 > self.room.width - margin or y1 > self.room.depth - margin:
             return False
         return not any(overlap(rectangle, notch, margin) for notch in self.room.notches)
 
     def vacant(self, rectangle: Rectangle, margin: float = 0.0) -> bool:
-        """Whether a rectangle is free for something solid."""
+        """Returns whether a rectangle is free for something solid.
+
+        Args:
+            rectangle: On the floor plan.
+            margin: Metres to other solid things.
+        """
         return (
             self.inside(rectangle)
             and not any(overlap(rectangle, other, margin) for other in self.solids)
@@ -82,7 +107,14 @@ class Layout:
     def footprint(
         self, position: Sequence[float], angle: float, low: Sequence[float], high: Sequence[float]
     ) -> Rectangle:
-        """Bounding rectangle of [low, high] (x and y in a piece's frame) after placement."""
+        """Returns the bounding rectangle of a piece after placement.
+
+        Args:
+            position: x, y of its frame's origin, metres.
+            angle: Radians, counter-clockwise.
+            low: Least x and y in its frame, metres.
+            high: Largest x and y in its frame, metres.
+        """
         c, s = np.cos(angle), np.sin(angle)
         corners = [(c * x - s * y, s * x + c * y) for x in (low[0], high[0]) for y in (low[1], high[1])]
         xs, ys = [position[0] + p[0] for p in corners], [position[1] + p[1] for p in corners]
@@ -152,7 +184,17 @@ class Layout:
         return None
 
     def in_the_open(self, name: str, piece: Piece, margin: float = 0.6, tries: int = 200) -> Placement | None:
-        """Puts a piece away from the walls with ``margin`` around it, or returns None where it does not fit."""
+        """Puts a piece away from the walls.
+
+        Args:
+            name: Of the piece.
+            piece: In its own frame.
+            margin: Metres that stay free around it.
+            tries: Places that are drawn.
+
+        Returns:
+            Where it stands; None where it does not fit.
+        """
         for _ in range(tries):
             angle = self.rng.integers(4) * np.pi / 2
             position = (self.rng.uniform(0, self.room.width), self.rng.uniform(0, self.room.depth), 0.0)
@@ -166,7 +208,18 @@ class Layout:
     def before(
         self, name: str, anchor: Placement, piece: Piece, distance: float, facing: bool = False
     ) -> Placement | None:
-        """Puts a piece ``distance`` before another, turned like it or (``facing``) towards it; None if blocked."""
+        """Puts a piece before another.
+
+        Args:
+            name: Of the piece.
+            anchor: The other.
+            piece: In its own frame.
+            distance: Metres between the two.
+            facing: Whether it is turned towards the other, instead of like it.
+
+        Returns:
+            Where it stands; None if that is blocked.
+        """
         y = anchor.piece.depth + distance
         angle = anchor.angle + (np.pi if facing else 0.0)
         x, y = anchor.world(0.0, y + (piece.depth if facing else 0.0))
@@ -177,7 +230,16 @@ class Layout:
         return self._put(name, piece, (x, y, 0.0), angle, solid)
 
     def in_a_corner(self, patches: Sequence[Patch], radius: float, tries: int = 120) -> tuple[float, float] | None:
-        """Stands something round near a wall; returns where, or None where there is no room."""
+        """Stands something round near a wall.
+
+        Args:
+            patches: Around the origin.
+            radius: Metres.
+            tries: Places that are drawn.
+
+        Returns:
+            Its place x, y; None where there is no room.
+        """
         for _ in range(tries):
             wall = self.room.walls[self.rng.integers(len(self.room.walls))]
             ends = (radius + 0.06, wall.length - radius - 0.06)
@@ -225,7 +287,18 @@ class Layout:
                 break
 
     def on_wall(self, patches: Sequence[Patch], width: float, height: float, z: float, tries: int = 60) -> bool:
-        """Hangs something with its middle ``z`` above the floor; says whether a place was found."""
+        """Hangs something on a wall.
+
+        Args:
+            patches: With their middle at x = z = 0, back at y = 0.
+            width: Metres along the wall.
+            height: Metres.
+            z: Of the middle, above the floor, metres.
+            tries: Places that are drawn.
+
+        Returns:
+            Whether a place was found.
+        """
         for _ in range(tries):
             wall = self.room.walls[self.rng.integers(len(self.room.walls))]
             if wall.length < width + 0.4:

@@ -29,8 +29,11 @@ class Bulb:
     """Where a lamp's light comes from: centre [3] and radius in metres, and relative power."""
 
     centre: tuple[float, float, float]
+    """x, y, z, metres."""
     radius: float
+    """Metres."""
     power: float
+    """Relative to others."""
 
 
 def _shade(materials: Materials, z0: float, z1: float, low: float, high: float) -> list[Patch]:
@@ -38,7 +41,11 @@ def _shade(materials: Materials, z0: float, z1: float, low: float, high: float) 
 
 
 def floor_lamp(materials: Materials) -> tuple[list[Patch], Bulb]:
-    """A standing lamp, 1.6 m high."""
+    """Returns a standing lamp, 1.6 m high.
+
+    Args:
+        materials: Of the room; its generator draws the details.
+    """
     metal = materials.brass if materials.rng.random() < 0.5 else materials.black
     height = materials.rng.uniform(1.5, 1.65)
     patches = cylinder(0.14, 0, 0.025, metal, 28) + cylinder(0.012, 0.025, height - 0.15, metal, 12)
@@ -47,7 +54,11 @@ def floor_lamp(materials: Materials) -> tuple[list[Patch], Bulb]:
 
 
 def table_lamp(materials: Materials) -> tuple[list[Patch], Bulb]:
-    """A lamp with a turned ceramic foot, about 0.45 m high."""
+    """Returns a lamp with a turned ceramic foot, about 0.45 m high.
+
+    Args:
+        materials: Of the room; its generator draws the details.
+    """
     foot = materials.ceramic.tinted(materials.accent())
     profile = [(0.06, 0.0), (0.075, 0.04), (0.085, 0.09), (0.06, 0.16), (0.025, 0.2), (0.015, 0.26)]
     patches = [lathe(profile, foot)] + _shade(materials, 0.24, 0.43, 0.14, 0.09)
@@ -55,7 +66,12 @@ def table_lamp(materials: Materials) -> tuple[list[Patch], Bulb]:
 
 
 def ceiling_lamp(materials: Materials, ceiling: float) -> tuple[list[Patch], Bulb]:
-    """A lamp hanging from z = ``ceiling``: a paper globe or a drum."""
+    """Returns a lamp hanging from z = ``ceiling``: a paper globe or a drum.
+
+    Args:
+        materials: Of the room; its generator draws the details.
+        ceiling: Its height above the floor, metres.
+    """
     if materials.rng.random() < 0.5:
         centre = ceiling - 0.42
         patches = sphere((0, 0, centre), 0.2, materials.shade, 24) + cylinder(
@@ -72,7 +88,12 @@ def ceiling_lamp(materials: Materials, ceiling: float) -> tuple[list[Patch], Bul
 
 
 def vase(materials: Materials, height: float) -> list[Patch]:
-    """A turned vase, open at the top."""
+    """Returns a turned vase, open at the top.
+
+    Args:
+        materials: Of the room; its generator draws the details.
+        height: Metres along z.
+    """
     rng = materials.rng
     surface = materials.ceramic.tinted(
         str(rng.choice([materials.accent(), "#d8d2c6", "#7d8f96", "#9a5b45", "#3f5560"]))
@@ -88,7 +109,11 @@ def vase(materials: Materials, height: float) -> list[Patch]:
 
 
 def bowl(materials: Materials) -> list[Patch]:
-    """A bowl of fruit; fruit and bowl count as a vase."""
+    """Returns a bowl of fruit; fruit and bowl count as a vase.
+
+    Args:
+        materials: Of the room; its generator draws the details.
+    """
     rng, surface = materials.rng, materials.ceramic.tinted(materials.accent())
     angle = np.linspace(0, 0.42 * np.pi, 8)
     outside = [(0.05 + 0.11 * np.sin(a), 0.1 * (1 - np.cos(a)) / (1 - np.cos(angle[-1]))) for a in angle]
@@ -129,7 +154,13 @@ def _within(leaf: Patch, reach: float) -> Patch:
 
 
 def plant(materials: Materials, height: float, reach: float) -> list[Patch]:
-    """A pot plant, ``reach`` wide around its stem: arching leaves, upright blades, or a small tree."""
+    """Returns a pot plant, ``reach`` wide around its stem: arching leaves, upright blades, or a small tree.
+
+    Args:
+        materials: Of the room; its generator draws the details.
+        height: Metres along z.
+        reach: Width around its stem, metres.
+    """
     rng, patches = materials.rng, []
     pot_height = min(0.32, 0.3 * height + 0.03)
     radius = pot_height * 0.52
@@ -179,7 +210,13 @@ def plant(materials: Materials, height: float, reach: float) -> list[Patch]:
 
 
 def picture(materials: Materials, width: float, height: float) -> list[Patch]:
-    """A framed picture with its middle at x = z = 0."""
+    """Returns a framed picture with its middle at x = z = 0.
+
+    Args:
+        materials: Of the room; its generator draws the details.
+        width: Metres along x.
+        height: Metres along z.
+    """
     rng, bar, deep = materials.rng, materials.rng.uniform(0.018, 0.035), 0.025
     frame = (materials.black, materials.white, materials.brass, materials.dark_wood)[rng.integers(4)]
     kind = rng.integers(3)
@@ -202,7 +239,13 @@ def picture(materials: Materials, width: float, height: float) -> list[Patch]:
 
 
 def television(materials: Materials, width: float, stand: bool) -> list[Patch]:
-    """A flat screen with its middle at x = 0: on a foot standing at z = 0, or hanging with its middle at z = 0."""
+    """Returns a flat screen with its middle at x = 0: on a foot standing at z = 0, or hanging with its middle at z = 0.
+
+    Args:
+        materials: Of the room; its generator draws the details.
+        width: Metres along x.
+        stand: Whether it stands on a foot; else it hangs with its middle at z = 0.
+    """
     height, z0 = width * 0.58, 0.07 if stand else -width * 0.29
     y = 0.06 if stand else 0.01
     patches = rounded_box((-width / 2, y, z0), (width / 2, y + 0.035, z0 + height), 0.008, materials.black)
@@ -217,7 +260,13 @@ def television(materials: Materials, width: float, stand: bool) -> list[Patch]:
 
 
 def rug(materials: Materials, width: float, depth: float) -> list[Patch]:
-    """A rug with its middle at the origin."""
+    """Returns a rug with its middle at the origin.
+
+    Args:
+        materials: Of the room; its generator draws the details.
+        width: Metres along x.
+        depth: Metres along y.
+    """
     kind = str(materials.rng.choice(["medallion", "bands", "diamonds", "shag"]))
     colors = [materials.palette.accents[i] for i in materials.rng.permutation(3)]
     face = materials.picture(motifs.rug(materials.rng, colors, kind))
@@ -226,7 +275,14 @@ def rug(materials: Materials, width: float, depth: float) -> list[Patch]:
 
 
 def curtain(materials: Materials, width: float, top: float, bottom: float) -> list[Patch]:
-    """One gathered curtain with its middle at x = 0, hanging from z = ``top`` to ``bottom``."""
+    """Returns one gathered curtain with its middle at x = 0, hanging from z = ``top`` to ``bottom``.
+
+    Args:
+        materials: Of the room; its generator draws the details.
+        width: Metres along x.
+        top: Above the floor, metres.
+        bottom: Above the floor, metres.
+    """
     rng, folds = materials.rng, max(3, round(width / 0.085))
     s = np.linspace(0, 1, folds * 8 + 1)
     t = np.linspace(0, 1, 9)
@@ -242,7 +298,14 @@ def curtain(materials: Materials, width: float, top: float, bottom: float) -> li
 
 
 def cardboard_box(materials: Materials, width: float, depth: float, height: float) -> list[Patch]:
-    """A closed carton with a strip of tape."""
+    """Returns a closed carton with a strip of tape.
+
+    Args:
+        materials: Of the room; its generator draws the details.
+        width: Metres along x.
+        depth: Metres along y.
+        height: Metres along z.
+    """
     patches = box((-width / 2, -depth / 2, 0), (width / 2, depth / 2, height), materials.cardboard)
     tape = materials.lacquer.tinted("#cdb58a")
     patches += box((-width / 2 - 0.001, -0.03, height * 0.7), (width / 2 + 0.001, 0.03, height + 0.001), tape)
@@ -250,7 +313,14 @@ def cardboard_box(materials: Materials, width: float, depth: float, height: floa
 
 
 def basket_box(materials: Materials, width: float, depth: float, height: float) -> list[Patch]:
-    """A painted storage box with a lid."""
+    """Returns a painted storage box with a lid.
+
+    Args:
+        materials: Of the room; its generator draws the details.
+        width: Metres along x.
+        depth: Metres along y.
+        height: Metres along z.
+    """
     color = materials.lacquer.tinted(materials.accent())
     patches = box((-width / 2, -depth / 2, 0), (width / 2, depth / 2, height * 0.8), color)
     lid = (width / 2 + 0.008, depth / 2 + 0.008)
@@ -259,7 +329,12 @@ def basket_box(materials: Materials, width: float, depth: float, height: float) 
 
 
 def radiator(materials: Materials, width: float) -> list[Patch]:
-    """A ribbed radiator below a window, back at y = 0, standing off the floor."""
+    """Returns a ribbed radiator below a window, back at y = 0, standing off the floor.
+
+    Args:
+        materials: Of the room; its generator draws the details.
+        width: Metres along x.
+    """
     patches, ribs = [], round(width / 0.06)
     step = width / ribs
     for i in range(ribs):

@@ -44,18 +44,35 @@ class Patch:
 
 
 def labelled(patches: Sequence[Patch], name: str) -> list[Patch]:
-    """Returns the patches with the class ``name``."""
+    """Returns the patches with the class ``name``.
+
+    Args:
+        patches: Surfaces of a thing.
+        name: Of a class in `fit3d_rooms.classes`.
+    """
     return [replace(patch, label=CLASS_IDS[name]) for patch in patches]
 
 
 def moved(patches: Sequence[Patch], offset: Vector, angle: float = 0.0) -> list[Patch]:
-    """Returns the patches turned by ``angle`` (radians, about z, counter-clockwise) and then shifted by ``offset``."""
+    """Returns the patches turned about z, counter-clockwise, and then shifted.
+
+    Args:
+        patches: Surfaces of a thing.
+        offset: [3], metres.
+        angle: Radians.
+    """
     c, s = np.cos(angle), np.sin(angle)
     return transformed(patches, np.array([[c, -s, 0.0], [s, c, 0.0], [0.0, 0.0, 1.0]]), offset)
 
 
 def transformed(patches: Sequence[Patch], rotation: np.ndarray, offset: Vector) -> list[Patch]:
-    """Returns the patches rotated by ``rotation`` [3, 3] and then shifted by ``offset`` [3]."""
+    """Returns the patches rotated and then shifted.
+
+    Args:
+        patches: Surfaces of a thing.
+        rotation: [3, 3].
+        offset: [3], metres.
+    """
 
     def turn(vectors: np.ndarray) -> np.ndarray:
         # Spelled out: a threaded BLAS may round differently from run to run, and rooms must be bit-identical.
@@ -66,7 +83,14 @@ def transformed(patches: Sequence[Patch], rotation: np.ndarray, offset: Vector) 
 
 
 def tilted(patches: Sequence[Patch], pivot: Vector, angle: float, axis: str = "x") -> list[Patch]:
-    """Returns the patches turned by ``angle`` (radians) about the ``axis`` ("x" or "y") through ``pivot``."""
+    """Returns the patches turned about a level axis.
+
+    Args:
+        patches: Surfaces of a thing.
+        pivot: [3], a point of the axis.
+        angle: Radians.
+        axis: ``x`` or ``y``.
+    """
     c, s = np.cos(angle), np.sin(angle)
     rotation = {
         "x": np.array([[1.0, 0.0, 0.0], [0.0, c, -s], [0.0, s, c]]),
@@ -83,7 +107,15 @@ def quad(
     surface: Surface,
     texture_origin: tuple[float, float] = (0.0, 0.0),
 ) -> Patch:
-    """A flat parallelogram seen from the side of ``edge_s x edge_t``."""
+    """Returns a flat parallelogram seen from the side of ``edge_s x edge_t``.
+
+    Args:
+        origin: [3], a corner, metres.
+        edge_s: [3], from there along s, metres.
+        edge_t: [3], from there along t, metres.
+        surface: What it is made of.
+        texture_origin: Place of the corner in the texture, metres.
+    """
     o, es, et = (np.asarray(v, dtype=float) for v in (origin, edge_s, edge_t))
     vertices = np.stack([np.stack([o, o + et]), np.stack([o + es, o + es + et])])
     normal = np.cross(es, et)
@@ -105,7 +137,13 @@ _FACES = (
 
 
 def box(low: Vector, high: Vector, surface: Surface) -> list[Patch]:
-    """A box with sharp edges between two corners."""
+    """Returns a box with sharp edges between two corners.
+
+    Args:
+        low: [3], the least x, y, z, metres.
+        high: [3], the largest x, y, z, metres.
+        surface: What it is made of.
+    """
     lo, hi = np.asarray(low, dtype=float), np.asarray(high, dtype=float)
     patches = []
     for axis, sign, s_axis, s_sign, t_axis, t_sign in _FACES:
@@ -121,7 +159,11 @@ def box(low: Vector, high: Vector, surface: Surface) -> list[Patch]:
 
 
 def grid_normals(vertices: np.ndarray) -> np.ndarray:
-    """Unit normals [A, B, 3] of a regular grid of vertices [A, B, 3], from central differences."""
+    """Returns unit normals [A, B, 3] of a regular grid, from central differences.
+
+    Args:
+        vertices: [A, B, 3].
+    """
     normal = np.cross(np.gradient(vertices, axis=0), np.gradient(vertices, axis=1))
     return normal / np.maximum(np.linalg.norm(normal, axis=-1, keepdims=True), 1e-12)
 
@@ -129,7 +171,7 @@ def grid_normals(vertices: np.ndarray) -> np.ndarray:
 def rounded_box(
     low: Vector, high: Vector, radius: float, surface: Surface, bulge: float = 0.0, inner: int = 1
 ) -> list[Patch]:
-    """A box with round edges, and with ``bulge`` > 0 swollen like a cushion.
+    """Returns a box with round edges, and with ``bulge`` > 0 swollen like a cushion.
 
     Args:
         low: lower corner.
@@ -171,7 +213,7 @@ def rounded_box(
 def lathe(
     profile: Sequence[tuple[float, float]], surface: Surface, segments: int = 24, two_sided: bool = False
 ) -> Patch:
-    """A smooth surface of revolution about z.
+    """Returns a smooth surface of revolution about z.
 
     Args:
         profile: (radius, z) pairs; going up shows the outside, going down the inside, radius growing the underside.
@@ -199,7 +241,16 @@ def lathe(
 def cylinder(
     radius: float, z0: float, z1: float, surface: Surface, segments: int = 20, top_radius: float | None = None
 ) -> list[Patch]:
-    """A closed upright cylinder or cone about z."""
+    """Returns a closed upright cylinder or cone about z.
+
+    Args:
+        radius: Metres.
+        z0: Of the bottom, metres.
+        z1: Of the top, metres.
+        surface: What it is made of.
+        segments: Facets around.
+        top_radius: Metres; ``radius`` if None.
+    """
     top = radius if top_radius is None else top_radius
     patches = [lathe([(radius, z0), (top, z1)], surface, segments)]
     patches += [lathe(c, surface, segments) for c in ([(0, z0), (radius, z0)], [(top, z1), (0, z1)])]
@@ -207,14 +258,29 @@ def cylinder(
 
 
 def sphere(centre: Vector, radius: float, surface: Surface, segments: int = 16) -> list[Patch]:
-    """A sphere."""
+    """Returns a sphere.
+
+    Args:
+        centre: [3], metres.
+        radius: Metres.
+        surface: What it is made of.
+        segments: Facets around.
+    """
     angle = np.linspace(-np.pi / 2, np.pi / 2, segments // 2 + 1)
     profile = list(zip(radius * np.cos(angle), radius * np.sin(angle)))
     return moved([lathe(profile, surface, segments)], centre)
 
 
 def rod(start: Vector, end: Vector, radius: float, surface: Surface, end_radius: float | None = None):
-    """A closed round bar between two points, thinner or thicker at its end if asked."""
+    """A closed round bar between two points, thinner or thicker at its end if asked.
+
+    Args:
+        start: [3], metres.
+        end: [3], metres.
+        radius: Metres.
+        surface: What it is made of.
+        end_radius: Metres; ``radius`` if None.
+    """
     a, b = np.asarray(start, dtype=float), np.asarray(end, dtype=float)
     length = float(np.linalg.norm(b - a))
     up = (b - a) / length
@@ -225,6 +291,12 @@ def rod(start: Vector, end: Vector, radius: float, surface: Surface, end_radius:
 
 
 def sheet(vertices: np.ndarray, surface: Surface, lengths: tuple[float, float]) -> Patch:
-    """A two-sided sheet through a grid of vertices [A, B, 3]."""
+    """Returns a two-sided sheet through a grid of vertices [A, B, 3].
+
+    Args:
+        vertices: [A, B, 3], metres.
+        surface: What it is made of.
+        lengths: Along s and t, metres.
+    """
     knots = [np.linspace(0.0, 1.0, n) for n in vertices.shape[:2]]
     return Patch(vertices, grid_normals(vertices), knots[0], knots[1], lengths, surface, two_sided=True)

@@ -17,12 +17,21 @@ class Opening:
     """A rectangle in a wall: from ``start`` to ``end`` along it, from ``low`` to ``high`` above the floor (metres)."""
 
     start: float
+    """Along the wall, metres."""
     end: float
+    """Along the wall, metres."""
     low: float
+    """Above the floor, metres."""
     high: float
+    """Above the floor, metres."""
 
     def overlaps(self, other: "Opening", margin: float = 0.0) -> bool:
-        """Whether two rectangles of one wall come closer than ``margin``."""
+        """Returns whether two rectangles of one wall come closer than ``margin``.
+
+        Args:
+            other: On the same wall.
+            margin: Metres.
+        """
         return (
             self.start < other.end + margin
             and other.start < self.end + margin
@@ -59,12 +68,23 @@ class Wall:
         return float(np.arctan2(self.normal[1], self.normal[0]) - np.pi / 2)
 
     def point(self, along: float, out: float = 0.0, z: float = 0.0) -> tuple[float, float, float]:
-        """The point ``along`` the wall, ``out`` into the room, ``z`` above the floor."""
+        """Returns a point before the wall.
+
+        Args:
+            along: Metres from its start.
+            out: Metres into the room.
+            z: Above the floor, metres.
+        """
         x, y = self.origin + along * self.direction + out * self.normal
         return float(x), float(y), z
 
     def free(self, rectangle: Opening, margin: float = 0.0) -> bool:
-        """Whether a rectangle lies on the wall and touches neither openings nor anything standing there."""
+        """Returns whether a rectangle lies on the wall and touches neither openings nor anything standing there.
+
+        Args:
+            rectangle: On the wall.
+            margin: Metres.
+        """
         if rectangle.start < margin or rectangle.end > self.length - margin:
             return False
         return not any(rectangle.overlaps(o, margin) for o in (*self.windows, *self.doors, *self.taken))
@@ -90,7 +110,14 @@ class Room:
 
 
 def make_room(rng: np.random.Generator) -> Room:
-    """Draws the floor plan."""
+    """Draws the floor plan.
+
+    Args:
+        rng: Draws what differs from room to room.
+
+    Returns:
+        The room, without openings.
+    """
     width, depth, height = rng.uniform(4.6, 6.2), rng.uniform(4.2, 5.2), rng.uniform(2.5, 2.8)
     kind = rng.choice(["plain", "plain", "corner", "alcove"])
     notches: dict[int, tuple[float, float]] = {}
@@ -120,7 +147,12 @@ def make_room(rng: np.random.Generator) -> Room:
 
 
 def add_openings(room: Room, rng: np.random.Generator) -> None:
-    """Gives the room one or two windows and a door, each on a wall of its own."""
+    """Gives the room one or two windows and a door, each on a wall of its own.
+
+    Args:
+        room: Of `make_room`.
+        rng: Draws what differs from room to room.
+    """
     order = sorted(range(len(room.walls)), key=lambda i: -room.walls[i].length)[:4]
     order = [order[i] for i in rng.permutation(4)]
     windows = 2 if rng.random() < 0.55 else 1
@@ -245,7 +277,12 @@ def _wall(materials: Materials, wall: Wall, height: float, surface: Surface) -> 
 
 
 def build_shell(room: Room, materials: Materials) -> list[Patch]:
-    """Returns the surfaces of the empty room."""
+    """Returns the surfaces of the empty room.
+
+    Args:
+        room: With its openings.
+        materials: Of the room; its generator draws the details.
+    """
     rng = materials.rng
     common, feature = _wall_surfaces(materials)
     floor = _floor_surface(materials)

@@ -30,7 +30,11 @@ class Surface:
     scatter: bool = False
 
     def tinted(self, color: str) -> "Surface":
-        """Returns the same surface multiplied by an sRGB colour ``#rrggbb``."""
+        """Returns the same surface multiplied by a colour.
+
+        Args:
+            color: sRGB, ``#rrggbb``.
+        """
         return replace(self, tint=tuple(float(c) for c in textures.linear(color)))
 
 
@@ -43,7 +47,14 @@ class TextureBank:
         self._sides: list[int] = []
 
     def add(self, image: np.ndarray) -> int:
-        """Takes a linear RGB picture [n, n, 3], n a power of two, and returns its index."""
+        """Takes a picture.
+
+        Args:
+            image: Linear RGB [n, n, 3], n a power of two.
+
+        Returns:
+            Its index.
+        """
         side = image.shape[0]
         if image.shape != (side, side, 3) or side & (side - 1):
             raise ValueError(f"A texture has to be square with a power-of-two side, got {image.shape}.")
@@ -75,12 +86,19 @@ class Palette:
     """The colours of a room, sRGB ``#rrggbb``."""
 
     wall: str
+    """Most walls."""
     feature: str
+    """One wall, in some rooms."""
     wood: str
+    """The main wood."""
     floor: str
+    """Boards, tiles or carpet."""
     sofa: str
+    """Cloth of seats."""
     curtain: str
+    """Cloth of curtains."""
     accents: tuple[str, str, str]
+    """Of cushions, rugs and vases."""
 
 
 PALETTES = (
@@ -142,13 +160,19 @@ class Materials:
         return str(self.rng.choice(["plain", "melange", "stripes", "plaid", "dots", "herringbone"]))
 
     def picture(self, image: np.ndarray, gloss: float = 0.0, glow: float = 0.0) -> Surface:
-        """Stretches a picture [n, n, 3] over one patch."""
+        """Returns a surface that stretches a picture over one patch.
+
+        Args:
+            image: Linear RGB [n, n, 3], n a power of two.
+            gloss: Share of light that is mirrored, in [0, 1].
+            glow: Light that it gives off, relative to white.
+        """
         return Surface(self.bank.add(image), None, gloss=gloss, glow=glow)
 
     def accent(self) -> str:
-        """One of the palette's accent colours."""
+        """Returns one of the palette's accent colours."""
         return self.palette.accents[self.rng.integers(3)]
 
     def any_wood(self) -> Surface:
-        """One of the room's three woods, mostly the main one."""
+        """Returns one of the room's three woods, mostly the main one."""
         return (self.wood, self.wood, self.dark_wood, self.pale_wood)[self.rng.integers(4)]

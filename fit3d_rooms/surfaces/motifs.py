@@ -9,7 +9,12 @@ from fit3d_rooms.surfaces.textures import _grid, _mix, _shaded, linear, spectral
 
 
 def landscape(rng: np.random.Generator, n: int = 256) -> np.ndarray:
-    """Painted hills below a sky with a sun."""
+    """Returns painted hills below a sky with a sun.
+
+    Args:
+        rng: Draws what differs from room to room.
+        n: Side in texels, a power of two.
+    """
     s, t = _grid(n)
     skies = [("#f4d6a0", "#5f8fb8"), ("#f7b98b", "#6a5a8c"), ("#dfe9ef", "#7fa9c9"), ("#f3e3c3", "#c96f4a")]
     low, high = (linear(c) for c in skies[rng.integers(len(skies))])
@@ -30,7 +35,13 @@ def landscape(rng: np.random.Generator, n: int = 256) -> np.ndarray:
 
 
 def abstract(rng: np.random.Generator, colors: list[str], n: int = 256) -> np.ndarray:
-    """Overlapping bars, discs and arcs in a given palette."""
+    """Returns overlapping bars, discs and arcs in a given palette.
+
+    Args:
+        rng: Draws what differs from room to room.
+        colors: sRGB, ``#rrggbb`` each.
+        n: Side in texels, a power of two.
+    """
     s, t = _grid(n)
     palette = [linear(c) for c in colors]
     image = np.broadcast_to(linear("#ece4d4"), (n, n, 3)).copy()
@@ -49,7 +60,12 @@ def abstract(rng: np.random.Generator, colors: list[str], n: int = 256) -> np.nd
 
 
 def botanical(rng: np.random.Generator, n: int = 256) -> np.ndarray:
-    """A pressed branch on paper."""
+    """Returns a pressed branch on paper.
+
+    Args:
+        rng: Draws what differs from room to room.
+        n: Side in texels, a power of two.
+    """
     s, t = _grid(n)
     image = np.broadcast_to(linear("#efe8d8"), (n, n, 3)).copy()
     green = linear(str(rng.choice(["#45643f", "#5b7d4f", "#7a6a3a", "#3d5c5c"])))
@@ -66,7 +82,14 @@ def botanical(rng: np.random.Generator, n: int = 256) -> np.ndarray:
 
 
 def rug(rng: np.random.Generator, colors: list[str], kind: str, n: int = 512) -> np.ndarray:
-    """A woven rug with a border; ``kind`` is medallion, bands, diamonds or shag."""
+    """Returns a woven rug with a border; ``kind`` is medallion, bands, diamonds or shag.
+
+    Args:
+        rng: Draws what differs from room to room.
+        colors: Three of sRGB, ``#rrggbb`` each: ground and two for motifs.
+        kind: ``medallion``, ``bands``, ``diamonds`` or ``shag``.
+        n: Side in texels, a power of two.
+    """
     s, t = _grid(n)
     base, first, second = (linear(c) for c in colors[:3])
     x, y = np.abs(s - 0.5) * 2, np.abs(t - 0.5) * 2
@@ -100,7 +123,12 @@ def rug(rng: np.random.Generator, colors: list[str], kind: str, n: int = 512) ->
 
 
 def book_back(rng: np.random.Generator, n: int = 64) -> np.ndarray:
-    """A book's back in white, to be tinted: bands and lines of a title."""
+    """Returns a book's back in white, to be tinted: bands and lines of a title.
+
+    Args:
+        rng: Draws what differs from room to room.
+        n: Side in texels, a power of two.
+    """
     s, t = _grid(n)
     ink = rng.choice([0.25, 0.35, 1.7])
     brightness = np.full((n, n), 0.75)
@@ -115,7 +143,12 @@ def book_back(rng: np.random.Generator, n: int = 64) -> np.ndarray:
 
 
 def screen(rng: np.random.Generator, n: int = 256) -> np.ndarray:
-    """What a switched-on screen shows: a dusky landscape with a bar of tiles."""
+    """Returns what a switched-on screen shows: a dusky landscape with a bar of tiles.
+
+    Args:
+        rng: Draws what differs from room to room.
+        n: Side in texels, a power of two.
+    """
     s, t = _grid(n)
     image = landscape(rng, n) * 0.8
     tile = (t > 0.06) & (t < 0.2) & (np.mod(s * 7, 1) > 0.12) & (s > 0.07) & (s < 0.93)
@@ -124,7 +157,12 @@ def screen(rng: np.random.Generator, n: int = 256) -> np.ndarray:
 
 
 def outdoors(rng: np.random.Generator, n: int = 512) -> np.ndarray:
-    """The view from a window: bright sky with clouds, trees, roofs, lawn. Values may exceed 1."""
+    """Returns the view from a window: bright sky with clouds, trees, roofs, lawn. Values may exceed 1.
+
+    Args:
+        rng: Draws what differs from room to room.
+        n: Side in texels, a power of two.
+    """
     s, t = _grid(n)
     image = _mix(linear("#e9f1f6") * 1.25, linear("#8fbbe6") * 1.1, (t - 0.35) / 0.65)
     clouds = spectral_noise(rng, n, 1.7, (2.0, 1.0))
@@ -156,7 +194,13 @@ def outdoors(rng: np.random.Generator, n: int = 512) -> np.ndarray:
 
 
 def leaf(rng: np.random.Generator, color: str, n: int = 64) -> np.ndarray:
-    """A leaf with its midrib along t."""
+    """Returns a leaf with its midrib along t.
+
+    Args:
+        rng: Draws what differs from room to room.
+        color: sRGB, ``#rrggbb``.
+        n: Side in texels, a power of two.
+    """
     s, t = _grid(n)
     vein = np.mod((t - np.abs(s - 0.5) * 0.9) * 7, 1) < 0.12
     brightness = 0.85 + 0.3 * np.abs(s - 0.5) + 0.25 * (np.abs(s - 0.5) < 0.03) + 0.12 * vein
@@ -164,7 +208,11 @@ def leaf(rng: np.random.Generator, color: str, n: int = 64) -> np.ndarray:
 
 
 def shade(n: int = 64) -> np.ndarray:
-    """The glow of a lamp shade: brightest in the middle."""
+    """Returns the glow of a lamp shade: brightest in the middle.
+
+    Args:
+        n: Side in texels, a power of two.
+    """
     _, t = _grid(n)
     glow = 0.62 + 0.38 * np.exp(-(((t - 0.45) / 0.28) ** 2))
     return (np.ones(3) * glow[..., None]).astype(np.float32)

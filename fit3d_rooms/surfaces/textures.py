@@ -9,7 +9,11 @@ Color = tuple[float, float, float]
 
 
 def linear(color: str) -> np.ndarray:
-    """Linear RGB [3] of an sRGB colour written ``#rrggbb``."""
+    """Returns linear RGB [3] of an sRGB colour.
+
+    Args:
+        color: sRGB, ``#rrggbb``.
+    """
     srgb = np.array([int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)])
     return np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
 
@@ -17,7 +21,7 @@ def linear(color: str) -> np.ndarray:
 def spectral_noise(
     rng: np.random.Generator, n: int, slope: float, stretch: tuple[float, float] = (1.0, 1.0)
 ) -> np.ndarray:
-    """Tileable Gaussian noise [n, n] with zero mean and unit deviation.
+    """Returns tileable Gaussian noise [n, n] with zero mean and unit deviation.
 
     Args:
         rng: source of randomness.
@@ -50,13 +54,28 @@ def _mix(a: np.ndarray, b: np.ndarray, weight: np.ndarray) -> np.ndarray:
 
 
 def plaster(rng: np.random.Generator, color: str, contrast: float = 0.035, n: int = 512) -> np.ndarray:
-    """Painted wall: faint roller grain and patches."""
+    """Returns painted wall: faint roller grain and patches.
+
+    Args:
+        rng: Draws what differs from room to room.
+        color: sRGB, ``#rrggbb``.
+        contrast: Deviation of the brightness, relative.
+        n: Side in texels, a power of two.
+    """
     brightness = 1 + contrast * (0.6 * spectral_noise(rng, n, 0.5) + 0.35 * spectral_noise(rng, n, 1.5))
     return _shaded(linear(color), brightness)
 
 
 def wallpaper(rng: np.random.Generator, color: str, accent: str, kind: str, n: int = 512) -> np.ndarray:
-    """Printed paper; ``kind`` is stripes, damask, flowers or trellis."""
+    """Returns printed paper; ``kind`` is stripes, damask, flowers or trellis.
+
+    Args:
+        rng: Draws what differs from room to room.
+        color: sRGB, ``#rrggbb``.
+        accent: Second colour, sRGB, ``#rrggbb``.
+        kind: ``stripes``, ``damask``, ``flowers`` or ``trellis``.
+        n: Side in texels, a power of two.
+    """
     s, t = _grid(n)
     base, ink = linear(color), linear(accent)
     if kind == "stripes":
@@ -84,7 +103,14 @@ def wallpaper(rng: np.random.Generator, color: str, accent: str, kind: str, n: i
 
 
 def bricks(rng: np.random.Generator, color: str, mortar: str = "#b9b0a4", n: int = 512) -> np.ndarray:
-    """Running bond, 12 courses of 4 bricks."""
+    """Returns running bond, 12 courses of 4 bricks.
+
+    Args:
+        rng: Draws what differs from room to room.
+        color: sRGB, ``#rrggbb``.
+        mortar: sRGB, ``#rrggbb``.
+        n: Side in texels, a power of two.
+    """
     s, t = _grid(n)
     s = s + 0.002 * spectral_noise(rng, n, 1.5)
     t = t + 0.002 * spectral_noise(rng, n, 1.5)
@@ -100,7 +126,14 @@ def bricks(rng: np.random.Generator, color: str, mortar: str = "#b9b0a4", n: int
 
 
 def wood(rng: np.random.Generator, color: str, contrast: float = 1.0, n: int = 512) -> np.ndarray:
-    """Board with its grain along s."""
+    """Returns board with its grain along s.
+
+    Args:
+        rng: Draws what differs from room to room.
+        color: sRGB, ``#rrggbb``.
+        contrast: Of the grain, relative.
+        n: Side in texels, a power of two.
+    """
     s, t = _grid(n)
     warp = spectral_noise(rng, n, 1.8, (1.0, 6.0))
     rings = np.sin(2 * np.pi * (7 * t + 0.55 * warp))
@@ -111,7 +144,14 @@ def wood(rng: np.random.Generator, color: str, contrast: float = 1.0, n: int = 5
 
 
 def planks(rng: np.random.Generator, color: str, rows: int = 10, n: int = 1024) -> np.ndarray:
-    """Floor boards along s: each its own tone, grain and length."""
+    """Returns floor boards along s: each its own tone, grain and length.
+
+    Args:
+        rng: Draws what differs from room to room.
+        color: sRGB, ``#rrggbb``.
+        rows: Boards side by side.
+        n: Side in texels, a power of two.
+    """
     s, t = _grid(n)
     row = np.floor(t * rows).astype(int)
     start = rng.random(rows)[row]
@@ -132,7 +172,14 @@ def planks(rng: np.random.Generator, color: str, rows: int = 10, n: int = 1024) 
 
 
 def parquet(rng: np.random.Generator, color: str, blocks: int = 6, n: int = 1024) -> np.ndarray:
-    """Basket-weave parquet: squares of five staves, turned alternately."""
+    """Returns basket-weave parquet: squares of five staves, turned alternately.
+
+    Args:
+        rng: Draws what differs from room to room.
+        color: sRGB, ``#rrggbb``.
+        blocks: Squares along a side.
+        n: Side in texels, a power of two.
+    """
     s, t = _grid(n)
     block_s, block_t = np.floor(s * blocks).astype(int), np.floor(t * blocks).astype(int)
     turned = (block_s + block_t) % 2 == 0
@@ -149,7 +196,16 @@ def parquet(rng: np.random.Generator, color: str, blocks: int = 6, n: int = 1024
 def tiles(
     rng: np.random.Generator, color: str, accent: str, count: int = 4, checker: bool = False, n: int = 512
 ) -> np.ndarray:
-    """Square tiles with grout; all of one colour or a chequerboard."""
+    """Returns square tiles with grout; all of one colour or a chequerboard.
+
+    Args:
+        rng: Draws what differs from room to room.
+        color: sRGB, ``#rrggbb``.
+        accent: Second colour, sRGB, ``#rrggbb``.
+        count: Tiles along a side.
+        checker: Whether two colours alternate.
+        n: Side in texels, a power of two.
+    """
     s, t = _grid(n)
     i, j = np.floor(s * count).astype(int), np.floor(t * count).astype(int)
     tone = (1 + 0.05 * rng.standard_normal((count, count)))[i, j]
@@ -164,7 +220,15 @@ def tiles(
 
 
 def fabric(rng: np.random.Generator, color: str, accent: str, kind: str = "plain", n: int = 512) -> np.ndarray:
-    """Woven cloth; ``kind`` is plain, melange, stripes, plaid, dots or herringbone."""
+    """Returns woven cloth; ``kind`` is plain, melange, stripes, plaid, dots or herringbone.
+
+    Args:
+        rng: Draws what differs from room to room.
+        color: sRGB, ``#rrggbb``.
+        accent: Second colour, sRGB, ``#rrggbb``.
+        kind: ``plain``, ``melange``, ``stripes``, ``plaid``, ``dots`` or ``herringbone``.
+        n: Side in texels, a power of two.
+    """
     s, t = _grid(n)
     base, other = linear(color), linear(accent)
     weight = np.zeros((n, n))
@@ -187,7 +251,13 @@ def fabric(rng: np.random.Generator, color: str, accent: str, kind: str = "plain
 
 
 def carpet(rng: np.random.Generator, color: str, n: int = 512) -> np.ndarray:
-    """Wall-to-wall carpet: tufts and worn patches."""
+    """Returns wall-to-wall carpet: tufts and worn patches.
+
+    Args:
+        rng: Draws what differs from room to room.
+        color: sRGB, ``#rrggbb``.
+        n: Side in texels, a power of two.
+    """
     brightness = 1 + 0.14 * spectral_noise(rng, n, 0.35) + 0.05 * spectral_noise(rng, n, 1.8)
     return _shaded(linear(color), brightness)
 
@@ -195,19 +265,39 @@ def carpet(rng: np.random.Generator, color: str, n: int = 512) -> np.ndarray:
 def mottled(
     rng: np.random.Generator, color: str, contrast: float = 0.05, slope: float = 1.4, n: int = 256
 ) -> np.ndarray:
-    """Anything nearly plain: lacquer, ceramic, leather, paper, earth."""
+    """Returns anything nearly plain: lacquer, ceramic, leather, paper, earth.
+
+    Args:
+        rng: Draws what differs from room to room.
+        color: sRGB, ``#rrggbb``.
+        contrast: Deviation of the brightness, relative.
+        slope: Of `spectral_noise`.
+        n: Side in texels, a power of two.
+    """
     return _shaded(linear(color), 1 + contrast * spectral_noise(rng, n, slope))
 
 
 def cardboard(rng: np.random.Generator, n: int = 256) -> np.ndarray:
-    """Corrugated card with its flutes along t."""
+    """Returns corrugated card with its flutes along t.
+
+    Args:
+        rng: Draws what differs from room to room.
+        n: Side in texels, a power of two.
+    """
     s, _ = _grid(n)
     brightness = 1 + 0.03 * np.sin(2 * np.pi * 40 * s) + 0.06 * spectral_noise(rng, n, 1.2, (5.0, 1.0))
     return _shaded(linear("#b58a58"), brightness)
 
 
 def marble(rng: np.random.Generator, color: str, vein: str, n: int = 512) -> np.ndarray:
-    """Stone with thin veins."""
+    """Returns stone with thin veins.
+
+    Args:
+        rng: Draws what differs from room to room.
+        color: sRGB, ``#rrggbb``.
+        vein: sRGB, ``#rrggbb``.
+        n: Side in texels, a power of two.
+    """
     field = spectral_noise(rng, n, 1.7)
     weight = np.exp(-((field / 0.07) ** 2)) * 0.6 + 0.08 * spectral_noise(rng, n, 1.5)
     return _mix(linear(color), linear(vein), weight).clip(0, 1).astype(np.float32)

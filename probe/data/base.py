@@ -37,6 +37,7 @@ class LabelRule:
     """How the values of an index PNG become class ids."""
 
     num_classes: int
+    """Class ids run from 0 to one less."""
     zero_is_ignored: bool = False
     """Whether 0 means "no class" and k means class k - 1 (ADE20K, NYU40)."""
     ids: tuple[int, ...] | None = None
@@ -44,6 +45,13 @@ class LabelRule:
 
     def apply(self, values: np.ndarray, path: Path) -> np.ndarray:
         """Maps PNG values to class ids 0..num_classes-1 and 255.
+
+        Args:
+            values: [H, W] as the PNG holds them.
+            path: Of the PNG, for the sentence.
+
+        Returns:
+            uint8 [H, W].
 
         Raises:
             UserError: If a value is neither a class nor the ignore value.
@@ -73,15 +81,21 @@ class ProbeData:
     """A data set as a probe sees it."""
 
     name: str
+    """For people."""
     kind: Kind
+    """Which truth its samples have."""
     train: Sequence[Sample]
+    """Samples that heads are fitted to."""
     test: Sequence[Sample]
+    """Samples that results are reported on."""
     validation: Sequence[Sample] | None = None
     """Split of its own for choices, where the data set has one besides the split that results are reported on."""
     classes: tuple[str, ...] = ()
+    """Names by class id; empty for depth."""
     colors: tuple[tuple[int, int, int], ...] | None = None
     """Colour of each class, 0..255, where the data set has some."""
     labels: LabelRule | None = None
+    """Of segmentation; None for depth."""
     depth_scale: float = 1000.0
     """PNG units in a metre."""
     max_depth: float = 10.0
@@ -94,6 +108,9 @@ class ProbeData:
 
 def file_stamp(path: Path) -> tuple[int, int]:
     """Returns what tells a changed file: its size and the time of its last change.
+
+    Args:
+        path: A file.
 
     Raises:
         UserError: If there is no such file.
@@ -141,6 +158,9 @@ def read_image(path: Path) -> np.ndarray:
     Args:
         path: The file.
 
+    Returns:
+        uint8 [H, W, 3].
+
     Raises:
         UserError: If the file is missing, damaged or of a mode that has no meaning in 8 bits.
     """
@@ -182,6 +202,12 @@ def read_sample(data: ProbeData, sample: Sample) -> tuple[np.ndarray, np.ndarray
 
 def check_sizes(data: ProbeData, sample: Sample, image: tuple[int, ...], target: tuple[int, ...]) -> None:
     """Checks that photo and truth go together.
+
+    Args:
+        data: Says which sizes may differ.
+        sample: For the sentence.
+        image: Height and width of the photo, pixels.
+        target: Height and width of the truth, pixels.
 
     Raises:
         UserError: If they differ in size where the data set does not allow it, or in shape.

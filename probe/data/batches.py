@@ -19,18 +19,34 @@ def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
 
 
 def sample_index(seed: int, number: int, count: int) -> int:
-    """Returns which of ``count`` samples the ``number``-th of the whole training is: epochs of permutations."""
+    """Returns which of ``count`` samples the ``number``-th of the whole training is: epochs of permutations.
+
+    Args:
+        seed: Of the order.
+        number: Of the sample in the whole training, from 0.
+        count: Samples of the data set.
+    """
     epoch, place = divmod(number, count)
     return int(_permutation(seed, epoch, count)[place])
 
 
 def sample_rng(seed: int, number: int) -> np.random.Generator:
-    """Returns the random generator of the ``number``-th sample of the whole training."""
+    """Returns the random generator of the ``number``-th sample of the whole training.
+
+    Args:
+        seed: Of the training.
+        number: Of the sample in the whole training, from 0.
+    """
     return np.random.default_rng(np.random.SeedSequence([seed, number, 1]))
 
 
 def local_numbers(step: int, batch_size: int) -> list[int]:
-    """Returns the numbers of this process's samples in a step: a contiguous share of the step's."""
+    """Returns the numbers of this process's samples in a step: a contiguous share of the step's.
+
+    Args:
+        step: From 0.
+        batch_size: Samples of a step over all processes, a multiple of their number.
+    """
     share = batch_size // world_size()
     first = step * batch_size + rank() * share
     return list(range(first, first + share))
@@ -94,6 +110,14 @@ def training_batches(
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Yields this process's batches of the steps from ``start`` to ``stop``.
 
+    Args:
+        samples: By number, read and augmented by whoever asks.
+        start: First step, from 0.
+        stop: The step after the last.
+        batch_size: Samples of a step over all processes.
+        workers: Processes that read ahead; 0 for none.
+        pin: Whether batches go into page-locked memory.
+
     Raises:
         UserError: If a sample cannot be read.
     """
@@ -117,6 +141,11 @@ def ordered_samples(
     make: Callable[[int], dict[str, Any]], indices: list[int], workers: int
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yields (index, sample) one by one, read ahead by workers.
+
+    Args:
+        make: Takes an index to its sample.
+        indices: In the order wanted.
+        workers: Processes that read ahead; 0 for none.
 
     Raises:
         UserError: If a sample cannot be read.

@@ -13,8 +13,11 @@ class DataChoice:
     """A data set on disk and how to read it."""
 
     dataset: DatasetName
+    """Layout of the folder."""
     data: Path
+    """The folder."""
     kind: Kind
+    """Which truth is wanted."""
     split_file: tuple[Path, Path] | None = None
     """Own lists of training and test samples."""
     depth_scale: float | None = None

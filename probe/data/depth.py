@@ -28,7 +28,14 @@ _NYU_INTRINSICS = (518.85790117, 519.46961112, 325.58244941, 253.73616633)
 
 
 def nyuv2(choice: DataChoice) -> ProbeData:
-    """NYUv2 depth: 24,231 / 654 photos of 640x480, millimetres, cap 10 m."""
+    """Finds NYUv2 depth: 24,231 / 654 photos of 640x480, millimetres, cap 10 m.
+
+    Args:
+        choice: The folder and how to read it.
+
+    Returns:
+        Training and test samples.
+    """
     train, test = (
         samples_from_pairs(lines, choice.data, folders, folders, source, _LAYOUTS["nyuv2"])
         for (source, lines), folders in zip(
@@ -40,7 +47,14 @@ def nyuv2(choice: DataChoice) -> ProbeData:
 
 
 def kitti(choice: DataChoice) -> ProbeData:
-    """KITTI with Eigen's split: 23,158 / 652 photos, cap 80 m."""
+    """Finds KITTI with Eigen's split: 23,158 / 652 photos, cap 80 m.
+
+    Args:
+        choice: The folder and how to read it.
+
+    Returns:
+        Training and test samples.
+    """
     splits = []
     for source, lines in _official(choice, "kitti_eigen_train", "kitti_eigen_test"):
         splits.append(samples_from_pairs(lines, choice.data, ("", "input"), _KITTI_TRUTH, source, _LAYOUTS["kitti"]))
@@ -48,7 +62,14 @@ def kitti(choice: DataChoice) -> ProbeData:
 
 
 def scannet(choice: DataChoice) -> ProbeData:
-    """ScanNet depth: millimetres, cap 10 m."""
+    """Finds ScanNet depth: millimetres, cap 10 m.
+
+    Args:
+        choice: The folder and how to read it.
+
+    Returns:
+        Training and test samples.
+    """
     layout = _LAYOUTS["scannet"]
     named = [choice.data / f"scannet_{name}.txt" for name in ("train", "val")]
     if all(path.is_file() for path in named) or (choice.split_file and _lists_pairs(choice.split_file[0])):
@@ -59,7 +80,14 @@ def scannet(choice: DataChoice) -> ProbeData:
 
 
 def scannetpp(choice: DataChoice) -> ProbeData:
-    """ScanNet++ depth rendered from the meshes: millimetres, cap 20 m."""
+    """Finds ScanNet++ depth rendered from the meshes: millimetres, cap 20 m.
+
+    Args:
+        choice: The folder and how to read it.
+
+    Returns:
+        Training and test samples.
+    """
     named = [choice.data / f"scannetpp_{name}.txt" for name in ("train", "val")]
     return _listed(choice, "ScanNet++", named, _LAYOUTS["scannetpp"], 20.0)
 

@@ -30,8 +30,11 @@ class PosedFrame:
     """One photo of a scene."""
 
     image: Path
+    """The photo."""
     depth: Path | None
+    """PNG of depths; None where there is none."""
     semantics: Path | None
+    """PNG of class ids; None where there is none."""
     intrinsics: tuple[float, float, float, float]
     """fx, fy, cx, cy in pixels, pixel centres at +0.5."""
     size: tuple[int, int]
@@ -45,7 +48,9 @@ class PosedScene:
     """A scene: its frames in the order of the file, and the depths' unit."""
 
     name: str
+    """Of the scene's folder."""
     frames: tuple[PosedFrame, ...]
+    """In the order of the file."""
     depth_scale: float
     """PNG units in a metre."""
 
@@ -101,7 +106,14 @@ _LABELS_SEARCHED = 500
 
 
 def folder(choice: DataChoice) -> ProbeData:
-    """``SPLIT/`` photos beside ``SPLITannot/`` (segmentation) or ``SPLITdepth/``, for train, test and maybe val."""
+    """Pairs ``SPLIT/`` photos with ``SPLITannot/`` (segmentation) or ``SPLITdepth/``, for train, test and maybe val.
+
+    Args:
+        choice: The folder and how to read it.
+
+    Returns:
+        Training and test samples.
+    """
     suffix = "annot" if choice.kind == "segmentation" else "depth"
     layout = f"DATA/{{train,test}}/ photos beside DATA/{{train,test}}{suffix}/ PNGs of the same names; val is optional"
     splits: dict[str, list[Sample]] = {}
@@ -136,7 +148,14 @@ def folder(choice: DataChoice) -> ProbeData:
 
 
 def rooms(choice: DataChoice) -> ProbeData:
-    """Rooms of ``fit3d-rooms``, split by room; or a single scene in nerfstudio's format, split by time."""
+    """Splits rooms of ``fit3d-rooms`` by room, or a single scene in nerfstudio's format by time.
+
+    Args:
+        choice: The folder and how to read it.
+
+    Returns:
+        Training and test samples.
+    """
     scenes = _scenes(choice.data)
     field = "semantics" if choice.kind == "segmentation" else "depth"
     samples = [_frames(scene, field, choice.data) for scene in scenes]

@@ -77,6 +77,13 @@ def left_out_note(left_out: Counter[str]) -> tuple[str, ...]:
 def read_lines(path: Path, flag: str) -> list[str]:
     """Reads the lines of a list file that are not empty.
 
+    Args:
+        path: The list, a text file.
+        flag: By which the user names it, for the sentence.
+
+    Returns:
+        The lines, stripped.
+
     Raises:
         UserError: If it cannot be read as text or holds nothing.
     """

@@ -19,14 +19,31 @@ _LAYOUTS = {
 
 
 def ade20k(choice: DataChoice) -> ProbeData:
-    """ADE20K scene parsing: 150 classes, 20,210 / 2,000 photos."""
+    """Finds ADE20K scene parsing: 150 classes, 20,210 / 2,000 photos.
+
+    Args:
+        choice: The folder and how to read it.
+
+    Returns:
+        Training and test samples.
+    """
     root = _below(choice.data, "ADEChallengeData2016")
     rule = LabelRule(150, zero_is_ignored=True)
     return _mmseg(choice, root, "ADE20K", ADE20K_CLASSES, rule)
 
 
 def voc(choice: DataChoice) -> ProbeData:
-    """Pascal VOC 2012: 20 classes and the background, 1,464 / 1,449 photos (not the augmented list)."""
+    """Finds Pascal VOC 2012: 20 classes and the background, 1,464 / 1,449 photos (not the augmented list).
+
+    Args:
+        choice: The folder and how to read it.
+
+    Returns:
+        Training and test samples.
+
+    Raises:
+        UserError: If the layout is another one.
+    """
     layout = _LAYOUTS["voc"]
     root = _below(choice.data, "VOCdevkit/VOC2012", "VOC2012")
     lists = root / "ImageSets" / "Segmentation"
@@ -43,7 +60,14 @@ def voc(choice: DataChoice) -> ProbeData:
 
 
 def nyuv2(choice: DataChoice) -> ProbeData:
-    """NYUv2 with 13 classes, 795 / 654 photos."""
+    """Finds NYUv2 with 13 classes, 795 / 654 photos.
+
+    Args:
+        choice: The folder and how to read it.
+
+    Returns:
+        Training and test samples.
+    """
     rule = LabelRule(13, zero_is_ignored=True)
     root = choice.data
     if choice.split_file is None and (root / "train_rgb").is_dir():
@@ -58,7 +82,14 @@ def nyuv2(choice: DataChoice) -> ProbeData:
 
 
 def scannet(choice: DataChoice) -> ProbeData:
-    """ScanNet with the 40 classes of NYU (as the paper), or with its own benchmark's 20."""
+    """Finds ScanNet with the 40 classes of NYU (as the paper), or with its own benchmark's 20.
+
+    Args:
+        choice: The folder and how to read it.
+
+    Returns:
+        Training and test samples.
+    """
     names, rule = NYU40_CLASSES, LabelRule(40, zero_is_ignored=True)
     if choice.classes == "scannet20":
         names = tuple(names[value - 1] for value in SCANNET20_IDS)
@@ -73,7 +104,14 @@ def scannet(choice: DataChoice) -> ProbeData:
 
 
 def scannetpp(choice: DataChoice) -> ProbeData:
-    """ScanNet++ with 100 classes."""
+    """Finds ScanNet++ with 100 classes.
+
+    Args:
+        choice: The folder and how to read it.
+
+    Returns:
+        Training and test samples.
+    """
     shifted = choice.scannetpp_labels == "shifted"
     rule = LabelRule(100, zero_is_ignored=shifted)
     return _mmseg(choice, choice.data, "ScanNet++", SCANNETPP_CLASSES, rule)

@@ -52,11 +52,20 @@ class Bootstrap:
         }
 
     def score(self, row: str) -> Interval:
-        """Returns a row's score."""
+        """Returns a row's score.
+
+        Args:
+            row: Name of a row.
+        """
         return _interval(self._values[row])
 
     def difference(self, row: str, baseline: str) -> Interval:
-        """Returns by how much a row's score is above another's."""
+        """Returns by how much a row's score is above another's.
+
+        Args:
+            row: Name of a row.
+            baseline: Name of the row to compare with.
+        """
         return _interval(self._values[row] - self._values[baseline])
 
 

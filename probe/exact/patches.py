@@ -29,6 +29,7 @@ class Unit:
     """A row of the table for one of its students."""
 
     row: Row
+    """Of the table."""
     partner: str | None
     """The student's name; None where only the original is taken."""
 
@@ -39,7 +40,16 @@ class Unit:
 
 
 def row_tokens(assembly: Assembly, original: Tensor | None, tuned: Tensor | None) -> Tensor:
-    """Assembles tokens [P, C] or [B, C, h, w] of two backbones, in float32."""
+    """Assembles tokens [P, C] or [B, C, h, w] of two backbones, in float32.
+
+    Args:
+        assembly: How the two are put together.
+        original: Tokens of the original, [P, C] or [B, C, h, w]; None where they are not taken.
+        tuned: Tokens of the fine-tuned backbone, likewise.
+
+    Returns:
+        float32, of the assembly's width.
+    """
     outputs = [None if tokens is None else BackboneOutput(tokens.float(), None) for tokens in (original, tuned)]
     return assemble(assembly, *outputs).patch_tokens
 
@@ -111,7 +121,16 @@ class TrainingPatches:
         self._dtype = next((dtype for dtype in dtypes if 2 * count * width * dtype.itemsize < free), None)
 
     def sums(self, names: Sequence[str], held: bool, num_targets: int) -> GramSums:
-        """Sums tokens of some backbones beside each other, with their truth, over all processes."""
+        """Sums tokens of some backbones beside each other, with their truth, over all processes.
+
+        Args:
+            names: Of the backbones.
+            held: Whether over the held-out photos, instead of the others.
+            num_targets: Numbers T of a patch's truth.
+
+        Returns:
+            Sums of products over all processes.
+        """
         sums = GramSums.zeros(self._width * len(names), num_targets, self._device)
         for tokens, truth in self._pass(names, held):
             sums.add(torch.cat([tokens[name].float() for name in names], 1), truth)
@@ -119,7 +138,12 @@ class TrainingPatches:
         return sums
 
     def batches(self, unit: Unit, held: bool) -> Batches:
-        """Returns the passes over a row's tokens and their truth."""
+        """Returns the passes over a row's tokens and their truth.
+
+        Args:
+            unit: The row and its student.
+            held: Whether over the held-out photos, instead of the others.
+        """
         names = [ORIGINAL] if unit.row.assembly != "tuned" else []
         names += [unit.partner] if unit.partner else []
 
@@ -131,7 +155,11 @@ class TrainingPatches:
         return start
 
     def release(self, name: str) -> None:
-        """Forgets a backbone's tokens, if they are in memory."""
+        """Forgets a backbone's tokens, if they are in memory.
+
+        Args:
+            name: Of the backbone.
+        """
         for held in (False, True):
             self._tokens.pop((name, held), None)
 

@@ -26,6 +26,7 @@ class Partner:
     group: str
     """Students of one recipe, which differ in their seed alone, share rows."""
     role: Literal["tuned", "control"]
+    """Which flag named it."""
     found: FineTuned
     """Where its weights are, and what its card says."""
 
@@ -88,6 +89,10 @@ def note_in_model_cards(partners: Sequence[Partner], title: str, table: Path) ->
 
 def require_one_each(partners: Sequence[Partner], probe: str) -> None:
     """Refuses several students of one group where a probe cannot take a mean over them.
+
+    Args:
+        partners: All fine-tuned backbones of the table.
+        probe: What cannot, for the sentence.
 
     Raises:
         UserError: If there are.

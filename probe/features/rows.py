@@ -33,7 +33,9 @@ class Row:
     """A row of the table: an assembly, and which fine-tuned backbone it takes."""
 
     name: str
+    """Unique in the table."""
     assembly: Assembly
+    """How features are put together."""
     partner: str | None = None
     """Name of the fine-tuned backbone, or of its group; None where only the original is taken."""
 
@@ -73,9 +75,14 @@ def choose_rows(assemblies: Sequence[Assembly] | None, partners: Sequence[Partne
 def choose_untrained_rows(
     assemblies: Sequence[Assembly] | None, partners: Sequence[Partner], probe: str
 ) -> tuple[Row, ...]:
-    """Returns the rows of a probe that trains nothing; arguments and errors as for `choose_rows`.
+    """Returns the rows of a probe that trains nothing; errors as of `choose_rows`.
 
     By default without `linear`, which is trained, and `duplicate`, whose cosines are the original's.
+
+    Args:
+        assemblies: The user's choice; None for all that can be made.
+        partners: All fine-tuned backbones.
+        probe: Which probe, for the sentence.
 
     Raises:
         UserError: If `linear` is asked for.
@@ -90,7 +97,12 @@ class FrozenBackbones:
     """The original and the fine-tuned backbones, run once per batch whatever the number of rows."""
 
     def __init__(self, backbones: dict[str, Backbone], precision: Precision) -> None:
-        """Takes backbones by name, ``original`` or a partner's; they must share width and patch size."""
+        """Takes backbones by name, ``original`` or a partner's; they must share width and patch size.
+
+        Args:
+            backbones: By name, ``original`` or a partner's; they share width and patch size.
+            precision: Of their computation on CUDA.
+        """
         self._backbones = backbones
         self._precision: Precision = precision
         first = next(iter(backbones.values()))
@@ -123,19 +135,41 @@ class FrozenBackbones:
 
 
 def row_features(row: Row, features: dict[str, BackboneOutput]) -> BackboneOutput:
-    """Assembles a row's features."""
+    """Assembles a row's features.
+
+    Args:
+        row: Of the table.
+        features: Of each backbone by name.
+
+    Returns:
+        Of the row's width.
+    """
     return assemble(row.assembly, features.get("original"), features[row.partner] if row.partner else None)
 
 
 def row_width(row: Row, width: int) -> int:
-    """Returns the channels of a row's patch tokens, given the backbone's."""
+    """Returns the channels of a row's patch tokens, given the backbone's.
+
+    Args:
+        row: Of the table.
+        width: Channels C of a backbone.
+    """
     return assembled_width(row.assembly, width)
 
 
 def centre_pad(
     images: Float[Tensor, "B 3 H W"], patch_size: int, fill: Float[Tensor, "1 3 1 1"]
 ) -> Float[Tensor, "B 3 H2 W2"]:
-    """Pads images to multiples of the patch size, half on each side, with a colour."""
+    """Pads images to multiples of the patch size, half on each side, with a colour.
+
+    Args:
+        images: RGB, any range.
+        patch_size: Of the backbone, pixels.
+        fill: The colour, in the images' range.
+
+    Returns:
+        Images whose sides are multiples of the patch size.
+    """
     height, width = images.shape[-2:]
     (top, rows), (left, columns) = even_padding(height, patch_size), even_padding(width, patch_size)
     if not rows and not columns:
@@ -146,7 +180,12 @@ def centre_pad(
 
 
 def even_padding(side: int, patch_size: int) -> tuple[int, int]:
-    """Returns the pixels that `centre_pad` puts before a side, and before and after together."""
+    """Returns the pixels that `centre_pad` puts before a side, and before and after together.
+
+    Args:
+        side: Pixels.
+        patch_size: Of the backbone, pixels.
+    """
     total = -side % patch_size
     return total // 2, total
 

@@ -116,7 +116,14 @@ class FeatureStore:
         return {name: BackboneOutput(tensors[f"{name}.patch_tokens"], tensors.get(f"{name}.cls")) for name in names}
 
     def load_target(self, index: int) -> np.ndarray:
-        """Reads the truth of a photo, at the size of the features' photo, where it was stored."""
+        """Reads the truth of a photo, at the size of the features' photo, where it was stored.
+
+        Args:
+            index: Of the photo, in the list.
+
+        Returns:
+            [H, W] or [H, W, 3], as the task reads it.
+        """
         return self._handle(index // SHARD)[_TARGET][index % SHARD].numpy()
 
     def shards(self) -> range:
@@ -125,6 +132,9 @@ class FeatureStore:
 
     def load_shard(self, shard: int) -> tuple[range, dict[str, Tensor]]:
         """Reads a shard as it is stored.
+
+        Args:
+            shard: Its number, from 0.
 
         Returns:
             The places of its photos in the list; half-precision patch tokens [photos, C, h, w] of the photos

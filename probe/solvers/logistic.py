@@ -141,6 +141,9 @@ def choose_logistic(
         decays: To choose from.
         tolerance: See `fit_logistic`.
         advance: Called after every pass over the patches.
+
+    Returns:
+        The chosen decay, its map, and every decay's score.
     """
     scores: dict[float, float] = {}
     last: LinearMap | None = None
@@ -179,6 +182,9 @@ def approach_logistic(
         decays: To come by, as far as they are stronger.
         tolerance: See `fit_logistic`.
         advance: Called after every pass over the patches.
+
+    Returns:
+        The fit, and whether it converged.
     """
     last: LinearMap | None = None
     for rough in sorted({decay, *(one for one in decays if one > decay)}, reverse=True):

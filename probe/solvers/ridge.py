@@ -24,7 +24,9 @@ class LinearMap(NamedTuple):
     """An affine map of raw, unstandardised tokens."""
 
     weight: Float[Tensor, "K C"]
+    """[K, C]."""
     bias: Float[Tensor, " K"]
+    """[K]."""
 
     def __call__(self, tokens: Float[Tensor, "B C h w"]) -> Float[Tensor, "B K h w"]:
         """Returns logits, log depth or normals on the patch grid, in float32."""
@@ -91,7 +93,11 @@ class GramSums:
             sum_over_processes(getattr(self, one.name))
 
     def of(self, matrix: Float[Tensor, "C2 C"]) -> GramSums:
-        """Returns the sums of linearly mapped tokens, such as one half of them or the sum of two halves."""
+        """Returns the sums of linearly mapped tokens, such as one half of them or the sum of two halves.
+
+        Args:
+            matrix: [C2, C], by which tokens are multiplied.
+        """
         matrix = matrix.to(self.xx)
         return GramSums(self.count, matrix @ self.x, self.y, matrix @ self.xx @ matrix.T, matrix @ self.xy, self.yy)
 
@@ -139,7 +145,12 @@ def fit_ridge(sums: GramSums, decay: float) -> LinearMap:
 
 
 def mean_squared_error(sums: GramSums, linear: LinearMap) -> float:
-    """Returns the error of a map on the patches of some sums, averaged over patches, summed over targets."""
+    """Returns the error of a map on the patches of some sums, averaged over patches, summed over targets.
+
+    Args:
+        sums: Of the patches, with their truth.
+        linear: The map that is judged.
+    """
     weight, bias = linear.weight.to(sums.xx), linear.bias.to(sums.xx)
     explained = (weight.T * (sums.xy - 0.5 * sums.xx @ weight.T - torch.outer(sums.x, bias))).sum()
     rest = sums.yy.sum() - 2 * (bias @ sums.y) + sums.count * bias.square().sum()
@@ -178,12 +189,26 @@ def choose_ridge(training: GramSums, held_out: GramSums, decays: Sequence[float]
 
 
 def pieces(tokens: Tensor) -> list[slice]:
-    """Returns the parts of tokens [P, C] that are multiplied at once."""
+    """Returns the parts of tokens [P, C] that are multiplied at once.
+
+    Args:
+        tokens: [P, C]; whole on CUDA, in parts of bounded size on the CPU.
+    """
     size = len(tokens) if tokens.is_cuda else _CHUNK
     return [slice(start, start + size) for start in range(0, len(tokens), max(1, size))]
 
 
 def unstandardized(weight: Tensor, bias: Tensor, mean: Tensor, scale: Tensor) -> LinearMap:
-    """Turns a map [K, C] of standardised tokens into one of raw tokens."""
+    """Turns a map [K, C] of standardised tokens into one of raw tokens.
+
+    Args:
+        weight: [K, C], of standardised tokens.
+        bias: [K], likewise.
+        mean: [C], of the tokens.
+        scale: [C], by which centred tokens are multiplied.
+
+    Returns:
+        The same map of raw tokens.
+    """
     weight = weight * scale
     return LinearMap(weight, bias - weight @ mean)

@@ -25,6 +25,7 @@ class TokenAndClassTask(Task[CropRecipe]):
     norm = False
     higher_is_better = False
     outputs: int
+    """Channels of the head."""
 
     def make_head(self, width: int, cls_width: int, fuse: bool) -> nn.Module:
         """Makes a `TokenAndClassHead`."""

@@ -20,10 +20,14 @@ _MEAN_WEIGHT = 0.15
 
 
 def cross_entropy(logits: Float[Tensor, "B K *place"], labels: Int[Tensor, "B *place"]) -> Float[Tensor, ""]:
-    """Cross-entropy summed over labelled pixels and divided by the number of all pixels, the ignored ones included.
+    """Returns the cross-entropy of labelled pixels, divided by the number of all pixels, the ignored ones included.
 
     mmsegmentation's default (``avg_non_ignore=False``), and so the paper's: batches with many ignored pixels weigh
     less.
+
+    Args:
+        logits: Of K classes.
+        labels: Class ids; `IGNORE` where there are none.
     """
     return F.cross_entropy(logits, labels.long(), ignore_index=IGNORE, reduction="sum") / labels.numel()
 
@@ -62,12 +66,17 @@ def scale_invariant(
 
 
 def log_gradient(depth: Float[Tensor, "B H W"], truth: Float[Tensor, "B H W"], scales: int = 4) -> Float[Tensor, ""]:
-    """Mean absolute difference of neighbouring log-depth errors, at strides 1, 2, 4, 8, over pairs of valid pixels.
+    """Returns the mean absolute difference of neighbouring log-depth errors over pairs of valid pixels.
 
     Each image has its own mean, and images without such pairs count as 0.
 
     The references' version takes its differences along batch and channel instead of rows and columns, so that it is
     zero, with zero gradient, for up to two images; this one does what was meant, and no published recipe uses it.
+
+    Args:
+        depth: Predicted, metres, above 0.
+        truth: Metres, 0 where there is none.
+        scales: How many strides: 1, 2, 4, 8 ...
     """
     total = depth.sum() * 0.0
     valid = truth > 0
@@ -87,7 +96,12 @@ def log_gradient(depth: Float[Tensor, "B H W"], truth: Float[Tensor, "B H W"], s
 
 
 def normal_distance(normals: Float[Tensor, "B 3 *place"], truth: Float[Tensor, "B 3 *place"]) -> Float[Tensor, ""]:
-    """Mean of 1 - cosine over each image's pixels with a normal (a vector that is not zero), then over images."""
+    """Returns the mean of 1 - cosine over each image's pixels with a normal, then over images.
+
+    Args:
+        normals: Predicted, of any length.
+        truth: Unit vectors; zero where there are none.
+    """
     valid = truth.square().sum(1) > 0.25
     cosine = F.cosine_similarity(normals, truth, dim=1)
     return (((1 - cosine) * valid).flatten(1).sum(1) / valid.flatten(1).sum(1).clamp_min(1)).mean()
@@ -105,6 +119,9 @@ def can_compile(device: torch.device) -> bool:
 
     It needs triton, a C compiler with Python's headers, and a GPU that triton knows. Where one is missing, a warning
     says so.
+
+    Args:
+        device: On which would be computed.
     """
     if device.type != "cuda" or os.environ.get("TORCH_COMPILE_DISABLE") == "1":
         return False
@@ -170,7 +187,12 @@ class Cells(NamedTuple):
 
 
 def cell_cross_entropy(logits: Float[Tensor, "B K h w"], labels: Labels) -> Float[Tensor, ""]:
-    """`full_resolution_cross_entropy` cell by cell, which is worth its while only where it is compiled."""
+    """Returns `full_resolution_cross_entropy`, computed cell by cell: worth its while only where it is compiled.
+
+    Args:
+        logits: On the patch grid.
+        labels: Class ids; `IGNORE` where there are none.
+    """
     rows = _cells(logits.shape[2], labels.shape[1], logits.device)
     columns = _cells(logits.shape[3], labels.shape[2], logits.device)
     outside = ~(rows.inside[:, None, :, None] & columns.inside[None, :, None, :])

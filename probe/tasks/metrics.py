@@ -24,7 +24,11 @@ class SegmentationMetric(MulticlassConfusionMatrix):
     """Confusion matrix of all pixels with a label, and what follows from it."""
 
     def __init__(self, num_classes: int) -> None:
-        """Starts with no pixel seen."""
+        """Starts with no pixel seen.
+
+        Args:
+            num_classes: Class ids run from 0 to one less.
+        """
         # Checking the values would look for the distinct ones of every photo and row.
         super().__init__(num_classes, ignore_index=IGNORE, validate_args=False)
 
@@ -173,7 +177,12 @@ def segmentation_scores(sums: Float[Tensor, "*choices S"]) -> dict[str, Tensor]:
 def depth_sums(
     depth: Float[Tensor, "H W"], truth: Float[Tensor, "H W"], valid: Bool[Tensor, "H W"]
 ) -> Float[Tensor, " S"]:
-    """Sums a photo's depth errors over its pixels; arguments as for `DepthMetric.update`.
+    """Sums a photo's depth errors over its pixels.
+
+    Args:
+        depth: Predicted, metres, above 0.
+        truth: Metres.
+        valid: Which pixels count.
 
     Returns:
         float64: the number of pixels, then the sums behind each of `DEPTH_METRICS`.
@@ -186,7 +195,14 @@ def depth_sums(
 
 
 def depth_scores(sums: Float[Tensor, "*choices S"]) -> dict[str, Tensor]:
-    """Computes `DEPTH_METRICS` over all pixels from `depth_sums` over any photos."""
+    """Computes `DEPTH_METRICS` over all pixels from `depth_sums` over any photos.
+
+    Args:
+        sums: Of `depth_sums`, added over photos.
+
+    Returns:
+        By name, of the shape ``choices``.
+    """
     scores = dict(zip(DEPTH_METRICS, (sums[..., 1:] / sums[..., :1]).unbind(-1)))
     return {name: value.sqrt() if name in ("rmse", "rmse_log") else value for name, value in scores.items()}
 
@@ -194,7 +210,12 @@ def depth_scores(sums: Float[Tensor, "*choices S"]) -> dict[str, Tensor]:
 def normal_sums(
     normals: Float[Tensor, "3 H W"], truth: Float[Tensor, "3 H W"], valid: Bool[Tensor, "H W"]
 ) -> Float[Tensor, " S"]:
-    """Sums a photo's angles over its pixels; arguments as for `NormalMetric.update`.
+    """Sums a photo's angles over its pixels.
+
+    Args:
+        normals: Predicted unit vectors.
+        truth: Unit vectors.
+        valid: Which pixels count.
 
     Returns:
         float64: the number of pixels, then the sums behind each of `NORMAL_METRICS`.
@@ -206,7 +227,14 @@ def normal_sums(
 
 
 def normal_scores(sums: Float[Tensor, "*choices S"]) -> dict[str, Tensor]:
-    """Computes `NORMAL_METRICS` over all pixels from `normal_sums` over any photos."""
+    """Computes `NORMAL_METRICS` over all pixels from `normal_sums` over any photos.
+
+    Args:
+        sums: Of `normal_sums`, added over photos.
+
+    Returns:
+        By name, of the shape ``choices``.
+    """
     scores = dict(zip(NORMAL_METRICS, (sums[..., 1:] / sums[..., :1]).unbind(-1)))
     return {name: value.sqrt() if name == "rmse_angle" else value for name, value in scores.items()}
 

@@ -46,6 +46,11 @@ def patch_means(values: np.ndarray, valid: np.ndarray, grid: tuple[int, int]) ->
 
 
 def patch_numbers(size: tuple[int, ...], grid: tuple[int, int]) -> np.ndarray:
-    """Returns the number of the patch that each pixel's centre lies in, int64 [H, W], row by row."""
+    """Returns the number of the patch that each pixel's centre lies in, int64 [H, W], row by row.
+
+    Args:
+        size: Height and width of the truth, pixels.
+        grid: Height and width of the grid, patches.
+    """
     rows, columns = (((2 * np.arange(pixels) + 1) * cells) // (2 * pixels) for pixels, cells in zip(size, grid))
     return rows[:, None] * grid[1] + columns

@@ -23,7 +23,12 @@ class SegmentationTask(Task[SegmentationRecipe]):
     higher_is_better = True
 
     def __init__(self, data: ProbeData, recipe: SegmentationRecipe | None = None) -> None:
-        """Takes the data set and the recipe, see `Task`."""
+        """Takes the data set and the recipe, see `Task`.
+
+        Args:
+            data: With names of classes.
+            recipe: None where nothing is trained.
+        """
         super().__init__(data, recipe)
         self.num_outputs = len(data.classes)
         self._colors = np.array(data.colors or class_colors(len(data.classes)), np.uint8)
@@ -118,9 +123,14 @@ class SegmentationTask(Task[SegmentationRecipe]):
 
 
 def sliding_windows(size: tuple[int, int], window: int, stride: int) -> list[tuple[slice, slice]]:
-    """Returns windows of one size (smaller than ``window`` where the photo is) that cover a photo of (H, W) pixels.
+    """Returns windows of one size that cover a photo.
 
     The last of a row or column is moved back inside, so that it overlaps the one before by more.
+
+    Args:
+        size: Height and width of the photo, pixels.
+        window: Side of a window, pixels; smaller where the photo is.
+        stride: From window to window, pixels.
     """
     starts = []
     for length in size:

@@ -48,7 +48,9 @@ class PosedPhoto:
     image: np.ndarray
     """uint8 [H, W, 3]."""
     view: SurfaceView
+    """Its camera and depth."""
     name: str
+    """Of the photo's file."""
 
 
 def run_correspondence(config: CorrespondenceConfig) -> None:
@@ -106,7 +108,7 @@ def load_photos(scene: PosedScene, long_side: int) -> list[PosedPhoto]:
     """Reads a scene's photos and depths.
 
     Args:
-        scene: The scene.
+        scene: Of `read_posed_scene`.
         long_side: Photos are shrunk to this long side at most, pixels, and their intrinsics with them.
 
     Returns:

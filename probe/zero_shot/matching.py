@@ -88,6 +88,11 @@ def same_place_errors(a: SurfaceView, b: SurfaceView, grid: tuple[int, int]) -> 
     """Returns the errors, in pixels, of matching every point with depth to the same place in the other photo.
 
     Features that tell places of the picture rather than of the scene apart come close to this.
+
+    Args:
+        a: View whose points are matched.
+        b: The other view.
+        grid: Height and width of the grid of points.
     """
     points, depth = _grid_depth(a, grid)
     points, depth = points[depth > 0], depth[depth > 0]
@@ -120,13 +125,23 @@ def features_on_grid(
 
 
 def recall(errors: Sequence[Tensor], pixels: float) -> float | None:
-    """Returns the mean over pairs of the share of matches within some pixels; None without a pair."""
+    """Returns the mean over pairs of the share of matches within some pixels; None without a pair.
+
+    Args:
+        errors: Of each pair of views, pixels.
+        pixels: Largest error that counts as found.
+    """
     shares = [float((error < pixels).float().mean()) for error in errors if error.numel()]
     return sum(shares) / len(shares) if shares else None
 
 
 def relative_angle(first: SurfaceView, second: SurfaceView) -> float:
-    """Returns the angle between two cameras' orientations, degrees."""
+    """Returns the angle between two cameras' orientations, degrees.
+
+    Args:
+        first: Any view.
+        second: Any other.
+    """
     rotation = second.viewmat[:3, :3].double() @ first.viewmat[:3, :3].double().T
     return math.degrees(math.acos(max(-1.0, min(1.0, (float(rotation.trace()) - 1) / 2))))
 

@@ -120,6 +120,13 @@ def build_memory(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Collects patches of the training photos that have a label, as many from each photo.
 
+    Args:
+        config: The user's choices.
+        data: With training photos.
+        rows: Of the table.
+        backbones: Run on each photo once.
+        device: Where features are computed.
+
     Returns:
         By row: unit features [M, C], and the share of each class among the patch's labelled pixels [M, K].
     """

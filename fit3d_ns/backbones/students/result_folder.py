@@ -87,7 +87,6 @@ def read_card(folder: Path) -> dict[str, Any]:
 
     Raises:
         UserError: If there is no card, or it is damaged.
-        DamagedFile: If a field is missing or of another type.
     """
     path = folder / CARD_NAME
     try:
