@@ -60,7 +60,11 @@ class ManyScenesConfig:
 
 
 def main(config: ManyScenesConfig) -> None:
-    """Makes the rooms, runs both loops and writes what was seen."""
+    """Makes the rooms, runs both loops and writes what was seen.
+
+    Args:
+        config: The user's choices.
+    """
     with tempfile.TemporaryDirectory() as temporary:
         root = config.work_dir or Path(temporary)
         scenes = root / "scenes"

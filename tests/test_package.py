@@ -8,17 +8,16 @@ import zipfile
 from email import message_from_bytes
 from fnmatch import fnmatch
 from html.parser import HTMLParser
-from pathlib import Path
 from runpy import run_path
 
 import markdown
 import pytest
 import timm
+from paths import ROOT
 
 from fit3d_ns.backbones.registry import FOCUS_NAME, NAMED_BACKBONES
 from fit3d_ns.backbones.students.published import PUBLISHED_BACKBONES
 
-ROOT = Path(__file__).parents[1]
 PACKAGES = ("fit3d_ns", "fit3d_rooms", "fit3d_loop", "distill", "probe")
 BESIDE = ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "NOTICE", "CHANGELOG.md", "CITATION.cff")
 BUILD = "import sys; from setuptools import build_meta; getattr(build_meta, sys.argv[1])(sys.argv[2])"

@@ -16,7 +16,7 @@ from fit3d_loop.config import LoopConfig
 from fit3d_loop.loop import run_loop
 from fit3d_loop.records import ORIGINAL, Places, read_state
 from fit3d_loop.scenes import runner
-from fit3d_loop.scenes.machine import Photos
+from fit3d_loop.scenes.machine import PhotoCounts
 from fit3d_loop.scenes.runner import open_engine
 from fit3d_loop.scenes.scene_list import SceneSource
 from fit3d_loop.scenes.stages import Job
@@ -48,7 +48,7 @@ def run_jobs(folder: Path, names: str, work, monkeypatch) -> dict[str, str]:
 
     monkeypatch.setattr(runner, "work_on_scene", fake)
     config = LoopConfig(folder, folder, engine="processes", scenes_at_once=2)
-    with open_engine(config, Photos((8,) * len(names), 0.1), 1) as engine:
+    with open_engine(config, PhotoCounts((8,) * len(names), 0.1), 1) as engine:
         outcomes = engine.run(make_jobs(folder, names), lambda done: None)
     return {outcome.job.source.name: outcome.result for outcome in outcomes}
 
