@@ -149,6 +149,8 @@ class DistillConfig:
     """Steps between two measurements of the validation scenes."""
     report_views: int = 24
     """Held-out views per scene that are measured before and after, and of a validation scene while it trains."""
+    measured_scenes: int = 32
+    """Scenes that are measured at the end, evenly spaced among those trained on, and as many validation scenes."""
     report_scenes: int = 6
     """Scenes that the report shows pictures of."""
     half: bool = False
@@ -166,7 +168,7 @@ class DistillConfig:
 _AT_LEAST_ZERO = "lora_rank weight_decay clip warmup_steps seed photo_memory workers report_scenes".split()
 _AT_LEAST_ONE = (
     "batch_size gradient_accumulation steps views_per_render render_ahead save_every keep_checkpoints log_every "
-    "report_views validate_every"
+    "report_views validate_every measured_scenes"
 ).split()
 _ABOVE_ZERO = "lr epochs scene_memory".split()
 _SHARES = "min_accumulation flip".split()

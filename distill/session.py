@@ -24,6 +24,8 @@ from fit3d_ns.backbones.students.result_folder import METRICS_NAME, write_model_
 from fit3d_ns.support.curve_log import CurveLog
 from fit3d_ns.support.errors import UserError
 from fit3d_ns.support.processes import World, wait_for_all
+from fit3d_ns.support.progress import progress
+from fit3d_ns.support.samples import evenly_spaced
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -188,9 +190,8 @@ class Session:
         )
         _LOGGER.info(f"Weights: {files[0]}")
         averages = Averages(copy.deepcopy(self.original), student, original)
-        results = [self._measure(index, averages) for index in range(len(self.scenes) + len(self.validation))]
-        first = len(self.scenes)
-        findings = Findings(results[:first], results[first:], result.losses, result.validation)
+        measured = self._measure(averages)
+        findings = Findings(*measured, result.losses, result.validation)
         write_metrics(config.output_dir, card, findings)
         write_report(config.output_dir, card, findings)
         files += [config.output_dir / METRICS_NAME, config.output_dir / "report.html"]
@@ -199,9 +200,19 @@ class Session:
         if config.push_to_hub is not None:
             _LOGGER.info(f"Uploaded to {push_to_hub(config.push_to_hub, files)}")
 
-    def _measure(self, index: int, averages: Averages) -> SceneResult:
-        pictures = 2 if index < self.config.report_scenes else 0
-        return measure_scene(self._views(index), averages, self.recipe.interpolate, pictures)
+    def _measure(self, averages: Averages) -> tuple[list[SceneResult], list[SceneResult]]:
+        """Measures some scenes that were trained on, and some validation scenes."""
+        first, count = len(self.scenes), self.config.measured_scenes
+        indices = evenly_spaced(range(first), count)
+        indices += evenly_spaced(range(first, first + len(self.validation)), count)
+        results: tuple[list[SceneResult], list[SceneResult]] = ([], [])
+        with progress("Measuring scenes", len(indices)) as advance:
+            for index in indices:
+                pictures = 2 if len(results[0]) < self.config.report_scenes and index < first else 0
+                found = measure_scene(self._views(index), averages, self.recipe.interpolate, pictures)
+                results[index >= first].append(found)
+                advance()
+        return results
 
 
 def _photo_memory(config: DistillConfig, device: torch.device) -> int:

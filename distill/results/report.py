@@ -92,17 +92,17 @@ def write_report(output_dir: Path, card: Mapping[str, Any], findings: Findings) 
         findings: Everything that was measured.
     """
     report = Report(_TITLES[card["settings"]["targets"]])
-    report.add_text(_what_was_done(card, len(findings.scenes)))
+    report.add_text(_what_was_done(card))
     report.add_heading("Before and after")
-    _add_means(report, findings.scenes, "that neither lifting nor distillation saw")
+    _add_means(report, findings.scenes, len(card["scenes"]), "that neither lifting nor distillation saw")
     if findings.validation:
         report.add_heading("On scenes that were not trained on")
-        _add_means(report, findings.validation, "of the validation scenes")
+        _add_means(report, findings.validation, None, "of the validation scenes")
     _add_siblings(report, output_dir, card, findings)
     _add_interpolation(report, card, findings)
     _add_pictures(report, findings.scenes)
     _add_training(report, findings)
-    report.add_heading("Every scene")
+    report.add_heading("Scene by scene")
     columns = [f"{name}_{when}" for name, _ in _METRICS[:3] for when in ("before", "after")]
     columns += ["view_match_target", "drift_after"]
     table = [
@@ -126,7 +126,8 @@ def write_report(output_dir: Path, card: Mapping[str, Any], findings: Findings) 
     report.write(output_dir / "report.html")
 
 
-def _what_was_done(card: Mapping[str, Any], num_scenes: int) -> str:
+def _what_was_done(card: Mapping[str, Any]) -> str:
+    num_scenes = len(card["scenes"])
     settings, teacher, amount = card["settings"], card["teacher"]["name"], card["interpolate"]
     if settings["targets"] == "lifted":
         scenes = f"{num_scenes} scene{'s' if num_scenes > 1 else ''}"
@@ -147,12 +148,14 @@ def _what_was_done(card: Mapping[str, Any], num_scenes: int) -> str:
     )
 
 
-def _add_means(report: Report, results: Sequence[SceneResult], which: str) -> None:
+def _add_means(report: Report, results: Sequence[SceneResult], num_scenes: int | None, which: str) -> None:
     held_out = all(result.held_out for result in results)
+    some = num_scenes is not None and len(results) < num_scenes
+    scenes = f"{len(results)} of the {num_scenes} scenes, evenly spaced" if some else "scenes"
     report.add_text(
-        f"Means over scenes, on views {which}."
+        f"Means over {scenes}, on views {which}."
         if held_out
-        else "Means over scenes. Some scenes have no held-out views; their training views were measured instead."
+        else f"Means over {scenes}. Some scenes have no held-out views; their training views were measured instead."
     )
     means = average(results)
     rows = [

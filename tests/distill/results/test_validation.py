@@ -170,3 +170,15 @@ def test_a_tool_that_is_missing_is_named(make_scene, make_config, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match="--vis wandb needs the package wandb"):
         distil(make_config(make_scene(), vis="wandb", steps=1))
+
+
+def test_so_many_scenes_are_measured_whatever_their_number(make_scene, make_config):
+    """What comes after training must not grow with the number of scenes."""
+    folders = [make_scene(name, seed=seed) for seed, name in enumerate("abc")]
+    config = make_config(*folders, validation_bundles=(make_scene("other", seed=9),), steps=2, measured_scenes=2)
+    distil(config)
+    metrics = json.loads((config.output_dir / "metrics.json").read_text())
+    assert [key.split()[-1] for key in metrics["scenes"]] == ["a", "c"]
+    assert len(metrics["validation"]["scenes"]) == 1
+    page = (config.output_dir / "report.html").read_text()
+    assert "Means over 2 of the 3 scenes, evenly spaced" in page and "lifted into 3 scenes" in page
