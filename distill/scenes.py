@@ -206,7 +206,7 @@ class SceneCache:
 
     Args:
         scenes: As opened; a scene's number is its place in this list.
-        world: Whose device they are needed on; all its processes must make their banks together, and choose alike.
+        world: Whose device they are needed on; all its processes must make their caches together, and choose alike.
         placement: Where they wait; ``auto`` chooses the fastest that fits.
         budget_gigabytes: Device memory for scenes; 55 % of what is free if None.
 

@@ -6,7 +6,7 @@ import logging
 import torch
 
 from distill.config import DistillConfig
-from distill.controls import ControlTargets
+from distill.control_targets import ControlTargets
 from distill.evaluation import Averages, HeldOutViews, SceneResult, Validation, measure_scene
 from distill.photo_store import PhotoStore
 from distill.prefetcher import Prefetcher

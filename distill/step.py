@@ -63,8 +63,8 @@ class DistillLoss(nn.Module):
             total_weight: Sum of the weights of the whole batch, over all parts and processes.
         """
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self._bf16):
-            features = self.student(images.float() / 255.0).patch_tokens
-        distance = (features.float() - targets.float()).abs().mean(1)
+            features = self.student(images.float() / 255.0).patch_tokens  # [B, C, h, w]
+        distance = (features.float() - targets.float()).abs().mean(1)  # [B, h, w]
         # Where a whole batch is masked out the sum is zero, and so is the loss.
         return (distance * weights).sum() / total_weight.clamp_min(1e-6)
 

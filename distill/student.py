@@ -155,7 +155,7 @@ def prepare_training(student: Backbone, config: DistillConfig) -> list[nn.Parame
         The trainable parameters.
 
     Raises:
-        UserError: If low-rank updates find no layer, or the backbone cannot recompute its activations.
+        UserError: If low-rank updates are asked for and the attention has no single layer for them.
     """
     _freeze_unused(student)
     if config.lora_rank > 0:

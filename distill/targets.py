@@ -111,7 +111,7 @@ class LiftedTargets:
             grid,
             info.feature_grid,
         )
-        opacity = F.adaptive_avg_pool2d(alpha, grid)[:, 0]
+        opacity = F.adaptive_avg_pool2d(alpha, grid)[:, 0]  # [V, h, w]
         weights = accumulation_weights(opacity, self._accumulation, self._min_accumulation)
         return Targets(maps, weights * mask_weights(held, views, grid, self._device))
 

@@ -40,7 +40,7 @@ class Camera:
 
 
 @dataclass
-class View:
+class RenderedView:
     """What a camera sees.
 
     Attributes:
@@ -161,7 +161,7 @@ class Renderer:
             samples.append(color[self.scene.glow[patch] == 0].mean(axis=1))
         self.exposure = float(target / np.quantile(np.concatenate(samples), 0.6))
 
-    def render(self, pose: np.ndarray) -> View:
+    def render(self, pose: np.ndarray) -> RenderedView:
         """Renders a view.
 
         Args:
@@ -194,7 +194,7 @@ class Renderer:
         label = np.where(faces >= 0, scene.label[scene.face_patch[faces.clip(0)]], VOID).astype(np.uint8)
         shape = (camera.height, camera.width)
         depth = np.where(faces >= 0, distance, 0.0).astype(np.float32)
-        return View(to_srgb(color).reshape(*shape, 3), depth.reshape(shape), label.reshape(shape))
+        return RenderedView(to_srgb(color).reshape(*shape, 3), depth.reshape(shape), label.reshape(shape))
 
 
 def _borders(patch: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ from fit3d_rooms.building.layout import Layout
 from fit3d_rooms.building.shell import add_openings, build_shell, make_room
 from fit3d_rooms.geometry import PackedScene, RayScene
 from fit3d_rooms.lighting import bake, make_lights
-from fit3d_rooms.rendering import Camera, Renderer, View
+from fit3d_rooms.rendering import Camera, RenderedView, Renderer
 from fit3d_rooms.surfaces.materials import PALETTES, Materials
 from fit3d_rooms.walk import walk
 
@@ -35,7 +35,7 @@ class RenderedRoom:
     kind: str
     camera: Camera
     poses: np.ndarray
-    views: list[View]
+    views: list[RenderedView]
 
 
 def plan_room(
@@ -103,7 +103,7 @@ def render_room(
     light = bake(scene, make_lights(layout.room, layout.bulbs, rng), rng, workers)
     renderer = Renderer(scene, light, camera)
     renderer.expose(poses)
-    rendered: list[View] = []
+    rendered: list[RenderedView] = []
     with ThreadPoolExecutor(workers) as pool:
         for view in pool.map(renderer.render, poses):
             rendered.append(view)

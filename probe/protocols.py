@@ -42,9 +42,9 @@ class SegmentationRecipe:
     optimization: Optimization
     """How heads are trained."""
     short_side: int = 512
-    """Photos are scaled until it, or the long side, is reached, pixels."""
+    """Pixels of the shorter side of a scaled photo, as far as the long side allows."""
     long_side: int = 2048
-    """Likewise, pixels."""
+    """Most pixels of the longer side of a scaled photo."""
     scale_range: tuple[float, float] = (0.5, 2.0)
     """Random factor of both sides, in training."""
     crop: int = 512

@@ -17,7 +17,7 @@ _ONE_VIEW = 100.0
 _FAR = 4.0
 """Distance of the origin, in extents of the scene, from which float32 would lose more than two bits of a position."""
 _VERY_FAR = 1e4
-"""Likewise, from which a scene cannot be trained at all in the coordinates of its file."""
+"""Distance of the origin, in extents of the scene, from which a scene cannot be trained in its file's coordinates."""
 
 
 @dataclass(frozen=True)

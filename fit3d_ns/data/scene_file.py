@@ -42,11 +42,11 @@ class FrameLens:
     fx: float
     """Focal length, pixels, positive."""
     fy: float
-    """Likewise, vertical."""
+    """Vertical focal length, pixels."""
     cx: float
     """Principal point, pixels, pixel centres at +0.5."""
     cy: float
-    """Likewise, vertical."""
+    """Principal point from the top, pixels, pixel centres at +0.5."""
     width: int
     """Width of the photo, pixels."""
     height: int

@@ -132,15 +132,15 @@ class ViewStack:
     def __init__(self, views: Sequence[SurfaceView]) -> None:
         device = views[0].depth.device
         kind = {"dtype": torch.float64, "device": device}
-        self._K = torch.stack([view.K.to(**kind) for view in views])
-        self._viewmat = torch.stack([view.viewmat.to(**kind) for view in views])
+        self._K = torch.stack([view.K.to(**kind) for view in views])  # [V, 3, 3]
+        self._viewmat = torch.stack([view.viewmat.to(**kind) for view in views])  # [V, 4, 4]
         self._K_inverse, self._camera_to_world = torch.linalg.inv(self._K), torch.linalg.inv(self._viewmat)
-        self._size = torch.tensor([[view.width, view.height] for view in views], **kind)
+        self._size = torch.tensor([[view.width, view.height] for view in views], **kind)  # [V, 2] pixels
         shapes = [(view.depth.shape[0], view.depth.shape[1]) for view in views]
-        self._shape = torch.tensor(shapes, device=device)
+        self._shape = torch.tensor(shapes, device=device)  # [V, 2] rows and columns of the depth maps
         counts = [rows * columns for rows, columns in shapes]
-        self._start = torch.tensor([0, *itertools.accumulate(counts)][:-1], device=device)
-        self._depth = torch.cat([view.depth.to(device).flatten() for view in views])
+        self._start = torch.tensor([0, *itertools.accumulate(counts)][:-1], device=device)  # [V], in what follows
+        self._depth = torch.cat([view.depth.to(device).flatten() for view in views])  # [all pixels of all views]
         self._opacity = None
         if any(view.accumulation is not None for view in views):
             opacities = (
@@ -187,10 +187,13 @@ class ViewStack:
             indexing="ij",
         )
         centres = torch.stack([column, row], -1).reshape(1, -1, 2)  # [1, M, 2] patches
-        patch_a = self._size[first, None] / torch.tensor([width, height], dtype=torch.float64, device=device)
-        sizes_b = torch.tensor([(w, h) for h, w in grids], dtype=torch.float64, device=device)
+        patch_a = self._size[first, None] / torch.tensor(
+            [width, height], dtype=torch.float64, device=device
+        )  # [P, 1, 2]
+        sizes_b = torch.tensor([(w, h) for h, w in grids], dtype=torch.float64, device=device)  # [V, 2]
         patch_b = (self._size / sizes_b)[second, None]  # [P, 1, 2] pixels
 
+        # [P, M] each
         depth_a, valid = self._surface_depth(first, centres * patch_a, relative_depth_tolerance, min_accumulation)
         points = self._unproject(first, centres * patch_a, depth_a)  # [P, M, 3] world
         in_b, z_in_b = self._project(second, points)  # [P, M, 2] pixels, [P, M]
@@ -198,7 +201,7 @@ class ViewStack:
         # Never true behind the second view, where z is not above 0 and the depth is.
         agrees = (z_in_b - depth_b).abs() <= relative_depth_tolerance * z_in_b
         back_in_a, _ = self._project(first, self._unproject(second, in_b, depth_b))
-        returns = (back_in_a / patch_a - centres).norm(dim=-1) <= max_round_trip
+        returns = (back_in_a / patch_a - centres).norm(dim=-1) <= max_round_trip  # [P, M]
         return valid & valid_b & agrees & returns, in_b / patch_b
 
     def _surface_depth(
@@ -209,20 +212,20 @@ class ViewStack:
         Between the four depths around a position, the inverse depth is interpolated: it is linear in the image on any
         plane, so planes come out exactly. Across an edge nothing is interpolated: such a position is not valid.
         """
-        size = self._size[index, None]
-        rows, columns = self._shape[index].unbind(1)
-        inside = (torch.isfinite(pixels) & (pixels >= 0) & (pixels < size)).all(-1)
-        scale = torch.stack([columns, rows], -1)[:, None] / size
-        position = torch.where(inside[..., None], pixels * scale, 0.5) - 0.5
+        size = self._size[index, None]  # [P, 1, 2]
+        rows, columns = self._shape[index].unbind(1)  # [P] each
+        inside = (torch.isfinite(pixels) & (pixels >= 0) & (pixels < size)).all(-1)  # [P, M]
+        scale = torch.stack([columns, rows], -1)[:, None] / size  # [P, 1, 2]
+        position = torch.where(inside[..., None], pixels * scale, 0.5) - 0.5  # [P, M, 2]
         # Beside the outermost pixel centres the last two are continued: the fraction may lie a little outside [0, 1].
         last_row, last_column = (rows - 1)[:, None], (columns - 1)[:, None]
         column = position[..., 0].floor().long().clamp_min(0).minimum((last_column - 1).clamp_min(0))
         row = position[..., 1].floor().long().clamp_min(0).minimum((last_row - 1).clamp_min(0))
         fraction_x, fraction_y = position[..., 0] - column, position[..., 1] - row
         next_column, next_row = (column + 1).minimum(last_column), (row + 1).minimum(last_row)
-        corner_rows = torch.stack([row, row, next_row, next_row])
+        corner_rows = torch.stack([row, row, next_row, next_row])  # [4, P, M]
         corner_columns = torch.stack([column, next_column, column, next_column])
-        places = self._start[index, None] + corner_rows * columns[:, None] + corner_columns
+        places = self._start[index, None] + corner_rows * columns[:, None] + corner_columns  # [4, P, M]
         corners = self._depth[places].double()  # [4, P, M]
         known = (torch.isfinite(corners) & (corners > 0)).all(0)
         if self._opacity is not None:

@@ -101,12 +101,12 @@ class FeatureCovariance:
             raise ValueError(f"expected weights [{features.shape[0]}], got {list(weights.shape)}")
         features = features.detach()
         for start in range(0, features.shape[0], _ROWS_PER_STEP):
-            rows = features[start : start + _ROWS_PER_STEP].to(self._sum)
+            rows = features[start : start + _ROWS_PER_STEP].to(self._sum)  # [m, C]
             if weights is None:
                 self._weight += rows.shape[0]
                 weighted = rows
             else:
-                row_weights = weights.detach()[start : start + _ROWS_PER_STEP].to(self._sum)
+                row_weights = weights.detach()[start : start + _ROWS_PER_STEP].to(self._sum)  # [m]
                 self._weight += row_weights.sum()
                 weighted = rows * row_weights[:, None]
             self._sum += weighted.sum(0)
@@ -182,7 +182,7 @@ class ColorBasis:
         """
         features = features.detach()
         weights = torch.ones_like(features[:, 0], dtype=torch.float32) if weights is None else weights.detach().float()
-        kept = torch.isfinite(features).all(1) & (weights > 0)
+        kept = torch.isfinite(features).all(1) & (weights > 0)  # [M]
         features, weights = features[kept], weights[kept]
         if features.shape[0] == 0:
             features, weights = features.new_zeros(1, features.shape[1]), weights.new_ones(1)
@@ -190,8 +190,8 @@ class ColorBasis:
         covariance.add(features, weights)
         basis = covariance.basis(min(3, features.shape[1]))
         # Not torch.quantile: it refuses more than 16 million values and knows no weights.
-        values, order = _pad_to_three(basis.project(features)).double().sort(0)
-        share = weights.double()[order].cumsum(0) / weights.double().sum()
+        values, order = _pad_to_three(basis.project(features)).double().sort(0)  # [M, 3] each
+        share = weights.double()[order].cumsum(0) / weights.double().sum()  # [M, 3]
         low, high = (
             values.gather(0, (share < percentile).sum(0, keepdim=True).clamp_max(len(values) - 1))[0].float()
             for percentile in _PERCENTILES
@@ -212,7 +212,7 @@ class ColorBasis:
             float32 in [0, 1], finite always.
         """
         features = features.detach().to(torch.promote_types(features.dtype, torch.float32))
-        projected = _pad_to_three(self.basis.project(features)).float()
+        projected = _pad_to_three(self.basis.project(features)).float()  # [.., 3]
         span = self.high - self.low
         colors = torch.where(span > 0, (projected - self.low) / span.clamp_min(torch.finfo(torch.float32).tiny), 0.5)
         known = (features != 0).any(-1, keepdim=True) & torch.isfinite(features).all(-1, keepdim=True)

@@ -22,7 +22,7 @@ def write_lifted(folder: Path, lift: Lift, tensors: Mapping[str, Tensor] | None 
 
     Args:
         folder: Of the run.
-        lift: The outcome.
+        lift: Features, decoder and measures, as `lift_features` returns them.
         tensors: Features and decoder by their names, where the checkpoint does not hold them. Features are stored in
             half precision where its range holds them, as in bundles.
 
@@ -43,7 +43,7 @@ def write_record(
 
     Args:
         folder: Of the run.
-        lift: The outcome.
+        lift: Features, decoder and measures, as `lift_features` returns them.
         settings: The user's choices.
         report: Of `fit3d_ns.scenes.lift.lift_report`.
         provenance: Where the geometry came from, as plain JSON values.

@@ -71,7 +71,7 @@ def lift_report(
     Args:
         model: With the lifted features, in evaluation mode.
         scene: Its views.
-        lift: The outcome.
+        lift: Features, decoder and measures, as `lift_features` returns them.
         teacher: Name of the backbone.
         peak_memory_mb: Largest memory of the GPU, if there is one.
 
@@ -136,7 +136,7 @@ def disagreement_map(operator: FeatureOperator, item: EvaluationView, lift: Lift
     Args:
         operator: The renderer.
         item: The view to render.
-        lift: The outcome.
+        lift: Features, decoder and measures, as `lift_features` returns them.
 
     Returns:
         float32 [H, W], at the grid's render size.

@@ -105,6 +105,7 @@ def require_one_each(partners: Sequence[Partner], probe: str) -> None:
             )
 
 
+@flags_are(backbone="--backbone", backbone_weights="--backbone-weights", backbone_layer="--layer")
 def choose_spec(
     backbone: str | None,
     weights: Path | None,
@@ -131,19 +132,6 @@ def choose_spec(
     Raises:
         UserError: If a card contradicts a flag or another card.
     """
-    with flags_are(backbone="--backbone", backbone_weights="--backbone-weights", backbone_layer="--layer"):
-        return _choose_spec(backbone, weights, layer, norm, normalization, partners, default_norm)
-
-
-def _choose_spec(
-    backbone: str | None,
-    weights: Path | None,
-    layer: int | None,
-    norm: bool | None,
-    normalization: Literal["imagenet", "own"] | None,
-    partners: Sequence[Partner],
-    default_norm: bool | None,
-) -> tuple[BackboneSpec, str]:
     known = next((partner for partner in partners if partner.found.original is not None), None)
     card = known.found.original if known else None
     if known is None or card is None:

@@ -74,12 +74,13 @@ def fit_logistic(
         bias_curvature = shares * (1 - shares)  # [k]
         curvature = torch.outer(bias_curvature, variances.clamp_min(0))  # [k, C]
     else:
-        raw = start.weight.to(mean)[seen]
+        raw = start.weight.to(mean)[seen]  # [k, C]
         weight = torch.where(scale > 0, raw / scale, 0.0)
-        bias = start.bias.to(mean)[seen] + raw @ mean
+        bias = start.bias.to(mean)[seen] + raw @ mean  # [k]
         curvature, bias_curvature = _curvature(batches, weight, bias, mean, scale, axes)
     stretch = (curvature + decay).rsqrt()  # [k, C]
     bias_stretch = bias_curvature.clamp_min(1e-12).rsqrt()  # [k]
+    # [k, C + 1]
     unknowns = torch.cat([weight @ axes / stretch, (bias / bias_stretch)[:, None]], 1).requires_grad_()
     evaluations = 0
 
@@ -184,7 +185,7 @@ def approach_logistic(
         advance: Called after every pass over the patches.
 
     Returns:
-        The fit, and whether it converged.
+        The classifier, its loss, and the passes that the last fit took.
     """
     last: LinearMap | None = None
     for rough in sorted({decay, *(one for one in decays if one > decay)}, reverse=True):
@@ -197,15 +198,15 @@ def _curvature(
 ) -> tuple[Tensor, Tensor]:
     """Estimates the diagonal of the mean cross-entropy's Hessian, [k, C] along the axes and [k] of the biases."""
     linear = unstandardized(weight, bias, mean, scale)
-    weight32, bias32 = linear.weight.float().T.contiguous(), linear.bias.float()
+    weight32, bias32 = linear.weight.float().T.contiguous(), linear.bias.float()  # [C, k], [k]
     turn = (scale[:, None] * axes).float()  # [C, C]
-    offset = (mean * scale @ axes).float()
+    offset = (mean * scale @ axes).float()  # [C]
     total, bias_total, count = torch.zeros_like(weight), torch.zeros_like(bias), weight.new_zeros(1)
     for tokens, _ in batches():
         for piece in pieces(tokens):
             x = tokens[piece][::_CURVATURE_STRIDE].float()  # [p, C]
             shares = torch.addmm(bias32, x, weight32).softmax(1)  # [p, k]
-            slopes = shares * (1 - shares)
+            slopes = shares * (1 - shares)  # [p, k]
             total += slopes.T @ (x @ turn - offset).square()
             bias_total += slopes.double().sum(0)
             count += len(x)
@@ -223,13 +224,14 @@ def _cross_entropy(
     weight_gradient, bias_gradient = torch.zeros_like(weight), torch.zeros_like(bias)
     # Products in float32 on raw tokens, which is fast everywhere; sums over chunks in float64.
     linear = unstandardized(weight, bias, mean, scale)
-    weight32, bias32 = linear.weight.float().T.contiguous(), linear.bias.float()
+    weight32, bias32 = linear.weight.float().T.contiguous(), linear.bias.float()  # [C, k], [k]
     for tokens, labels in batches():
         for piece in pieces(tokens):
             x = tokens[piece].float()  # [p, C]
             label = place[labels[piece]][:, None]  # [p, 1]
             log_shares = F.log_softmax(torch.addmm(bias32, x, weight32), 1)  # [p, k]
             total -= log_shares.gather(1, label).double().sum()
+            # [p, k]
             residual = log_shares.exp_().scatter_add_(1, label, x.new_full((), -1).expand(label.shape))
             weight_gradient += residual.T @ x
             bias_gradient += residual.double().sum(0)

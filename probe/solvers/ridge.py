@@ -122,8 +122,8 @@ class GramSums:
     def covariance(self) -> tuple[Float[Tensor, "C C"], Float[Tensor, "C T"]]:
         """Returns the covariances of standardised tokens with each other and with the targets."""
         mean, scale = self.standardization()
-        xx = (self.xx / self.count - torch.outer(mean, mean)) * torch.outer(scale, scale)
-        xy = (self.xy / self.count - torch.outer(mean, self.y / self.count)) * scale[:, None]
+        xx = (self.xx / self.count - torch.outer(mean, mean)) * torch.outer(scale, scale)  # [C, C]
+        xy = (self.xy / self.count - torch.outer(mean, self.y / self.count)) * scale[:, None]  # [C, T]
         return xx, xy
 
 
@@ -137,8 +137,8 @@ def fit_ridge(sums: GramSums, decay: float) -> LinearMap:
     Returns:
         The map, float64.
     """
-    mean, scale = sums.standardization()
-    xx, xy = sums.covariance()
+    mean, scale = sums.standardization()  # [C] each
+    xx, xy = sums.covariance()  # [C, C], [C, T]
     xx.diagonal().add_(decay)
     solution = torch.cholesky_solve(xy, torch.linalg.cholesky(xx))  # [C, T]
     return unstandardized(solution.T, sums.y / sums.count, mean, scale)
@@ -152,7 +152,7 @@ def mean_squared_error(sums: GramSums, linear: LinearMap) -> float:
         linear: The map that is judged.
     """
     weight, bias = linear.weight.to(sums.xx), linear.bias.to(sums.xx)
-    explained = (weight.T * (sums.xy - 0.5 * sums.xx @ weight.T - torch.outer(sums.x, bias))).sum()
+    explained = (weight.T * (sums.xy - 0.5 * sums.xx @ weight.T - torch.outer(sums.x, bias))).sum()  # of [C, K]
     rest = sums.yy.sum() - 2 * (bias @ sums.y) + sums.count * bias.square().sum()
     return float((rest - 2 * explained) / sums.count)
 

@@ -65,9 +65,9 @@ class _MeanOverImages(Metric):
         self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
         self.set_dtype(torch.float64)
 
-    def add(self, values: list[Tensor]) -> None:
-        """Adds one image."""
-        self.total += torch.stack([value.double() for value in values]).to(self.total.device)
+    def add(self, scores: dict[str, Tensor]) -> None:
+        """Adds one image's scores, each a single number."""
+        self.total += torch.stack([scores[name] for name in self.names]).to(self.total)
         self.count += 1
 
     def compute(self) -> Tensor:
@@ -99,21 +99,8 @@ class DepthMetric(_MeanOverImages):
             truth: Metres.
             valid: [H, W] bool: pixels that count.
         """
-        if not bool(valid.any()):
-            return
-        d, t = depth[valid].double(), truth[valid].double()
-        log_error = d.log() - t.log()
-        ratio = torch.maximum(d / t, t / d)
-        self.add(
-            [
-                (d - t).square().mean().sqrt(),
-                ((d - t).abs() / t).mean(),
-                ((d - t).square() / t).mean(),
-                log_error.square().mean().sqrt(),
-                (d.log10() - t.log10()).abs().mean(),
-                *((ratio < 1.25**power).double().mean() for power in (1, 2, 3)),
-            ]
-        )
+        if bool(valid.any()):
+            self.add(depth_scores(depth_sums(depth, truth, valid)))
 
 
 class NormalMetric(_MeanOverImages):
@@ -127,13 +114,15 @@ class NormalMetric(_MeanOverImages):
         super().__init__(NORMAL_METRICS)
 
     def update(self, normals: Float[Tensor, "3 H W"], truth: Float[Tensor, "3 H W"], valid: Tensor) -> None:
-        """Adds an image; both of unit length where ``valid`` [H, W]."""
-        if not bool(valid.any()):
-            return
-        cosine = (normals[:, valid].double() * truth[:, valid].double()).sum(0).clamp(-1, 1)
-        angle = torch.rad2deg(torch.arccos(cosine))
-        shares = [(angle < limit).double().mean() for limit in _NORMAL_LIMITS]
-        self.add([angle.mean(), angle.square().mean().sqrt(), *shares])
+        """Adds an image.
+
+        Args:
+            normals: Predicted unit vectors.
+            truth: Unit vectors where ``valid``.
+            valid: [H, W] bool: pixels that count.
+        """
+        if bool(valid.any()):
+            self.add(normal_scores(normal_sums(normals, truth, valid)))
 
 
 def segmentation_sums(

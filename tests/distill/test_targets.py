@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from distill.controls import ControlTargets, low_dimensional_basis
+from distill.control_targets import ControlTargets, low_dimensional_basis
 from distill.photo_store import PhotoStore
 from distill.prefetcher import Prefetcher
 from distill.sampler import Sampler

@@ -237,10 +237,10 @@ FAKE = """
 import os, signal, sys
 import numpy as np
 from fit3d_rooms import dataset, room
-from fit3d_rooms.rendering import Camera, View
+from fit3d_rooms.rendering import Camera, RenderedView
 def fake(seed, index, views, width, height, workers, progress):
     flat = np.zeros((height, width), np.uint8)
-    view = View(np.zeros((height, width, 3), np.uint8), np.ones((height, width), np.float32), flat)
+    view = RenderedView(np.zeros((height, width, 3), np.uint8), np.ones((height, width), np.float32), flat)
     return room.RenderedRoom("studio", Camera(width, height, 50.0), np.stack([np.eye(4)] * views), [view] * views)
 room.render_room = fake
 rename = os.replace

@@ -1,8 +1,13 @@
 """What the tests of the probes write: photos and PNGs; and the name of the backbone they all take."""
 
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from paths import ROOT
 from PIL import Image
 
 TINY = "test_vit"
@@ -20,3 +25,13 @@ def save_png(path: Path, values: np.ndarray) -> None:
     """Writes an index or depth PNG; uint8 or uint16."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(values).save(path)
+
+
+def probe_in_two_processes(arguments: Sequence[object]) -> None:
+    """Runs fit3d-probe under torchrun, on a CPU."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", "probe.cli", *map(str, arguments)]
+    command += ["--workers", "0", "--device", "cpu"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert done.returncode == 0, done.stderr

@@ -1,18 +1,15 @@
 """The exact protocol from files to report: what it finds, resumes and refuses, and what a card decides."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from paths import ROOT, TINY_ROOM
+from paths import TINY_ROOM
 from PIL import Image
-from probe_files import TINY, save_png
+from probe_files import TINY, probe_in_two_processes, save_png
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -168,20 +165,8 @@ def test_two_processes_give_what_one_gives(make_config, weights, tmp_path, kind)
     config_type = {"segmentation": SegmentationConfig, "depth": DepthConfig}[kind]
     run_trained_probe(make_config("one", config_type), kind)
     config = make_config("two")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
-    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", "probe.cli", kind]
-    command += ["--data", str(config.data), "--backbone", TINY, "--backbone-weights", str(weights["original"])]
-    command += ["--tuned", str(weights["tuned"]), "--output-dir", str(tmp_path / "two")]
-    command += ["--workers", "0", "--device", "cpu"]
-    done = subprocess.run(
-        command,
-        check=False,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        cwd=ROOT,
-    )
-    assert done.returncode == 0, done.stderr
+    arguments = [kind, "--data", config.data, "--backbone", TINY, "--backbone-weights", weights["original"]]
+    probe_in_two_processes([*arguments, "--tuned", weights["tuned"], "--output-dir", tmp_path / "two"])
     one, two = _metrics(tmp_path / "one"), _metrics(tmp_path / "two")
     headline = "miou" if kind == "segmentation" else "rmse"
     for row, values in one["rows"].items():

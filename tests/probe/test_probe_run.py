@@ -1,17 +1,14 @@
 """The command from files to report: rows, resuming, determinism, several processes, mistakes."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from paths import ROOT, TINY_ROOM
+from paths import TINY_ROOM
 from PIL import Image
-from probe_files import TINY, save_png
+from probe_files import TINY, probe_in_two_processes, save_png
 
 from fit3d_ns.support.errors import UserError
 from probe import run as run_module
@@ -172,21 +169,10 @@ def test_two_processes_equal_one(make_config, weights, tmp_path, monkeypatch, pr
         "one", assemblies=("original", "linear"), protocol=protocol, iterations=iterations, batch_size=4
     )
     run_trained_probe(config, "segmentation")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
-    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", "probe.cli", "segmentation"]
-    command += ["--data", str(config.data), "--backbone", TINY, "--backbone-weights", str(weights["original"])]
-    command += ["--tuned", str(weights["tuned"]), "--output-dir", str(tmp_path / "two"), "--protocol", protocol]
-    command += ["--assemblies", "original", "linear", "--iterations", str(iterations), "--batch-size", "4"]
-    command += ["--learning-rates", "0.01", "--workers", "0", "--device", "cpu"]
-    done = subprocess.run(
-        command,
-        check=False,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        cwd=ROOT,
-    )
-    assert done.returncode == 0, done.stderr
+    arguments = ["segmentation", "--data", config.data, "--backbone", TINY, "--backbone-weights", weights["original"]]
+    arguments += ["--tuned", weights["tuned"], "--output-dir", tmp_path / "two", "--protocol", protocol]
+    arguments += ["--assemblies", "original", "linear", "--iterations", iterations, "--batch-size", 4]
+    probe_in_two_processes([*arguments, "--learning-rates", 0.01])
     said = json.loads((tmp_path / "two" / "metrics.json").read_text())["command"]
     assert said.startswith("torchrun --nproc-per-node 2 -m probe.cli segmentation")
     one, two = _rows(tmp_path / "one"), _rows(tmp_path / "two")

@@ -121,7 +121,7 @@ def write_lift(
         config: Of the lift; names its folder.
         geometry: The file that holds the model's Gaussians.
         step: Number of the last training step that the geometry has behind it.
-        lift: The outcome.
+        lift: Features, decoder and measures, as `lift_features` returns them.
         settings: The user's choices.
         report: About it.
         provenance: What was asked for and where the geometry came from, as plain JSON values.

@@ -30,7 +30,7 @@ class BundledPhoto:
     height: int
     """Height of the picture that `read_photo` returns, pixels."""
     width: int
-    """Likewise, width."""
+    """Width of the picture that `read_photo` returns, pixels."""
     lens: Lens | None = None
     """None for a photo without distortion."""
     scale_factor: float = 1.0

@@ -29,11 +29,11 @@ class Lens:
     fx: float
     """Focal length of the distorted photo, pixels."""
     fy: float
-    """Likewise, vertical."""
+    """Vertical focal length, pixels."""
     cx: float
     """Principal point of the distorted photo, pixels, pixel centres at +0.5."""
     cy: float
-    """Likewise, vertical."""
+    """Principal point from the top, pixels, pixel centres at +0.5."""
     width: int
     """Width of the distorted photo, pixels."""
     height: int

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from distill.cli import distil
-from distill.controls import ControlTargets, blur, low_dimensional_basis, shifted_mean
+from distill.control_targets import ControlTargets, blur, low_dimensional_basis, shifted_mean
 from distill.photo_store import PhotoStore
 from distill.scenes import SceneCache, open_scenes
 from distill.student import load_teacher
