@@ -25,7 +25,7 @@ def train(config):
 
 
 @pytest.mark.parametrize("accelerated", ["graph", "compile"])
-@pytest.mark.parametrize("options", [{}, {"accumulate": 2}, {"schedule": "cosine", "warmup_steps": 5}])
+@pytest.mark.parametrize("options", [{}, {"gradient_accumulation": 2}, {"schedule": "cosine", "warmup_steps": 5}])
 def test_graph_equals_eager(make_scene, make_config, tmp_path, monkeypatch, options, accelerated):
     # Views of two sizes, and batches that are not full, which count less: two shapes of step.
     folders = [make_scene("a", views=7), make_scene("b", views=6, seed=1, size=(64, 48))]
