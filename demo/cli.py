@@ -9,7 +9,7 @@ import tyro
 
 from demo.config import DemoConfig, complete, settings
 from demo.stages import after_the_loop, as_typed, before_the_loop, loop_config, places, write_scene_list
-from fit3d_loop.commands.steps import StepRecord, ThisMachine, read_record, run_step
+from fit3d_loop.commands.steps import StepRecord, ThisMachine, read_step, run_step
 from fit3d_loop.commands.worker import end_all
 from fit3d_loop.loop import run_loop
 from fit3d_loop.records import Places, keep_settings, stored_settings, try_lock
@@ -72,7 +72,7 @@ def run_demo(config: DemoConfig) -> None:
 
 def _of_the_loop(config: DemoConfig) -> list[StepRecord]:
     names = ["student1", *(["control"] if config.control else []), "probe_segmentation", "probe_depth"]
-    return [record for name in names if (record := read_record(places(config).loop, name)) is not None]
+    return [record for name in names if (record := read_step(places(config).loop, name)) is not None]
 
 
 def _choose_backbone() -> str:

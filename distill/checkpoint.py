@@ -1,6 +1,5 @@
 """Checkpoints of a training: whole or absent, read without running code, pruned."""
 
-import random
 import re
 import shutil
 import tempfile
@@ -9,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from fit3d_ns.support.errors import DamagedFile, UserError, first_line
@@ -18,7 +16,8 @@ from fit3d_ns.support.json_files import build
 from fit3d_ns.support.tensor_files import is_finite
 from fit3d_ns.support.torch_files import read_torch
 
-SCHEMA = 2
+SCHEMA = 3
+"""2 also held the state of random generators, from which nothing draws: order and mirroring follow from the seed."""
 FOLDER = "checkpoints"
 _NAME = re.compile(r"step-(\d+)\.pt")
 
@@ -115,6 +114,8 @@ def load_checkpoint(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     """
     try:
         state = read_torch(path)
+        if isinstance(state, dict) and state.get("schema") == 2:
+            state = {**{name: value for name, value in state.items() if name != "random"}, "schema": SCHEMA}
         if not isinstance(state, dict) or state.get("schema") != SCHEMA:
             raise UserError(f"{path} is not a checkpoint that this version of fit3d-distill wrote: start anew.")
         _check_state(state)
@@ -154,7 +155,6 @@ class _State:
     model: dict[str, Any]
     optimizer: dict[Any, Any]
     average: dict[str, Any] | None
-    random: dict[str, Any]
     losses: Any
     validation: Any
     curve: Any
@@ -164,9 +164,6 @@ class _State:
             raise ValueError(f"step is {self.step}, not from 0 to {self.num_steps}")
         if not isinstance(self.settings.get("student"), dict):
             raise ValueError("settings.student is no dictionary")
-        for name in ("torch", "cuda", "python", "numpy"):
-            if name not in self.random:
-                raise ValueError(f"random.{name} is missing")
         pairs = isinstance(self.losses, list) and all(_is_pair(entry) for entry in self.losses)
         measured = isinstance(self.validation, list) and all(
             len(entry) == 2 and isinstance(entry[1], dict) for entry in self.validation
@@ -191,31 +188,3 @@ def _check_state(state: dict[Any, Any]) -> None:
         for value in values:
             if not isinstance(value, (torch.Tensor, int, float)) or not is_finite(torch.as_tensor(value)):
                 raise DamagedFile(f"optimizer.{key} holds no finite numbers")
-
-
-def random_state() -> dict[str, Any]:
-    """Returns the state of all random generators, as tensors and plain values."""
-    kind, values, gauss = random.getstate()
-    numpy_kind, numpy_keys, *numpy_rest = np.random.get_state()
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-        "python": [kind, list(values), gauss],
-        "numpy": [numpy_kind, np.asarray(numpy_keys).tolist(), *numpy_rest],
-    }
-
-
-def restore_random_state(state: Mapping[str, Any]) -> None:
-    """Puts back what `random_state` returned.
-
-    Args:
-        state: Generators of torch, CUDA, Python and numpy by those names.
-    """
-    torch.set_rng_state(state["torch"])
-    cuda: torch.Tensor | None = state["cuda"]
-    if cuda is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(cuda)
-    kind, values, gauss = state["python"]
-    random.setstate((kind, tuple(values), gauss))
-    numpy_kind, numpy_keys, *numpy_rest = state["numpy"]
-    np.random.set_state((numpy_kind, np.asarray(numpy_keys, dtype=np.uint32), *numpy_rest))

@@ -16,8 +16,6 @@ from distill.checkpoint import (
     check_space,
     list_checkpoints,
     load_checkpoint,
-    random_state,
-    restore_random_state,
     save_checkpoint,
 )
 from distill.config import DistillConfig
@@ -286,7 +284,6 @@ class Trainer:
             "model": self._student.model.state_dict(),
             "optimizer": self._optimizer.state_dict()["state"],
             "average": None if self._average is None else self._average.state_dict(),
-            "random": random_state(),
             "losses": self._losses,
             "validation": self._measured,
             "curve": [self._curve_sum, self._curve_count],
@@ -308,7 +305,6 @@ class Trainer:
         self._optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})
         if self._average is not None:
             self._average.load_state_dict(state["average"])
-        restore_random_state(state["random"])
         self._losses = [(int(step), float(loss)) for step, loss in state["losses"]]
         self._measured = [(int(step), dict(measured)) for step, measured in state["validation"]]
         self._curve_sum, self._curve_count = state["curve"]

@@ -1,5 +1,6 @@
 """Some views through original, splat and student, in one basis of colours; a command, since it renders."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +17,11 @@ from fit3d_ns.backbones import BackboneSpec, load_backbone
 from fit3d_ns.backbones.students.result_folder import WEIGHTS_NAME, read_card
 from fit3d_ns.features.pca import ColorBasis
 from fit3d_ns.support.command_line import run_command
-from fit3d_ns.support.files import atomic_folder
+from fit3d_ns.support.errors import first_line
+from fit3d_ns.support.files import atomic_folder, discard
 from fit3d_ns.support.processes import join_world
 
+_LOGGER = logging.getLogger(__name__)
 COLUMNS = ("photo", "original", "lifted", "student")
 _SCENES = 6
 
@@ -91,11 +94,17 @@ def read_pictures(folder: Path) -> list[list[tuple[str, np.ndarray]]]:
     """Returns what was drawn, a row for each scene: column and uint8 [H, W, 3].
 
     Args:
-        folder: Of `draw`; empty rows where there is none.
+        folder: Of `draw`; no rows where there is none. A row with a damaged picture goes, and one line says so.
     """
     rows = []
     for path in sorted(folder.glob("*_photo.png")):
-        rows.append([(column, _read(path.with_name(path.name.replace("_photo", f"_{column}")))) for column in COLUMNS])
+        named = {column: path.with_name(path.name.replace("_photo", f"_{column}")) for column in COLUMNS}
+        try:
+            rows.append([(column, _read(place)) for column, place in named.items()])
+        except (OSError, ValueError, SyntaxError) as error:  # what Pillow raises
+            _LOGGER.warning("A picture of %s is damaged (%s): the report goes without it.", path, first_line(error))
+            for place in named.values():
+                discard(place)
     return rows
 
 

@@ -1,6 +1,6 @@
 """What the loop leaves about itself: settings, one state file a scene, one record a step, locks. No database."""
 
-import json
+import logging
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,9 +10,10 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from fit3d_ns.support.errors import UserError
-from fit3d_ns.support.files import atomic_write_json
+from fit3d_ns.support.errors import DamagedFile, UserError
+from fit3d_ns.support.json_files import UNREADABLE, build, read_record, write_record
 
+_LOGGER = logging.getLogger(__name__)
 SETTINGS = "loop.json"
 ORIGINAL = "original"
 """Key of the teacher of the first round."""
@@ -138,6 +139,21 @@ class SceneState:
     failure: dict[str, Any] | None = None
     """``round``, ``teacher``, ``stage``, ``sentence`` of the last attempt; None where it did not fail."""
 
+    def __post_init__(self) -> None:
+        """Checks what others rely on.
+
+        Raises:
+            ValueError: Naming the first field that is missing or of another kind.
+        """
+        _check_entries("geometry", self.geometry, config=str, made=int, seconds=float)
+        for number, lift in self.rounds.items():
+            if not number.isdecimal():
+                raise ValueError(f"rounds has {number[:20]!r}")
+            _check_entries(f"rounds.{number}", lift, teacher=str, run=str, seconds=float, metrics=dict)
+            if not isinstance(lift.get("bundle"), (str, type(None))):
+                raise ValueError(f"rounds.{number}.bundle is no path")
+        _check_entries("failure", self.failure, round=int, teacher=str, stage=str, sentence=str)
+
     def lifted(self, number: int, teacher: str) -> bool:
         """Returns whether the features of a teacher were lifted in a round.
 
@@ -169,6 +185,15 @@ class SceneState:
         return Path(path) if path and (Path(path) / "scene.json").is_file() else None
 
 
+def _check_entries(name: str, found: Mapping[str, Any] | None, **kinds: type) -> None:
+    if found is None:
+        return
+    for key, kind in kinds.items():
+        value = found.get(key)
+        if not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool):
+            raise ValueError(f"{name}.{key} is {str(value)[:40]}")
+
+
 def read_state(places: Places, name: str, source: Mapping[str, Any]) -> SceneState:
     """Reads a scene's state; a new one where there is none, or a damaged one.
 
@@ -185,8 +210,11 @@ def read_state(places: Places, name: str, source: Mapping[str, Any]) -> SceneSta
     """
     path = places.state(name)
     try:
-        state = SceneState(**json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError):
+        state = build(SceneState, read_record(path))
+    except FileNotFoundError:
+        return SceneState(name, dict(source))
+    except DamagedFile as error:
+        _LOGGER.warning("%s is damaged (%s): it is made anew from what lies there.", path, error)
         return SceneState(name, dict(source))
     if state.source != dict(source):
         raise UserError(
@@ -208,8 +236,8 @@ def read_recorded_state(places: Places, name: str) -> SceneState:
     """
     path = places.state(name)
     try:
-        return SceneState(**json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
+        return build(SceneState, read_record(path))
+    except UNREADABLE as error:
         raise UserError(f"{path} is missing or damaged: start again.") from error
 
 
@@ -220,7 +248,7 @@ def write_state(places: Places, state: SceneState) -> None:
         places: Of the output folder.
         state: Of one scene.
     """
-    atomic_write_json(places.state(state.name), asdict(state))
+    write_record(places.state(state.name), asdict(state))
 
 
 def _describe(source: Mapping[str, Any]) -> str:
@@ -252,12 +280,14 @@ def keep_settings(
 
 def _keep_settings(path: Path, settings: dict[str, Any], free: Mapping[str, Any]) -> dict[str, Any]:
     try:
-        stored = json.loads(path.read_text()) if path.is_file() else None
-    except (OSError, ValueError) as error:
+        stored = read_record(path)
+    except FileNotFoundError:
+        stored = None
+    except DamagedFile as error:
         raise UserError(f"{path} is damaged ({error}): restore it, or choose another --output-dir.") from error
     if stored is None:
         settings = {**settings, **{key: value for key, value in free.items() if settings[key] is None}}
-        atomic_write_json(path, settings)
+        write_record(path, settings)
         return settings
     settings = {**settings, **{key: stored.get(key) for key in free if settings[key] is None}}
     for key in settings:
@@ -292,8 +322,8 @@ def stored_settings(root: Path, name: str = SETTINGS) -> dict[str, Any]:
         name: File of the settings below it.
     """
     try:
-        return json.loads((root / name).read_text())
-    except (OSError, ValueError):
+        return read_record(root / name)
+    except UNREADABLE:
         return {}
 
 

@@ -1,6 +1,5 @@
 """What the loop leaves to be read: ``metrics.json`` with every number, ``report.html`` for people."""
 
-import json
 import shlex
 from pathlib import Path
 from typing import Any
@@ -8,8 +7,10 @@ from typing import Any
 from fit3d_loop.comparison_pictures import read_pictures
 from fit3d_loop.rounds import Begun, failures, step_records
 from fit3d_ns.backbones.students.result_folder import read_card
+from fit3d_ns.support.errors import UserError, first_line
 from fit3d_ns.support.files import atomic_write_json
 from fit3d_ns.support.html_report import Report
+from fit3d_ns.support.json_files import UNREADABLE, build, read_json
 from probe.output_folder import COLUMNS, MEANINGS, format_summary
 
 
@@ -216,4 +217,9 @@ def add_commands(report: Report, loop: Begun) -> None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text())
+    try:
+        return build(dict[str, Any], read_json(path))
+    except UNREADABLE as error:
+        raise UserError(
+            f"{path} is missing or damaged ({first_line(error)}): restore it, or delete its folder."
+        ) from error

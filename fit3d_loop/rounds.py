@@ -2,13 +2,14 @@
 
 import hashlib
 import json
+import logging
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fit3d_loop.commands.steps import Step, StepRecord, is_done, read_record, run_step
+from fit3d_loop.commands.steps import Step, StepRecord, is_done, read_step, run_step
 from fit3d_loop.commands.worker import Settings
 from fit3d_loop.comparison_pictures import picture_words
 from fit3d_loop.config import LoopConfig
@@ -17,10 +18,13 @@ from fit3d_loop.scenes.runner import Engine
 from fit3d_loop.scenes.scene_list import SceneSource
 from fit3d_loop.scenes.stages import Job, is_ready
 from fit3d_loop.scenes.table import Table
+from fit3d_ns.backbones.students.fine_tuned import student_spec
 from fit3d_ns.backbones.students.result_folder import CARD_NAME, WEIGHTS_NAME, read_card
-from fit3d_ns.support.errors import UserError
+from fit3d_ns.support.errors import DamagedFile, UserError, first_line
 from fit3d_ns.support.files import atomic_path
+from fit3d_ns.support.json_files import UNREADABLE, build, read_json
 
+_LOGGER = logging.getLogger(__name__)
 _STEPS_LOCK = "steps"
 
 
@@ -191,7 +195,8 @@ def round_steps(loop: Begun, included: Sequence[SceneSource], number: int, teach
         title = f"Distil round {number}" if kind == "lifted" else f"Distil {kind}, which has no 3D in it"
         name = f"student{number}" if kind == "lifted" else kind
         threads = loop.settings["distill_threads"]
-        steps.append(Step(name, title, tuple(map(str, words)), Settings(threads), key, folder, distributed="distill"))
+        typed = tuple(map(str, words))
+        steps.append(Step(name, title, typed, Settings(threads), key, folder, "distill", _is_trained))
     return steps
 
 
@@ -239,10 +244,34 @@ def probe_steps(loop: Begun) -> list[Step]:
         words += ["--tuned", folders[0], *(["--control", *folders[1:]] if folders[1:] else [])]
         words += ["--output-dir", loop.places.probe(task), *config.given_flags("probe_flags")]
         settings = Settings(loop.settings["distill_threads"])
-        steps.append(
-            Step(f"probe_{task}", f"Probe {task}", tuple(map(str, words)), settings, key, loop.places.probe(task))
-        )
+        typed, folder = tuple(map(str, words)), loop.places.probe(task)
+        steps.append(Step(f"probe_{task}", f"Probe {task}", typed, settings, key, folder, is_whole=_is_probed))
     return steps
+
+
+def _is_trained(folder: Path) -> bool:
+    try:
+        student_spec(folder, "--output-dir")
+    except UserError as error:
+        _LOGGER.warning("%s is trained anew: %s", folder, error)
+        return False
+    return _has_metrics(folder, "mean", "loss", "interpolation")
+
+
+def _is_probed(folder: Path) -> bool:
+    return _has_metrics(folder, "rows")
+
+
+def _has_metrics(folder: Path, *needed: str) -> bool:
+    path = folder / "metrics.json"
+    try:
+        found = build(dict[str, Any], read_json(path))
+        if missing := [name for name in needed if not isinstance(found.get(name), dict)]:
+            raise DamagedFile(f"{missing[0]} is missing")
+    except UNREADABLE as error:
+        _LOGGER.warning("%s is damaged (%s): it is made anew.", path, first_line(error))
+        return False
+    return True
 
 
 def _copy_result(loop: Begun) -> None:
@@ -272,7 +301,7 @@ def step_records(loop: Begun) -> list[StepRecord]:
     names[1:1] = list(loop.config.chosen_controls)
     if loop.config.probe_data is not None:
         names += [f"probe_{task}" for task in loop.config.probe_tasks]
-    return [record for name in names if (record := read_record(loop.places, name)) is not None]
+    return [record for name in names if (record := read_step(loop.places, name)) is not None]
 
 
 def _first_failure(loop: Begun) -> str:

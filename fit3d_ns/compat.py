@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from traceback import walk_tb
+from types import FrameType
 from typing import Any
 from unittest.mock import patch
 
@@ -63,7 +65,7 @@ def nerfstudio_needed(what: str) -> Iterator[None]:
 
 
 def install_error_hook() -> None:
-    """Lets a ``UserError`` end any ``ns-*`` command in its one sentence instead of a traceback."""
+    """Lets a ``UserError``, and a ``config.yml`` that is not to be read, end any ``ns-*`` command in one sentence."""
     previous = sys.excepthook
     if getattr(previous, "prints_user_errors", False):
         return
@@ -71,11 +73,21 @@ def install_error_hook() -> None:
     def hook(kind, error, traceback):
         if isinstance(error, UserError):
             print(f"Error: {error}", file=sys.stderr)
+        elif isinstance(error, (OSError, UnicodeDecodeError)) and (path := _unread_configuration(traceback)):
+            reason = getattr(error, "strerror", None) or error
+            print(f"Error: The configuration {path} cannot be read ({reason}): check --load-config.", file=sys.stderr)
         else:
             previous(kind, error, traceback)
 
     hook.prints_user_errors = True  # type: ignore[attr-defined]
     sys.excepthook = hook
+
+
+def _unread_configuration(traceback: Any) -> Path | None:
+    """The configuration that nerfstudio could not read, where it failed at that."""
+    frames = [frame for frame, _ in walk_tb(traceback)]
+    read = (outer for outer, inner in zip(frames, frames[1:]) if inner.f_code.co_name == "read_text")
+    return next((_named_configuration(frame) for frame in read if _is_of_nerfstudio(frame.f_code.co_filename)), None)
 
 
 def refuse_to_render_nothing(reason: str) -> None:
@@ -366,8 +378,7 @@ def guard_nerfstudio(
         caller = sys._getframe(1)
         if not _is_of_nerfstudio(caller.f_code.co_filename) or issubclass(Loader, yaml.SafeLoader):
             return load_yaml(stream, Loader)
-        named = caller.f_locals.get("config_path") or getattr(caller.f_locals.get("config"), "load_config", None)
-        return read_configuration(stream if isinstance(stream, str) else stream.read(), named)
+        return read_configuration(stream if isinstance(stream, str) else stream.read(), _named_configuration(caller))
 
     def guarded_torch(f: Any, *arguments: Any, **more: Any) -> Any:
         is_checkpoint = isinstance(f, (str, Path)) and Path(f).suffix == ".ckpt"
@@ -377,6 +388,10 @@ def guard_nerfstudio(
 
     guarded_yaml.guards_nerfstudio = True  # type: ignore[attr-defined]
     yaml.load, torch.load = guarded_yaml, guarded_torch
+
+
+def _named_configuration(frame: FrameType) -> Path | None:
+    return frame.f_locals.get("config_path") or getattr(frame.f_locals.get("config"), "load_config", None)
 
 
 def _is_of_nerfstudio(filename: str) -> bool:

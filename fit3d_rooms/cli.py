@@ -88,7 +88,7 @@ def make_rooms(config: RoomsConfig) -> list[Path]:
         UserError: if a value is out of range, Open3D is missing, or the folder is not ours or cannot be written.
     """
     _check(config)
-    from fit3d_rooms.dataset import RoomSettings, is_finished, open_output, room_name, write_room
+    from fit3d_rooms.dataset import RoomSettings, is_finished, open_output, room_name, write_index, write_room
     from fit3d_rooms.room import render_room
 
     settings = RoomSettings(config.seed, config.views, config.width, config.height)
@@ -96,6 +96,7 @@ def make_rooms(config: RoomsConfig) -> list[Path]:
     try:
         open_output(config.out, settings)
         missing = [index for index in indices if not is_finished(config.out, index, settings)]
+        write_index(config.out, settings)
         with progress("Rooms", len(missing)) as advance:
             for index in missing:
                 show = _parts(advance, room_name(index))

@@ -26,6 +26,7 @@ from PIL import Image
 
 from fit3d_ns.support.errors import UserError
 from fit3d_ns.support.files import atomic_write_text
+from fit3d_ns.support.json_files import UNREADABLE, read_json
 from fit3d_rooms.classes import class_table
 from fit3d_rooms.room import RenderedRoom
 
@@ -85,7 +86,10 @@ def open_output(out: Path, settings: RoomSettings) -> None:
         if found.get("format") != FORMAT:
             raise UserError(f"{out} is not empty and holds no rooms of this program: name a new or empty folder.")
         wanted = {"version": VERSION, **asdict(settings)}
-        stored = {"version": found.get("version"), **found.get("settings", {})}
+        settings_there = found.get("settings")
+        if not isinstance(settings_there, dict):
+            raise UserError(f"{index_file} is damaged (it says no settings): restore it, or name a new folder.")
+        stored = {"version": found.get("version"), **settings_there}
         for name, value in wanted.items():
             if stored.get(name) != value:
                 raise UserError(
@@ -94,13 +98,12 @@ def open_output(out: Path, settings: RoomSettings) -> None:
                 )
     out.mkdir(parents=True, exist_ok=True)
     _sweep(out)
-    write_index(out, settings)
 
 
 def _read_json(path: Path) -> dict:
     try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
+        content = read_json(path)
+    except UNREADABLE:
         return {}
     return content if isinstance(content, dict) else {}
 
@@ -131,8 +134,9 @@ def write_index(out: Path, settings: RoomSettings) -> None:
         out: Folder of all rooms.
         settings: What they depend on.
     """
-    rooms = [_read_json(path) for path in sorted(out.glob("room_*/room.json"))]
     keep = ("name", "index", "kind", "views", "settings_key")
+    rooms = [_read_json(path) for path in sorted(out.glob("room_*/room.json"))]
+    rooms = [room for room in rooms if room.keys() >= set(keep)]
     content = {
         "format": FORMAT,
         "version": VERSION,

@@ -9,6 +9,7 @@ import torch
 from paths import DATA
 from safetensors.torch import load_file
 
+from distill.checkpoint import SCHEMA as CHECKPOINT_SCHEMA
 from distill.checkpoint import load_checkpoint
 from fit3d_ns.backbones.students.result_folder import read_card
 from fit3d_ns.runs.bundle import SCHEMA, SceneBundle
@@ -73,7 +74,9 @@ def test_files_of_caches_open(name):
     assert all(torch.equal(found.tensors[key], tensor) for key, tensor in load_file(path).items())
 
 
-def test_a_checkpoint_of_distillation_opens():
+@pytest.mark.parametrize("schema", [2, 3])
+def test_a_checkpoint_of_distillation_opens(schema):
+    assert schema <= CHECKPOINT_SCHEMA == 3
     student = json.loads((FORMATS / "card-1" / "card.json").read_text())["student"]
-    state = load_checkpoint(FORMATS / "distill-2.pt", {"student": student, "seed": 0})
+    state = load_checkpoint(FORMATS / f"distill-{schema}.pt", {"student": student, "seed": 0})
     assert state["step"] == 1 and state["model"]["w"].tolist() == [1, 1]

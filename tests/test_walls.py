@@ -83,3 +83,15 @@ def test_no_room_is_overcrowded():
 
 def test_the_picture_shows_these_imports():
     assert PICTURE.read_text() == picture(), "draw it anew: python docs/house.py"
+
+
+def test_json_comes_in_through_one_door():
+    """`read_json` knows what can be wrong with a file; ``json.loads`` is for texts that came from elsewhere."""
+    door, wrong = "fit3d_ns/support/json_files.py", []
+    for path in files():
+        for node in ast.walk(ast.parse((ROOT / path).read_text())):
+            if not isinstance(node, ast.Call) or ast.unparse(node.func) not in ("json.load", "json.loads"):
+                continue
+            if path != door and ("read" in ast.unparse(node.args[0]) or ast.unparse(node.func) == "json.load"):
+                wrong.append(f"{path}:{node.lineno} reads JSON: use read_json")
+    assert not wrong, "\n".join(wrong)

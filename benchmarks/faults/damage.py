@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,10 @@ from benchmarks.faults.world import World
 
 FAULTS = ("code", "traceback", "silent", "half written", "not healed")
 """Ends that must not be."""
+_THEIRS = ("scene", "colmap", "blocks/", "camera_path", "names.txt", "e/splat.ply")
+"""Beginnings of files of the user's, whose word is taken where it is a valid one."""
+_SAID = ("no card says otherwise",)
+"""What a command says when it goes on without a file that may be missing."""
 
 
 @dataclass(frozen=True)
@@ -20,13 +25,15 @@ class Case:
     """One damaged file under one command."""
 
     command: str
-    """Name of the command."""
+    """Its name."""
     file: str
     """Relative to the world's root."""
     kind: str
-    """Of the damage."""
+    """Of the damage, see `mutations_of`."""
+    anew: bool
+    """Whether the command starts from nothing, instead of where it has been."""
     seed: int
-    """Of the damage."""
+    """Of what the damage draws."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +41,7 @@ class Verdict:
     """What came of a case."""
 
     case: Case
-    """That was tried."""
+    """What was done."""
     end: str
     """``equal``, ``sentence``, ``its word`` (a user's file says something else, as valid), or one of `FAULTS`."""
     named: bool | None
@@ -48,41 +55,51 @@ class Verdict:
 
 
 def all_cases(commands: list[Command], root: Path, seed: int) -> list[Case]:
-    """Returns every case, shuffled.
+    """Returns every case, so that the first of them are spread evenly over commands, files, and kinds of damage.
 
     Args:
         commands: Of the world.
         root: Of the world.
         seed: Of the order, and of what each mutation draws.
     """
-    cases = [
-        Case(command.name, str(path), kind, seed)
-        for command in commands
-        for path in command.reads
-        for kind in mutations_of(root / path)
-    ]
-    random.Random(seed).shuffle(cases)
-    return cases
+    rng = random.Random(seed)
+    placed = []
+    for command in commands:
+        start = rng.random()
+        for number, case in enumerate(_shuffled_cases(command, root, seed, rng)):
+            placed.append(((start + number) / command.damages, command.name, case))
+    return [case for _, _, case in sorted(placed, key=lambda one: one[:2])]
 
 
-def judge(world: World, command: Command, case: Case, expected: dict[str, Any]) -> Verdict | None:
+def _shuffled_cases(command: Command, root: Path, seed: int, rng: random.Random) -> list[Case]:
+    decks = []
+    files = [*((path, True) for path in command.inputs), *((path, False) for path in command.found)]
+    for path, anew in rng.sample(files, len(files)):
+        kinds = sorted(mutations_of(root / path))
+        decks.append([Case(command.name, str(path), kind, anew, seed) for kind in rng.sample(kinds, len(kinds))])
+    return [case for cases in zip_longest(*decks) for case in cases if case is not None]
+
+
+def judge(world: World, command: Command, case: Case) -> Verdict | None:
     """Damages a file and starts the command twice.
 
     Args:
         world: Restored first.
         command: The case's.
         case: What to do.
-        expected: Values of the command in an undamaged world.
 
     Returns:
         The verdict; None where the damage does not apply to the file.
     """
-    world.restore(command.without)
+    expected = command.first[0] if case.anew else command.second
+    assert expected is not None
+    made = world.made[command.name] if case.anew else []
+    world.restore(made)
     path = world.root / case.file
     results = {str(name.relative_to(world.root)) for pattern in command.makes for name in world.root.glob(pattern)}
     before = {name: stamp for name, stamp in world.files().items() if str(name) in results and str(name) != case.file}
     try:
-        apply(case.kind, path, random.Random(f"{case.file}{case.kind}{case.seed}"))
+        apply(case.kind, path, random.Random(f"{case.file}{case.kind}{case.anew}{case.seed}"))
     except NotApplicable:
         return None
     ended = run(command.call, world.log)
@@ -103,12 +120,11 @@ def judge(world: World, command: Command, case: Case, expected: dict[str, Any]) 
     except Exception as error:  # noqa: BLE001  whatever a broken result raises
         return Verdict(case, "silent", None, f"the result does not open: {error}")
     if found != expected:
-        theirs = case.file.startswith(("scene/", "blocks/", "camera_path")) or case.file.endswith("config.yml")
-        theirs = theirs and "cache" not in case.file
+        theirs = case.file.startswith(_THEIRS) or case.file.endswith("config.yml")
+        theirs = (theirs and "cache" not in case.file) or any(said in ended.text for said in _SAID)
         differing = [name for name in {**expected, **found} if expected.get(name) != found.get(name)]
         return Verdict(case, "its word" if theirs else "silent", None, f"{differing[:3]} {ended.text[-600:]}")
-    for path in command.without:
-        (world.root / path).unlink(missing_ok=True)
+    world.remove(made)
     again = run(command.call, world.log)
     if again.status or command.values(world) != expected or "is damaged" in again.text or "made anew" in again.text:
         return Verdict(case, "not healed", None, again.text[-2000:])

@@ -13,8 +13,8 @@ from typing import Any
 
 from benchmarks.faults.commands import Command, build_world, import_everything
 from benchmarks.faults.damage import FAULTS, all_cases, judge
-from benchmarks.faults.kills import kill, start_two, undisturbed
-from benchmarks.faults.limits import file_size, full_disk, read_only
+from benchmarks.faults.kills import kill, start_two
+from benchmarks.faults.limits import Limited, file_size, full_disk, read_only
 from benchmarks.faults.world import World
 
 
@@ -40,10 +40,17 @@ class FaultsConfig:
     """Of what is drawn."""
     only: tuple[str, ...] = ()
     """Names of commands; all if none is named."""
+    again: bool = False
+    """Run once more what ended badly."""
+
+    @property
+    def log(self) -> Path:
+        """Where every case is written down as it ends, so that a start that was stopped is gone on with."""
+        return self.output.with_suffix(".jsonl")
 
 
 def run_all(config: FaultsConfig) -> list[dict[str, Any]]:
-    """Runs what a configuration asks for.
+    """Runs what a configuration asks for, but for what an earlier start has recorded.
 
     Args:
         config: The user's choices.
@@ -52,38 +59,53 @@ def run_all(config: FaultsConfig) -> list[dict[str, Any]]:
         One record for each case, the first of a job's first.
     """
     start = time.monotonic()
+    records = _recorded(config)
     import_everything()
     context = multiprocessing.get_context("fork")
     queue: Any = context.Queue()
-    processes = [context.Process(target=_work, args=(config, job, queue, start)) for job in range(config.jobs)]
+    processes = [context.Process(target=_work, args=(config, job, queue, start, records)) for job in range(config.jobs)]
     for process in processes:
         process.start()
-    records: list[dict[str, Any]] = []
     finished = 0
-    while finished < len(processes):
-        record = queue.get()
-        if record is None:
-            finished += 1
-            continue
-        records.append(record)
-        if not record["good"] or len(records) % 20 == 0:
-            print(len(records), json.dumps(record)[:600], flush=True)
+    config.output.parent.mkdir(parents=True, exist_ok=True)
+    with config.log.open("a") as log:
+        while finished < len(processes):
+            record = queue.get()
+            if record is None:
+                finished += 1
+                continue
+            record["text"] = record["text"].replace(str(config.folder), "").strip()[-700:]
+            records.append(record)
+            log.write(json.dumps(record) + "\n")
+            log.flush()
+            if not record["good"] or len(records) % 20 == 0:
+                print(len(records), json.dumps(record)[:600], flush=True)
     for process in processes:
         process.join()
     return records
 
 
-def _work(config: FaultsConfig, job: int, queue: Any, start: float) -> None:
+def _recorded(config: FaultsConfig) -> list[dict[str, Any]]:
+    """What an earlier start did, which was stopped; the cases that ended badly are run again where it is asked for."""
+    lines = config.log.read_text().splitlines() if config.log.is_file() else []
+    records = [json.loads(line) for line in lines if line.endswith("}")]
+    if config.again:
+        records = [record for record in records if record["good"]]
+        config.log.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return records
+
+
+def _work(config: FaultsConfig, job: int, queue: Any, start: float, recorded: list[dict[str, Any]]) -> None:
     try:
-        world, commands = build_world(config.folder / str(job))
-        chosen = [command for command in commands if not config.only or command.name in config.only]
+        world, commands = build_world(config.folder / str(job), config.only)
+        counts = Counter(record["what"] for record in recorded if record.get("seed") == config.seed)
         sources = [
-            (config.damages, _damages(config, job, world, chosen)),
-            (config.kills, _kills(config, job, world, chosen)),
-            (config.limits, _limits(config, job, world, chosen)),
+            (config.damages - counts["damage"], _damages(config, job, world, commands, recorded)),
+            (config.kills - counts["kill"], _kills(config, job, world, commands, recorded)),
+            (config.limits - counts["limit"], _limits(config, job, world, commands, recorded)),
         ]
         for record in _in_turn(sources):
-            queue.put(record)
+            queue.put({**record, "seed": config.seed})
             if config.minutes is not None and time.monotonic() - start > 60 * config.minutes:
                 break
     except Exception as error:
@@ -95,7 +117,7 @@ def _work(config: FaultsConfig, job: int, queue: Any, start: float) -> None:
 
 def _in_turn(sources: list[tuple[int, Iterator[dict[str, Any]]]]) -> Iterator[dict[str, Any]]:
     """Yields from each source as often as its share asks, so that whatever stops it early leaves some of each."""
-    taken = [0.0 if count else float("inf") for count, _ in sources]
+    taken = [0.0 if count > 0 else float("inf") for count, _ in sources]
     while min(taken) < float("inf"):
         place = taken.index(min(taken))
         count, source = sources[place]
@@ -107,67 +129,66 @@ def _in_turn(sources: list[tuple[int, Iterator[dict[str, Any]]]]) -> Iterator[di
         yield record
 
 
-def _damages(config: FaultsConfig, job: int, world: World, chosen: list[Command]) -> Iterator[dict[str, Any]]:
+def _damages(
+    config: FaultsConfig, job: int, world: World, chosen: list[Command], recorded: list[dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
     by_name = {command.name: command for command in chosen}
-    whole: dict[str, dict[str, Any]] = {}
-    done, share = 0, len(range(job, config.damages, config.jobs))
-    for case in all_cases(chosen, world.root, config.seed)[job :: config.jobs]:
+    mine = [record for record in recorded if record["what"] == "damage" and record["seed"] == config.seed]
+    known = {(record["command"], record["file"], record["kind"], record["anew"]) for record in mine}
+    done, share = 0, len(range(job, config.damages - len(mine), config.jobs))
+    for number, case in enumerate(all_cases(chosen, world.root, config.seed)):
         if done >= share:
             return
-        if case.command not in whole:
-            world.restore(by_name[case.command].without)
-            whole[case.command] = _values_of_a_second_start(world, by_name[case.command])
-        verdict = judge(world, by_name[case.command], case, whole[case.command])
+        if number % config.jobs != job or (case.command, case.file, case.kind, case.anew) in known:
+            continue
+        verdict = judge(world, by_name[case.command], case)
         if verdict is not None:
             done += 1
             yield {"what": "damage", "good": verdict.end not in FAULTS, **verdict.plain()}
 
 
-def _kills(config: FaultsConfig, job: int, world: World, chosen: list[Command]) -> Iterator[dict[str, Any]]:
-    long = [command for command in chosen if command.restarts]
-    fresh: dict[str, tuple[dict[str, Any], float]] = {}
-    rng = random.Random(f"{config.seed} {job}")
-    for number in range(job, config.kills, config.jobs):
-        command = long[number // config.jobs % len(long)]
-        if command.name not in fresh:
-            fresh[command.name] = undisturbed(world, command)
+def _turns(config: FaultsConfig, job: int, what: str, count: int, recorded: list[dict[str, Any]]) -> list[int]:
+    """Numbers of a job's cases that are still to be done."""
+    mine = [record for record in recorded if record["what"] == what and record["seed"] == config.seed]
+    known = {record["number"] for record in mine}
+    return [number for number in range(count) if number % config.jobs == job and number not in known]
+
+
+def _deck(chosen: list[Command]) -> list[Command]:
+    """The commands that are killed, each as often as it says, spread out."""
+    most = max((command.restarts for command in chosen), default=0)
+    return [command for turn in range(most) for command in chosen if command.restarts > turn]
+
+
+def _kills(
+    config: FaultsConfig, job: int, world: World, chosen: list[Command], recorded: list[dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    deck = _deck(chosen)
+    for number in _turns(config, job, "kill", config.kills, recorded):
+        command, rng = deck[number % len(deck)], random.Random(f"kill {config.seed} {number}")
         sent = signal.SIGTERM if number % 8 == 7 else signal.SIGKILL
-        killed = kill(world, command, *fresh[command.name], rng, sent)
-        yield {"what": "kill", "good": killed.equal, **killed.plain()}
+        killed = kill(world, command, *command.first, rng, sent)
+        yield {"what": "kill", "number": number, "good": killed.equal, **killed.plain()}
 
 
-def _limits(config: FaultsConfig, job: int, world: World, chosen: list[Command]) -> Iterator[dict[str, Any]]:
+def _limits(
+    config: FaultsConfig, job: int, world: World, chosen: list[Command], recorded: list[dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
     long = [command for command in chosen if command.restarts]
-    fresh: dict[str, dict[str, Any]] = {}
-    rng = random.Random(f"limits {config.seed} {job}")
-    for number in range(job, config.limits, config.jobs):
-        place = number // config.jobs
-        command, which = long[place % len(long)], (place + place // len(long)) % 4
-        if command.name not in fresh:
-            fresh[command.name] = undisturbed(world, command)[0]
-        expected = fresh[command.name]
+    for number in _turns(config, job, "limit", config.limits, recorded):
+        command, which = long[number % len(long)], (number + number // len(long)) % 4
+        expected, rng = command.first[0], random.Random(f"limit {config.seed} {number}")
         if which == 3:
             good, text = start_two(world, command, expected)
-            yield {"what": "limit", "command": command.name, "limit": "two at once", "good": good, "text": text}
-            continue
-        if which == 0:
+            limited = Limited(command.name, "two at once", good, text)
+        elif which == 0:
             limited = file_size(world, command, expected, rng)
         elif which == 1:
             limited = full_disk(world, command, expected, rng)
         else:
             limited = read_only(world, command, expected)
         if limited is not None:
-            yield {"what": "limit", **limited.plain()}
-
-
-def _values_of_a_second_start(world: World, command: Command) -> dict[str, Any]:
-    """What a command gives in the world as it is, where most of its work is done already."""
-    from benchmarks.faults.running import run
-
-    ended = run(command.call, world.log)
-    if ended.status:
-        raise RuntimeError(f"{command.name} failed in a whole world:\n{ended.text}")
-    return command.values(world)
+            yield {"what": "limit", "number": number, **limited.plain()}
 
 
 def table(records: list[dict[str, Any]]) -> str:
@@ -196,16 +217,16 @@ def table(records: list[dict[str, Any]]) -> str:
 
 
 def write(config: FaultsConfig, records: list[dict[str, Any]], seconds: float) -> None:
-    """Writes all cases, without the places of this machine.
+    """Writes all cases, in the place of what was written down as each ended.
 
     Args:
         config: The user's choices.
-        records: Of all cases, as JSON values.
-        seconds: That all took.
+        records: Of `run_all`.
+        seconds: What this start took.
     """
-    for record in records:
-        record["text"] = record["text"].replace(str(config.folder), "").strip()[-700:]
     content = {"seed": config.seed, "minutes": round(seconds / 60, 1), "written": time.strftime("%Y-%m-%d")}
     lines = ",\n".join(json.dumps(record) for record in records)
     config.output.parent.mkdir(parents=True, exist_ok=True)
     config.output.write_text(f'{json.dumps(content)[:-1]}, "cases": [\n{lines}\n]}}\n')
+    if config.minutes is None:
+        config.log.unlink(missing_ok=True)

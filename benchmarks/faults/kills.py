@@ -3,11 +3,13 @@
 import os
 import random
 import signal
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from benchmarks.faults.commands import Command
 from benchmarks.faults.running import Running, run
+from benchmarks.faults.server import workers_below
 from benchmarks.faults.world import World
 
 
@@ -16,15 +18,17 @@ class Killed:
     """A command that was killed, and what came of it."""
 
     command: str
-    """Name of the command."""
+    """Its name."""
     signal: str
-    """SIGKILL or SIGTERM."""
+    """What the command itself got."""
     moments: list[float]
     """Seconds after each start at which it was killed."""
     equal: bool
     """Whether, started again, it came to the same values and left nothing behind."""
     text: str
-    """What was said at the end."""
+    """What was not as it should be, or nothing."""
+    workers: int = 0
+    """How many of the kills met a process that the command had started, which tries again by itself."""
 
     def plain(self) -> dict[str, Any]:
         """Returns it as JSON values."""
@@ -38,51 +42,45 @@ def kill(
 
     Args:
         world: Restored first, without what the command makes.
-        command: One that is meant to be killed and started again.
+        command: One that is meant to be started again.
         expected: Its values in an undisturbed run.
         seconds: What that took.
         rng: Draws the moments.
         number: SIGKILL, or SIGTERM.
 
     Returns:
-        When it was killed, and what came of it.
+        What came of it.
     """
     world.restore(without=world.made[command.name])
-    moments = []
+    moments, workers = [], 0
     for _ in range(rng.randint(1, 3)):
-        moment = rng.uniform(0.0, seconds)
+        victims: list[int] = []
+        moment, at_worker = rng.uniform(0.0, seconds), rng.random() < 0.5
         running = Running(command.call, world.log)
         ended = running.wait(until=moment)
         if ended is None:
-            running.signal(number)
+            victims = workers_below(world.root) if at_worker else []
+            if victims:
+                workers += 1
+                with suppress(ProcessLookupError):
+                    os.kill(rng.choice(victims), signal.SIGKILL)
+            else:
+                running.signal(number)
             ended = running.wait()
             moments.append(round(moment, 3))
         assert ended is not None
-        if ended.crashed:
-            return Killed(command.name, number.name, moments, False, ended.text[-2000:])
+        by_itself = victims or ended.status not in (0, 128 + number)  # what its helpers say of its death is no matter
+        if by_itself and (ended.crashed or ended.status):
+            return Killed(command.name, number.name, moments, False, ended.text[-2000:], workers)
     ended = run(command.call, world.log)
     if ended.status:
-        return Killed(command.name, number.name, moments, False, ended.text[-3000:])
+        return Killed(command.name, number.name, moments, False, ended.text[-3000:], workers)
     found = command.values(world)
     differing = [name for name in {**expected, **found} if expected.get(name) != found.get(name)]
     left = [str(path) for path in world.files() if any(part.endswith(".tmp") for part in path.parts)]
     left = [path for path in left if "cache" not in path and not path.startswith("c/")]  # of caches after a day
     text = f"differing: {differing[:3]}, left behind: {left[:3]}" if differing or left else ""
-    return Killed(command.name, number.name, moments, not text, text)
-
-
-def undisturbed(world: World, command: Command) -> tuple[dict[str, Any], float]:
-    """Returns a command's values when it starts from nothing and nobody disturbs it, and the seconds that it takes.
-
-    Args:
-        world: Restored first.
-        command: Any of the world's.
-    """
-    world.restore(without=world.made.get(command.name, []))
-    ended = run(command.call, world.log)
-    if ended.status:
-        raise RuntimeError(f"{command.name} failed undisturbed:\n{ended.text}")
-    return command.values(world), ended.seconds
+    return Killed(command.name, number.name, moments, not text, text, workers)
 
 
 def start_two(world: World, command: Command, expected: dict[str, Any]) -> tuple[bool, str]:
@@ -90,7 +88,7 @@ def start_two(world: World, command: Command, expected: dict[str, Any]) -> tuple
 
     Args:
         world: Restored first, without what the command makes.
-        command: Any of the world's.
+        command: One that is meant to be started again.
         expected: Its values in an undisturbed run.
 
     Returns:

@@ -11,9 +11,7 @@ import torch
 
 from benchmarks.faults.kinds import MARKER, Mutation, NotApplicable, overwrite
 from benchmarks.faults.tensors import SAFETENSORS, TORCH
-from benchmarks.faults.texts import COLMAP, JSON, PLY, YAML
-
-TORCH_SUFFIXES = (".pt", ".pth", ".ckpt")
+from benchmarks.faults.texts import BINARY, JSON, LINES, PLY, YAML
 
 
 class Hostile:
@@ -75,26 +73,26 @@ ANY: dict[str, Mutation] = {
 }
 
 
+FORMATS: dict[str, dict[str, Mutation]] = {
+    ".safetensors": SAFETENSORS,
+    **dict.fromkeys((".pt", ".pth", ".ckpt"), TORCH),
+    ".json": JSON,
+    **dict.fromkeys((".yml", ".yaml"), YAML),
+    ".ply": PLY,
+    ".bin": BINARY,
+    **dict.fromkeys((".txt", ".jsonl", ".log"), LINES),
+    ".png": {},
+}
+"""What can be done to a file of a format beside `ANY`, by suffix; formats without structure of ours have nothing."""
+
+
 def mutations_of(path: Path) -> dict[str, Mutation]:
     """Returns what can be done to a file, by name.
 
     Args:
         path: The file; its suffix tells its format.
     """
-    found = dict(ANY)
-    if path.suffix == ".safetensors":
-        found |= SAFETENSORS
-    elif path.suffix in TORCH_SUFFIXES:
-        found |= TORCH
-    elif path.suffix in (".json", ".jsonl"):
-        found |= JSON
-    elif path.suffix in (".yml", ".yaml"):
-        found |= YAML
-    elif path.suffix == ".ply":
-        found |= PLY
-    elif path.suffix in (".bin", ".txt"):
-        found |= COLMAP
-    return found
+    return ANY | FORMATS.get(path.suffix, {})
 
 
 def apply(name: str, path: Path, rng: random.Random) -> None:

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.faults.server import use_own_server, use_warm_server
+
 TIMEOUT = 180.0
 KILLED = 128 + signal.SIGKILL
 
@@ -129,6 +131,7 @@ def _be_a_command(call: Callable[[], None], output: int, limit: int | None, user
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        use_own_server() if limit is not None or user is not None else use_warm_server()
         if limit is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         if user is not None:

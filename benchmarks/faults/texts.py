@@ -157,17 +157,51 @@ def _ply_values(path: Path, rng: random.Random) -> None:
 PLY: dict[str, Mutation] = {
     "huge count": _ply(_count),
     "no x": _ply(lambda header, rng: header.replace(b" x\n", b" q\n")),
-    "unknown type": _ply(lambda header, rng: header.replace(b"property float", b"property quux")),
+    "unknown type": _ply(
+        lambda header, rng: header.replace(b"property float", b"property quux").replace(
+            b"property double", b"property quux"
+        )
+    ),
     "no vertex element": _ply(lambda header, rng: header.replace(b"element vertex", b"element corner")),
     "NaN": _ply_values,
 }
 
 
 def _colmap_count(path: Path, rng: random.Random) -> None:
-    data = path.read_bytes()
-    if path.suffix != ".bin":
-        raise NotApplicable
-    path.write_bytes(HUGE.to_bytes(8, "little") + data[8:])
+    path.write_bytes(HUGE.to_bytes(8, "little") + path.read_bytes()[8:])
 
 
-COLMAP: dict[str, Mutation] = {"huge count": _colmap_count}
+BINARY: dict[str, Mutation] = {"huge count": _colmap_count}
+"""Of COLMAP's tables."""
+
+
+def _line(change: Callable[[str, random.Random], list[str]]) -> Mutation:
+    """Puts other lines in the place of one that says something."""
+
+    def mutate(path: Path, rng: random.Random) -> None:
+        lines = path.read_text().splitlines()
+        place = rng.choice([number for number, line in enumerate(lines) if line.strip()])
+        lines[place : place + 1] = change(lines[place], rng)
+        path.write_text("\n".join(lines) + "\n")
+
+    return mutate
+
+
+def _other_word(line: str, rng: random.Random) -> list[str]:
+    words = line.split()
+    words[rng.randrange(len(words))] = rng.choice(["word", "nan", "inf", "-1", str(HUGE), "1e999", '"'])
+    return [" ".join(words)]
+
+
+def _fewer_words(line: str, rng: random.Random) -> list[str]:
+    words = line.split()
+    return [" ".join(words[: rng.randrange(len(words))])]
+
+
+LINES: dict[str, Mutation] = {
+    "line missing": _line(lambda line, rng: []),
+    "line twice": _line(lambda line, rng: [line, line]),
+    "line cut": _line(_fewer_words),
+    **{f"another word {number}": _line(_other_word) for number in (1, 2, 3)},
+}
+"""Of lists, COLMAP's among them."""

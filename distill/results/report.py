@@ -1,6 +1,5 @@
 """The page and the numbers that a training ends with."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from fit3d_ns.backbones.students.result_folder import CARD_NAME, MEASURES, METRI
 from fit3d_ns.features.pca import ColorBasis
 from fit3d_ns.support.files import atomic_write_json
 from fit3d_ns.support.html_report import Report
+from fit3d_ns.support.json_files import UNREADABLE, read_json
 
 _METRICS = tuple(MEASURES.items())
 _TITLES = {
@@ -194,12 +194,12 @@ def _siblings(output_dir: Path, card: Mapping[str, Any]) -> dict[str, Any]:
         if folder == output_dir.absolute():
             continue
         try:
-            other = json.loads(path.read_text())
-            metrics = json.loads((folder / METRICS_NAME).read_text())
+            other = read_json(path)
+            metrics = read_json(folder / METRICS_NAME)
             same = [other[name] for name in ("scenes", "teacher")] == [card[name] for name in ("scenes", "teacher")]
             if same and isinstance(metrics["mean"], dict):
                 found[f"{folder.name}: {other['settings']['targets']}"] = metrics
-        except (OSError, ValueError, KeyError, TypeError):
+        except (*UNREADABLE, KeyError, TypeError):
             continue  # unfinished, or somebody else's
     return found
 

@@ -1,6 +1,5 @@
 """Commands that are run once: each has a record, which is written last and found by the next start."""
 
-import json
 import shutil
 import time
 from collections.abc import Callable
@@ -13,7 +12,8 @@ import torch
 from fit3d_loop.commands.worker import CommandLost, Settings, Taken, run_words
 from fit3d_loop.records import Places
 from fit3d_ns.support.console import CONSOLE
-from fit3d_ns.support.files import atomic_write_json, atomic_write_text
+from fit3d_ns.support.files import atomic_write_text
+from fit3d_ns.support.json_files import UNREADABLE, build, read_record, write_record
 
 _ATTEMPTS = 2
 
@@ -36,6 +36,8 @@ class Step:
     """Its output, which is deleted where it was begun with another key."""
     distributed: str | None = None
     """Module that torchrun starts instead where the machine has several GPUs."""
+    is_whole: Callable[[Path], bool] = Path.is_dir
+    """Whether what a finished one left in its folder can be used; if not, it is done anew."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ class ThisMachine:
         return work(*arguments)
 
 
-def read_record(places: Places, name: str) -> StepRecord | None:
+def read_step(places: Places, name: str) -> StepRecord | None:
     """Returns the record of a step; None if it is not done.
 
     Args:
@@ -98,20 +100,20 @@ def read_record(places: Places, name: str) -> StepRecord | None:
         name: Of the step.
     """
     try:
-        return StepRecord(**json.loads(places.step(name).read_text()))
-    except (OSError, ValueError, TypeError):
+        return build(StepRecord, read_record(places.step(name)))
+    except UNREADABLE:
         return None
 
 
 def is_done(places: Places, step: Step) -> bool:
-    """Returns whether a step was done from what it would be made from now.
+    """Returns whether a step was done from what it would be made from now, and what it left is whole.
 
     Args:
         places: Of the output folder.
         step: With the key of what it would be made from now.
     """
-    record = read_record(places, step.name)
-    return record is not None and record.key == step.key
+    record = read_step(places, step.name)
+    return record is not None and record.key == step.key and (step.folder is None or step.is_whole(step.folder))
 
 
 def run_step(places: Places, step: Step, machine: WholeMachine) -> StepRecord:
@@ -128,12 +130,12 @@ def run_step(places: Places, step: Step, machine: WholeMachine) -> StepRecord:
     Raises:
         UserError: If it failed.
     """
-    record = read_record(places, step.name)
-    if record is not None and record.key == step.key:
+    record = read_step(places, step.name)
+    if record is not None and is_done(places, step):
         CONSOLE.print(f"{step.title}: done before", highlight=False)
         return record
     begun = places.step(f"{step.name}.begun")
-    resumed = begun.exists() and begun.read_text() == step.key
+    resumed = begun.is_file() and begun.read_text(errors="replace") == step.key
     if not resumed and step.folder is not None:
         shutil.rmtree(step.folder, ignore_errors=True)  # made from something else
     atomic_write_text(begun, step.key)
@@ -141,7 +143,7 @@ def run_step(places: Places, step: Step, machine: WholeMachine) -> StepRecord:
     CONSOLE.print(f"[bold]{step.title}[/bold] ({now}, log {log})", highlight=False, soft_wrap=True)
     taken = machine.whole(_do, places, step)
     record = StepRecord(step.name, step.title, list(step.words), step.key, taken.seconds, taken.cpu_seconds, resumed)
-    atomic_write_json(places.step(step.name), asdict(record))
+    write_record(places.step(step.name), asdict(record))
     begun.unlink(missing_ok=True)
     CONSOLE.print(f"{step.title}: {taken.seconds:.0f} s", highlight=False)
     return record

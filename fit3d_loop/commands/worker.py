@@ -4,7 +4,6 @@ What such a process prints goes to a log, how far it is to a small file, and it 
 does, however that ends. Importing nerfstudio and torch takes ten seconds, forking a twentieth of one.
 """
 
-import json
 import logging
 import multiprocessing
 import os
@@ -24,11 +23,13 @@ from multiprocessing import connection, forkserver
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 
 from fit3d_ns.support.errors import UserError, first_line
 from fit3d_ns.support.files import atomic_write_json
+from fit3d_ns.support.json_files import UNREADABLE, build, read_json
 
 _BAD_FORK = 77
 """Exit status of a forked process that cannot use CUDA, since what it was forked from had."""
@@ -37,7 +38,6 @@ _OWN = {
     "fit3d-distill": "distill.cli",
     "fit3d-export": "fit3d_ns.commands.export.cli",
     "fit3d-lift": "fit3d_ns.commands.lift.cli",
-    "fit3d-probe": "probe.cli",
     "fit3d-loop-pictures": "fit3d_loop.comparison_pictures",
     "fit3d-rooms": "fit3d_rooms.cli",
 }
@@ -141,8 +141,12 @@ _SERVER_ENVIRONMENT = {
 }
 
 
-def _context() -> BaseContext:
-    """What starts processes; makes sure that the one to fork from is there."""
+def fork_context() -> BaseContext:
+    """Makes sure that the process to fork from is there.
+
+    Returns:
+        What starts processes.
+    """
     if _fresh.is_set():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
@@ -161,7 +165,7 @@ def _context() -> BaseContext:
 def _start(words: Sequence[str], log: Path, progress: Path, lock: Path, settings: Settings) -> int:
     if settings.gpu is None:  # of this process now, which may differ from when the one to fork from was started
         settings = replace(settings, gpu=os.environ.get("CUDA_VISIBLE_DEVICES"))
-    process = _context().Process(  # type: ignore[attr-defined]
+    process = fork_context().Process(  # type: ignore[attr-defined]
         target=_run, args=(list(words), str(log), str(progress), str(lock), settings), name=words[0]
     )
     _running.add(process)
@@ -235,7 +239,11 @@ def _carry_out(words: list[str], progress: Path, settings: Settings) -> int:
 
             run_command(lambda: train(words[1:], settings.keep_optimizer))
         elif words[0] == "torchrun":
-            return subprocess.run([sys.executable, "-m", "torch.distributed.run", *words[1:]], check=False).returncode
+            return _in_a_fresh_process("torch.distributed.run", words[1:])
+        elif (
+            words[0] == "fit3d-probe"
+        ):  # its readers are forked, and hang as forks of a fork that counts on two threads
+            return _in_a_fresh_process("probe.cli", words[1:])
         elif words[0] in _OWN:
             run_command(__import__(_OWN[words[0]], fromlist=["main"]).main)
         else:
@@ -249,6 +257,18 @@ def _carry_out(words: list[str], progress: Path, settings: Settings) -> int:
         print(f"Error: {stop.code}", file=sys.stderr)
         return 1
     return 0
+
+
+def _in_a_fresh_process(module: str, words: Sequence[str]) -> int:
+    """Runs a module as a program, which ends with this process; returns its status."""
+    ends = _end_with_this_one if sys.platform == "linux" else None
+    return subprocess.run([sys.executable, "-m", module, *words], check=False, preexec_fn=ends).returncode
+
+
+def _end_with_this_one() -> None:
+    import ctypes
+
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 class _Reporter:
@@ -273,6 +293,6 @@ def read_progress(path: Path) -> dict | None:
         path: File that the command writes its progress to.
     """
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
+        return build(dict[str, Any], read_json(path))
+    except UNREADABLE:
         return None

@@ -1,17 +1,17 @@
 """What is done to one scene in one round: geometry, features, bundle. Each stage is a command that can be typed."""
 
-import json
 import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from fit3d_loop.commands.worker import CommandFailed, CommandLost, Settings, Taken, run_words
 from fit3d_loop.records import Places, SceneState, read_state, write_state
 from fit3d_loop.scenes.scene_list import SceneSource
 from fit3d_ns.runs.names import CONFIG, GEOMETRY_RECORD, RECORD
 from fit3d_ns.support.errors import UserError, first_line
+from fit3d_ns.support.json_files import UNREADABLE, build, read_json
 
 Result = Literal["done", "failed", "lost"]
 _RUN = "geometry"
@@ -95,6 +95,15 @@ def record_failure(job: Job, stage: str, sentence: str) -> None:
     write_state(job.places, state)
 
 
+def _read(path: Path, run: Path) -> dict[str, Any]:
+    try:
+        return build(dict[str, Any], read_json(path))
+    except UNREADABLE as error:
+        raise UserError(
+            f"{path} is missing or damaged ({first_line(error)}): delete {run} to begin it anew."
+        ) from error
+
+
 def is_ready(state: SceneState, number: int, teacher: str) -> bool:
     """Returns whether a scene can be distilled in a round.
 
@@ -123,7 +132,7 @@ def _geometry(job: Job, state: SceneState) -> None:
         return
     run = job.places.geometry(source.name)
     taken = _run(job, "geometry", train_words(job))
-    found = json.loads((run / GEOMETRY_RECORD).read_text())
+    found = _read(run / GEOMETRY_RECORD, run)
     state.geometry = {"config": str(run / CONFIG), "made": made, **vars(taken), **found}
     write_state(job.places, state)
 
@@ -156,7 +165,7 @@ def _lift(job: Job, state: SceneState) -> None:
     else:
         seconds = _run(job, f"lift{job.number}", lift_words(job, state)).seconds
         run = _lift_folder(job, state)
-    metrics = json.loads((run / RECORD).read_text()).get("metrics", {})
+    metrics = _read(run / RECORD, run).get("metrics", {})
     state.rounds[str(job.number)] = {
         "teacher": job.teacher,
         "run": str(run),

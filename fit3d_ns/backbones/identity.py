@@ -17,8 +17,8 @@ from fit3d_ns.backbones.spec import BackboneInfo, BackboneSpec
 from fit3d_ns.backbones.weights.finding import find_weights
 from fit3d_ns.backbones.weights.state_dicts import read_state_dict, to_timm_layout, weight_files
 from fit3d_ns.support.errors import UserError
-from fit3d_ns.support.files import atomic_write_json, user_cache_directory
-from fit3d_ns.support.json_files import build
+from fit3d_ns.support.files import user_cache_directory
+from fit3d_ns.support.json_files import UNREADABLE, build, read_record, write_record
 
 IDENTITY_SCHEMA = 1
 """Raise it when the same choice of a backbone comes to give other features."""
@@ -157,6 +157,13 @@ def load_weights(spec: BackboneSpec, path: Path) -> dict[str, Tensor]:
     return to_timm_layout(read_state_dict(path), skeleton(architecture), path, architecture.name)
 
 
+@dataclass(frozen=True)
+class _Note:
+    """What is remembered of a weight file."""
+
+    weights_sha256: str
+
+
 def _hash_note(path: Path, info: BackboneInfo) -> Path | None:
     """Returns where the hash of these very files for this very architecture is remembered."""
     try:
@@ -173,14 +180,14 @@ def _hash_note(path: Path, info: BackboneInfo) -> Path | None:
 
 def _read_note(note: Path | None) -> str | None:
     try:
-        return json.loads(note.read_text())["weights_sha256"] if note else None
-    except (OSError, ValueError, KeyError, TypeError):
+        return build(_Note, read_record(note)).weights_sha256 if note else None
+    except UNREADABLE:
         return None
 
 
 def _write_note(note: Path | None, weights_sha256: str) -> None:
     try:
         if note:
-            atomic_write_json(note, {"weights_sha256": weights_sha256})
+            write_record(note, asdict(_Note(weights_sha256)))
     except UserError:
         pass  # A cache that cannot be written to costs the next start a second, nothing else.

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fit3d_ns.support.errors import UserError, first_line
+from fit3d_ns.support.errors import DamagedFile, UserError, first_line
+from fit3d_ns.support.json_files import read_json
 
 COEFFICIENTS: tuple[str, ...] = ("k1", "k2", "k3", "k4", "p1", "p2")
 """nerfstudio's order of distortion coefficients."""
@@ -76,10 +77,10 @@ def read_scene_file(path: Path) -> dict[str, Any]:
         UserError: If it is missing, no such file, or a frame lacks something or holds what is of the whole scene.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror or error}): restore it, or check --data.") from error
-    except (ValueError, RecursionError) as error:
+        content = read_json(path)
+    except FileNotFoundError as error:
+        raise UserError(f"{path} cannot be read (there is no such file): restore it, or check --data.") from error
+    except DamagedFile as error:
         raise UserError(
             f"{path} is not valid JSON ({first_line(error)}): mend it, or run ns-process-data again."
         ) from error

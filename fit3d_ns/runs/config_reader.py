@@ -22,6 +22,8 @@ _PLUGINS = ("nerfstudio.method_configs", "nerfstudio.dataparser_configs")
 _PLUGIN_VARIABLES = ("NERFSTUDIO_METHOD_CONFIGS", "NERFSTUDIO_DATAPARSER_CONFIGS")
 """Environment variables that do the same, as ``name=module:attribute`` with commas between."""
 _TAG = "tag:yaml.org,2002:python/"
+_LAST = "vis"
+"""Field of every version that nerfstudio writes last: they stand in the order of their names."""
 _PARTS: dict[str, tuple[type, ...]] = {
     "pipeline": (),
     "pipeline.datamanager": (),
@@ -109,7 +111,7 @@ def parse_configuration(text: str, path: Path | None) -> Any:
     """
     name = f"The configuration {path}" if path is not None else "The configuration"
     try:
-        return yaml.load(text, Loader=_ConfigLoader)  # noqa: S506  a SafeLoader with few additions
+        config = yaml.load(text, Loader=_ConfigLoader)  # noqa: S506  a SafeLoader with few additions
     except _Forbidden as error:
         raise UserError(
             f"{name} asks for {error}, which is no part of a registered method's configuration; nothing was loaded: "
@@ -117,6 +119,10 @@ def parse_configuration(text: str, path: Path | None) -> Any:
         ) from error
     except (yaml.YAMLError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{name} is damaged ({first_line(error)}): restore it or train again.") from error
+    is_run = any(kind.__name__ == "TrainerConfig" for kind in type(config).__mro__)
+    if is_run and _LAST not in vars(config):  # cut off between two fields
+        raise UserError(f"{name} is damaged (it ends before `{_LAST}`): restore it or train again.")
+    return config
 
 
 def _check_parts(config: Any, path: Path) -> None:
@@ -130,6 +136,19 @@ def _check_parts(config: Any, path: Path) -> None:
             raise UserError(
                 f"The configuration {path} is damaged ({name} is {type(part).__name__}): restore it or train again."
             )
+        wanted = _config_of(getattr(part, "_target", None))
+        if wanted is not None and not isinstance(part, wanted):
+            kinds_said = f"{type(part).__name__}, not {wanted.__name__}"
+            raise UserError(f"The configuration {path} is damaged ({name} is {kinds_said}): restore it or train again.")
+
+
+def _config_of(target: Any) -> type | None:
+    """The class of configurations that a part is built from, as far as it says so."""
+    try:
+        wanted = get_type_hints(target).get("config") if isinstance(target, type) else None
+    except (NameError, TypeError):  # names that only its own module knows
+        return None
+    return wanted if isinstance(wanted, type) else None
 
 
 def _check_fields(config: Any, path: Path, name: str = "") -> None:

@@ -1,6 +1,5 @@
 """The coordinates that a run was trained in, and whether a scene still gives the same."""
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ import numpy as np
 
 from fit3d_ns.runs.names import COORDINATES
 from fit3d_ns.support.errors import UserError, first_line
+from fit3d_ns.support.json_files import UNREADABLE, read_json
 
 _TOLERANCE = 1e-4
 """Of rotations and relative scale; of positions in the units of the training."""
@@ -69,12 +69,12 @@ def read_coordinates(run: Path) -> Coordinates | None:
     """
     path = run / COORDINATES
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        stored = read_json(path)
         transform, scale = np.array(stored["transform"], dtype=np.float64), float(stored["scale"])
         if transform.shape != (3, 4) or not np.isfinite(transform).all() or not 0 < scale < math.inf:
             raise ValueError("no 3x4 matrix and positive scale")
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (*UNREADABLE, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({first_line(error)}): restore it or train again.") from error
     return Coordinates(transform, scale)

@@ -77,13 +77,13 @@ def _lines_until(path: Path, start: int) -> list[str]:
     """Returns whole lines of steps up to ``start``; the last may have been cut off by a kill."""
     kept = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return kept
     for line in lines:
         try:
             if json.loads(line)["step"] <= start:
                 kept.append(line)
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue
     return kept

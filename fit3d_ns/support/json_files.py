@@ -1,5 +1,6 @@
 """JSON files: read within reason, and checked field by field against the types of the dataclass that they fill."""
 
+import hashlib
 import json
 import math
 import os
@@ -11,8 +12,12 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from fit3d_ns.support.errors import DamagedFile, UserError, first_line
+from fit3d_ns.support.files import atomic_write_json, without_non_finite
 
 Made = TypeVar("Made")
+UNREADABLE = (OSError, DamagedFile)
+"""What `read_json` raises."""
+_CHECKSUM = "checksum"
 _SHOWN = 40
 """Characters of a wrong value that a sentence shows."""
 
@@ -38,6 +43,45 @@ def read_json(path: Path) -> Any:
         raise DamagedFile(error.strerror or first_line(error)) from error
     except (ValueError, RecursionError) as error:
         raise DamagedFile(first_line(error)) from error
+
+
+def write_record(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes an object of a JSON file and a checksum of its fields, as one step.
+
+    Args:
+        path: Where it is to stand.
+        content: As `fit3d_ns.support.files.atomic_write_json` takes it.
+
+    Raises:
+        UserError: If the operating system refuses.
+    """
+    atomic_write_json(path, {**content, _CHECKSUM: _checksum(content)})
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Reads what `write_record` wrote; a file without a checksum, of an earlier version, too.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Its fields, without the checksum.
+
+    Raises:
+        FileNotFoundError: If nothing is there.
+        DamagedFile: As `read_json`, or if it is no object, or its fields are not as they were written.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise _wrong("", content, "no object")
+    if content.pop(_CHECKSUM, None) not in (None, _checksum(content)):
+        raise DamagedFile("it is not as it was written: its checksum differs")
+    return content
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    text = json.dumps(without_non_finite(content), sort_keys=True)  # what is written, and what is read back
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def build(kind: type[Made], value: Any, name: str = "") -> Made:

@@ -1,6 +1,7 @@
 """Training samples as a pure function of (seed, number): no sampler state, nothing to save but the step."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -131,10 +132,11 @@ def training_batches(
         worker_init_fn=_one_thread,
         prefetch_factor=4 if workers else None,
     )
-    for batch in loader:
-        if isinstance(batch, UserError):
-            raise batch
-        yield batch
+    with _whole_readers():
+        for batch in loader:
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
 
 
 def ordered_samples(
@@ -151,10 +153,24 @@ def ordered_samples(
         UserError: If a sample cannot be read.
     """
     loader = DataLoader(_Indexed(make, indices), batch_size=None, num_workers=workers, worker_init_fn=_one_thread)
-    for index, sample in zip(indices, loader):
-        if isinstance(sample, UserError):
-            raise sample
-        yield index, sample
+    with _whole_readers():
+        for index, sample in zip(indices, loader):
+            if isinstance(sample, UserError):
+                raise sample
+            yield index, sample
+
+
+@contextmanager
+def _whole_readers() -> Iterator[None]:
+    """Says in one sentence that a process which reads photos was ended."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(
+            "A process that reads photos was ended (out of memory?): start again, with fewer --workers."
+        ) from error
 
 
 class _Indexed(Dataset):

@@ -1,6 +1,5 @@
 """A user's own data: folders of photos and truth, procedural rooms, scenes in nerfstudio's format."""
 
-import json
 import logging
 import math
 from collections import Counter
@@ -14,6 +13,7 @@ from fit3d_ns.data.photos.picture_files import open_labels
 from fit3d_ns.data.poses import check_poses
 from fit3d_ns.data.scene_file import frame_lens, read_scene_file
 from fit3d_ns.support.errors import UserError
+from fit3d_ns.support.json_files import UNREADABLE, read_json
 from fit3d_ns.support.samples import evenly_spaced
 from probe.data.base import IGNORE, LabelRule, ProbeData, Sample
 from probe.data.choice import DataChoice
@@ -219,17 +219,20 @@ def _class_table(
     for path in (data / "classes.json", data / scene / "classes.json"):
         if path.is_file():
             try:
-                table = json.loads(path.read_text())
+                table = read_json(path)
                 names = tuple(str(entry["name"]) for entry in table)
                 return names, tuple(tuple(int(value) for value in entry["color"]) for entry in table)  # type: ignore
-            except (ValueError, KeyError, TypeError):
+            except (*UNREADABLE, ValueError, KeyError, TypeError):
                 raise UserError(f"{path} is damaged: expected a list of id, name and color.") from None
     return _numbered(samples), None
 
 
 def _class_names(choice: DataChoice, samples: list[Sample]) -> tuple[str, ...]:
     if choice.class_names is not None:
-        return tuple(read_lines(choice.class_names, "--class-names"))
+        names = tuple(read_lines(choice.class_names, "--class-names"))
+        if len(names) < 2:
+            raise UserError(f"{choice.class_names} names {len(names)} class: give one name a line with --class-names.")
+        return names
     path = choice.data / "classes.txt"
     return tuple(read_lines(path, "--data")) if path.is_file() else _numbered(samples)
 

@@ -67,7 +67,9 @@ def test_view_match_is_measured_where_views_overlap(make_scene, make_config):
     assert all(0 <= means[name] <= 1 for name in means if name.startswith("view_match_") and name[-1] != "s")
 
 
-@pytest.mark.parametrize("options", [{}, {"ema_decay": 0.8, "lora_rank": 2, "schedule": "cosine", "gradient_accumulation": 2}])
+@pytest.mark.parametrize(
+    "options", [{}, {"ema_decay": 0.8, "lora_rank": 2, "schedule": "cosine", "gradient_accumulation": 2}]
+)
 def test_killed_and_resumed_is_the_same_to_the_last_bit(make_scene, make_config, tmp_path, monkeypatch, options):
     folders = [make_scene("a"), make_scene("b", seed=1)]
     whole = make_config(*folders, steps=9, save_every=4, **options)

@@ -121,9 +121,9 @@ def test_scenes_share_a_machine_by_memory_cores_and_photos(monkeypatch, gpus, me
 
 
 def test_a_damaged_state_is_begun_anew(tmp_path):
-    places = Places(tmp_path)
-    write_state(places, SceneState("a", {"path": "x"}, {"made": 1}))
-    assert read_state(places, "a", {"path": "x"}).geometry == {"made": 1}
+    places, geometry = Places(tmp_path), {"config": "config.yml", "made": 1, "seconds": 2.5}
+    write_state(places, SceneState("a", {"path": "x"}, geometry))
+    assert read_state(places, "a", {"path": "x"}).geometry == geometry
     places.state("a").write_text("{")
     assert read_state(places, "a", {"path": "x"}).geometry is None
 

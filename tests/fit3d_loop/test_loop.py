@@ -209,6 +209,49 @@ def test_other_settings_and_other_scenes_of_a_name_are_refused(finished, scenes,
         run_loop(loop_config(tmp_path, finished))
 
 
+DAMAGED = {
+    "scenes/a.json": b"[]",
+    "scenes/b.json": b"\xff\xfe",
+    "steps/student1.json": b"[" * 100_000,
+    "steps/pictures.json": b'{"name": 7}',
+    "rounds/1/card.json": b'{"student": {}}',
+    "rounds/1/backbone.safetensors": b"",
+    "rounds/1/metrics.json": b'{"mean": 1}',
+    "geometry/a/fit3d-splat/geometry/geometry.json": b"null",
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_what_is_damaged_in_a_finished_loop_is_made_anew(finished, scenes, loop_config, name):
+    before, metrics = digest(finished), json.loads((finished / "metrics.json").read_text())
+    (finished / name).write_bytes(DAMAGED[name])
+    assert run_loop(loop_config(scenes, finished)).complete
+    assert digest(finished) == before and leftovers(finished) == []
+    after = json.loads((finished / "metrics.json").read_text())
+    assert after["rounds"] == metrics["rounds"]
+    assert [scene["geometry"]["gaussians"] for scene in after["scenes"]] == [
+        scene["geometry"]["gaussians"] for scene in metrics["scenes"]
+    ]
+
+
+def test_a_damaged_picture_is_left_out_of_the_report(finished, scenes, loop_config, caplog):
+    picture = next((finished / "pictures").glob("*_lifted.png"))
+    picture.write_text("text")
+    assert run_loop(loop_config(scenes, finished)).complete
+    assert "is damaged" in caplog.text and not picture.exists()
+    caplog.clear()
+    assert run_loop(loop_config(scenes, finished)).complete and "is damaged" not in caplog.text
+
+
+def test_settings_that_were_changed_by_accident_are_refused(finished, scenes, loop_config):
+    path = finished / "loop.json"
+    whole = path.read_text()
+    path.write_text(whole.replace('"seed": 42', '"seed": 43'))
+    with pytest.raises(UserError, match="loop.json is damaged .*checksum"):
+        run_loop(loop_config(scenes, finished))
+    path.write_text(whole)
+
+
 def test_a_plan_of_what_is_done_is_short(finished, scenes, loop_config, capsys):
     run_loop(loop_config(scenes, finished, plan=True))
     text = capsys.readouterr().out

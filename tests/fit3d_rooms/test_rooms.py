@@ -1,8 +1,10 @@
 """Rooms: the same bytes for a seed, geometry that agrees with itself, files that nerfstudio reads, clear refusals."""
 
 import hashlib
+import itertools
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -12,8 +14,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks.faults.kinds import NotApplicable
+from benchmarks.faults.mutations import apply, mutations_of
 from fit3d_ns.support.errors import UserError
 from fit3d_rooms.cli import RoomsConfig, main, make_rooms
+from fit3d_rooms.dataset import RoomSettings, open_output
 
 VIEWS, WIDTH, HEIGHT = 6, 96, 72
 ARGUMENTS = ["--views", str(VIEWS), "--width", str(WIDTH), "--height", str(HEIGHT), "--seed", "3"]
@@ -250,6 +255,7 @@ def killed(source, target):
     rename(source, target)
 os.replace = killed
 from fit3d_rooms.cli import main
+from fit3d_rooms.dataset import RoomSettings, open_output
 main(sys.argv[2:])
 """
 
@@ -325,3 +331,27 @@ def test_open3d_is_loaded_only_when_needed():
     """Importing the package and the command's module loads no Open3D."""
     code = "import sys, fit3d_ns, fit3d_rooms.cli, fit3d_rooms.room; sys.exit('open3d' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_damaged_index_is_refused_or_made_anew(rooms, tmp_path, monkeypatch):
+    """Every kind of damage that the harness knows."""
+    monkeypatch.setenv("FIT3D_FAULTS_MARKER", str(tmp_path / "marker"))
+    settings, path = RoomSettings(3, VIEWS, WIDTH, HEIGHT), tmp_path / "out" / "rooms.json"
+    path.parent.mkdir()
+    ends = set()
+    for kind, seed in itertools.product(mutations_of(path), range(4)):
+        shutil.copy(rooms / "rooms.json", path)
+        try:
+            apply(kind, path, random.Random(seed))
+        except NotApplicable:
+            continue
+        try:
+            open_output(path.parent, settings)
+            ends.add("made anew")
+        except UserError as error:
+            assert "\n" not in str(error) and str(path.parent) in str(error), (kind, error)
+            ends.add("refused")
+        except OSError as error:  # said by the command, with the file's name
+            assert path.is_dir() or path.is_symlink(), (kind, error)
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+    assert ends == {"made anew", "refused"}

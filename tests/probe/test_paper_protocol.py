@@ -64,3 +64,16 @@ def test_the_mirrored_view_is_turned_back_before_the_mean(kind):
     both = task.predict(head, BackboneOutput(torch.cat([values, mirrored]), None), (20, 28))
     alone = task.predict_whole(head, BackboneOutput(values, None), (20, 28))
     torch.testing.assert_close(both, alone, rtol=1e-4, atol=1e-4)
+
+
+def test_the_loss_of_normals_by_hand():
+    """1 - cosine, the mean over known pixels; at the truth's resolution, and at some pixels of cached features."""
+    task: Any = TASKS["normals"](SimpleNamespace(max_depth=10.0), choose_recipe("normals", "rooms"))  # type: ignore[arg-type]
+    predicted = torch.tensor([[0.0, 0, -1], [1, 0, 0], [0, 0, 3], [1, 1, 0]])  # of four pixels
+    truth = torch.tensor([[0.0, 0, -1], [0, 1, 0], [0, 0, -1], [0, 0, 0]])  # cosines 1, 0, -1; the last is not known
+    pixels = predicted.T.reshape(1, 3, 2, 2)
+    head: Any = lambda features: features.patch_tokens  # noqa: E731
+    whole = task.loss(head, BackboneOutput(pixels, None), truth.reshape(1, 2, 2, 3), 0)
+    assert float(whole) == pytest.approx((0 + 1 + 2) / 3)
+    sampled = task.sampled_loss(head, BackboneOutput(predicted.T[None, :, :, None], None), truth[None], 0)
+    assert float(sampled) == pytest.approx((0 + 1 + 2) / 3)

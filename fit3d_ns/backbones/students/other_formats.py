@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fit3d_ns.backbones.architecture import build_model, resolve_architecture, skeleton
 from fit3d_ns.support.errors import UserError
 from fit3d_ns.support.files import atomic_path, atomic_write_json
+from fit3d_ns.support.json_files import read_json
 
 CONFIG_NAME = "config.json"
 """By which timm opens the folder."""
@@ -57,7 +58,7 @@ def write_timm_config(folder: Path, identity: Mapping[str, Any], weights_name: s
         options["depth"] = architecture.depth
     with atomic_path(folder / CONFIG_NAME) as temporary:
         save_config_for_hf(model, str(temporary), model_args=options)
-        config = json.loads(temporary.read_text())
+        config = read_json(temporary)
         config["pretrained_cfg"]["hf_hub_filename"] = weights_name  # timm leaves out where weights come from
         temporary.write_text(json.dumps(config, indent=2))
     return folder / CONFIG_NAME

@@ -1,7 +1,5 @@
 """The folder that a training leaves: which files it holds, its card, and the layouts its weights are written in."""
 
-import hashlib
-import json
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -20,8 +18,8 @@ from fit3d_ns.backbones.students.other_formats import (
     write_transformers,
 )
 from fit3d_ns.support.errors import DamagedFile, UserError
-from fit3d_ns.support.files import atomic_path, atomic_write_json, atomic_write_text, without_non_finite
-from fit3d_ns.support.json_files import build, read_json
+from fit3d_ns.support.files import atomic_path, atomic_write_json, atomic_write_text
+from fit3d_ns.support.json_files import build, read_json, read_record, write_record
 
 WEIGHTS_NAME = "backbone.safetensors"
 """The result: a plain timm state dict, averaged with the original's weights if the recipe says so."""
@@ -90,10 +88,7 @@ def read_card(folder: Path) -> dict[str, Any]:
     """
     path = folder / CARD_NAME
     try:
-        card = read_json(path)
-        # Cards of earlier versions carry none.
-        if isinstance(card, dict) and card.pop(_CHECKSUM, None) not in (None, _checksum(card)):
-            raise DamagedFile("it is not as it was written: its checksum differs")
+        card = read_record(path)
         build(_Card, {key: card[key] for key in _Card.__dataclass_fields__ if key in card})
         check_identity(card["student"], "student")
     except FileNotFoundError:
@@ -101,11 +96,6 @@ def read_card(folder: Path) -> dict[str, Any]:
     except (DamagedFile, TypeError) as error:
         raise damaged_card(folder, error) from None
     return card
-
-
-def _checksum(card: Mapping[str, Any]) -> str:
-    text = json.dumps(without_non_finite(card), sort_keys=True)  # what is written, and what is read back
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def original_of(weights: Path | None, weights_sha256: str) -> dict[str, Any] | None:
@@ -190,7 +180,7 @@ def write_weights(
     if transformers_layout:
         others += write_transformers(folder / TRANSFORMERS_NAME, averaged, card["student"])
     card = {**card, **hashes}
-    atomic_write_json(folder / CARD_NAME, {**card, _CHECKSUM: _checksum(card)})
+    write_record(folder / CARD_NAME, card)
     # What is left of an earlier training, or another average.
     for name in {STUDENT_NAME, HALF_NAME, DINOV2_NAME, PROBES_NAME} - set(layouts):
         (folder / name).unlink(missing_ok=True)

@@ -3,7 +3,6 @@
 import contextlib
 import inspect
 import io
-import json
 import logging
 import pickle
 import re
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from fit3d_ns.backbones.weights.transformers_layout import ANCHORS, from_transformers
 from fit3d_ns.support.errors import DamagedFile, UserError
+from fit3d_ns.support.json_files import UNREADABLE, read_json
 from fit3d_ns.support.tensor_files import is_finite, read_tensors
 from fit3d_ns.support.torch_files import read_torch
 
@@ -66,8 +66,8 @@ def weight_files(path: Path) -> list[Path]:
     if not path.name.endswith(_INDEX_SUFFIX):
         return [path]
     try:
-        shards = sorted({Path(name).name for name in json.loads(path.read_text())["weight_map"].values()})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        shards = sorted({Path(name).name for name in read_json(path)["weight_map"].values()})
+    except (*UNREADABLE, KeyError, TypeError, AttributeError):
         raise UserError(f"{path} is no index of shards: get it again, or check {{backbone_weights}}.") from None
     missing = [name for name in shards if not (path.parent / name).is_file()]
     if missing or not shards:

@@ -1,6 +1,5 @@
 """The views that maps and videos are rendered from."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,8 @@ from torch import Tensor
 
 from fit3d_ns.data.poses import check_poses
 from fit3d_ns.runs.bundle import BundleCameras, BundleView
-from fit3d_ns.support.errors import UserError
+from fit3d_ns.support.errors import DamagedFile, UserError
+from fit3d_ns.support.json_files import read_json
 
 _INNER_SHARE = 0.7
 """Share of the photos that the orbit keeps within, along each of its axes."""
@@ -125,13 +125,13 @@ def path_from_file(path: Path) -> CameraPath:
         UserError: If it cannot be read, holds no camera, or cameras that are not perspective.
     """
     try:
-        stored = json.loads(path.expanduser().read_text())
-    except OSError as error:
+        stored = read_json(path.expanduser())
+    except FileNotFoundError as error:
         raise UserError(
-            f"The camera path {path} cannot be read ({error.strerror or error}): --camera-path takes orbit, train, "
+            f"The camera path {path} cannot be read (there is none): --camera-path takes orbit, train, "
             "eval or a camera_path.json of nerfstudio's viewer."
         ) from error
-    except ValueError as error:
+    except DamagedFile as error:
         raise UserError(f"The camera path {path} is damaged ({error}): save it again in the viewer.") from error
     try:
         if stored.get("camera_type", "perspective") != "perspective":

@@ -1,6 +1,5 @@
 """``fit3d-export``: a run in formats that other tools read."""
 
-import json
 import logging
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -11,6 +10,7 @@ import tyro
 
 from fit3d_ns.support.command_line import run_command
 from fit3d_ns.support.errors import UserError
+from fit3d_ns.support.json_files import UNREADABLE, read_json
 
 _LOGGER = logging.getLogger("fit3d_ns.commands.export.cli")  # not __main__, which `python -m` makes of __name__
 INDEX = "export.json"
@@ -155,9 +155,9 @@ def _check(command: ExportCommand, folder: Path, targets: dict[str, list[str]]) 
 def _check_same_run(command: ExportCommand, trained: Any, folder: Path) -> None:
     """Refuses to mix the exports of two runs in one folder."""
     try:
-        stored = json.loads((folder / INDEX).read_text())
+        stored = read_json(folder / INDEX)
         same = stored["config"] == str(trained.run.config_path) and stored["checkpoint"] == trained.run.checkpoint.name
-    except (OSError, ValueError, KeyError, TypeError):
+    except (*UNREADABLE, KeyError, TypeError):
         return
     if not same and not command.overwrite:
         raise UserError(

@@ -1,6 +1,5 @@
 """Splats to lift features onto: nerfstudio runs and PLY files, as configurations of the lift to be written."""
 
-import json
 from copy import deepcopy
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -19,6 +18,7 @@ from fit3d_ns.runs.checkpoints import find_checkpoint, geometry_of, run_folder
 from fit3d_ns.runs.config_reader import find_runs, read_config
 from fit3d_ns.runs.names import CONFIG, LIFTS, METHOD, RECORD
 from fit3d_ns.support.errors import UserError
+from fit3d_ns.support.json_files import UNREADABLE, read_json
 from fit3d_ns.trainer import Fit3DTrainerConfig
 
 
@@ -116,8 +116,8 @@ def runs_below(root: Path, backbone: str | None = None, student: bool = False) -
 def _was_trained(run: Path) -> bool:
     """Returns whether a run with lifted features was trained itself, and is no copy of another one's geometry."""
     try:
-        return "request" not in json.loads((run / RECORD).read_text())
-    except (OSError, ValueError, TypeError):
+        return "request" not in read_json(run / RECORD)
+    except (*UNREADABLE, TypeError):
         return False
 
 

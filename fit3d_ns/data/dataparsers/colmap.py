@@ -10,7 +10,7 @@ from nerfstudio.data.dataparsers.base_dataparser import DataParser, DataparserOu
 from nerfstudio.data.dataparsers.colmap_dataparser import ColmapDataParserConfig
 
 from fit3d_ns.data.dataparsers.base import LENS, SceneReader, make_cameras
-from fit3d_ns.data.dataparsers.colmap_cameras import check_camera_models, colmap_lens
+from fit3d_ns.data.dataparsers.colmap_cameras import check_camera_models, colmap_lens, named_tables
 from fit3d_ns.data.layouts import find_model, layout_advice
 from fit3d_ns.data.points.seed_points import read_colmap_points
 from fit3d_ns.data.scene_file import FrameLens
@@ -70,7 +70,7 @@ class ColmapReader(SceneReader):
             names = {"fl_x": lens.fx, "fl_y": lens.fy, "cx": lens.cx, "cy": lens.cy, "w": lens.width, "h": lens.height}
             return {**names, "camera_model": "OPENCV", LENS: lens}
 
-        with patch.object(colmap_dataparser, "parse_colmap_camera_params", pinhole):
+        with named_tables(folder), patch.object(colmap_dataparser, "parse_colmap_camera_params", pinhole):
             model = self._read_model(folder)
         frames = model["frames"]
         self._transform = np.array(model.get("applied_transform", np.eye(4)[:3]), dtype=np.float64)

@@ -1,13 +1,16 @@
 """COLMAP's camera models (https://colmap.github.io/cameras.html) as lenses, or refused by name."""
 
 import struct
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 
 from fit3d_ns.data.scene_file import FrameLens
-from fit3d_ns.support.errors import UserError
+from fit3d_ns.support.errors import UserError, first_line
 
 _MODELS: dict[str, tuple[str, str]] = {
     "SIMPLE_PINHOLE": ("OPENCV", "f cx cy"),
@@ -20,6 +23,60 @@ _MODELS: dict[str, tuple[str, str]] = {
     "OPENCV_FISHEYE": ("OPENCV_FISHEYE", "fx fy cx cy k1 k2 k3 k4"),
 }
 """Models that can be undistorted: nerfstudio's name of the formula, and COLMAP's order of parameters."""
+
+
+@contextmanager
+def named_tables(folder: Path) -> Iterator[None]:
+    """Makes nerfstudio's readers of cameras and images name the table that they cannot read.
+
+    Args:
+        folder: The model.
+
+    Raises:
+        UserError: If there are no cameras; in the block, in place of whatever those readers raise.
+    """
+    if not any((folder / name).exists() for name in ("cameras.txt", "cameras.bin")):
+        raise UserError(
+            f"{folder} holds neither cameras.bin nor cameras.txt: restore them, or compute the poses again."
+        )
+    from nerfstudio.data.utils import colmap_parsing_utils as colmap
+
+    cameras: set[int] = set()
+
+    def reading(read: Callable[[Any], dict], check: Callable[[Path, dict], None]) -> Callable[[Any], dict]:
+        def named(path: Any) -> dict:
+            try:
+                found = read(path)
+                if not found:
+                    raise ValueError("it is empty")
+            except Exception as error:  # struct.error, IndexError, ValueError, MemoryError ... of nerfstudio's readers
+                raise UserError(
+                    f"{path} cannot be read ({first_line(error)}): restore it, or compute the poses again."
+                ) from error
+            check(Path(path), found)
+            return found
+
+        return named
+
+    def check_images(path: Path, found: dict) -> None:
+        for image in found.values():
+            if image.camera_id not in cameras:
+                raise UserError(
+                    f"{image.name} in {path} has the camera {image.camera_id}, which {path.with_stem('cameras').name} "
+                    "beside it does not hold: restore both, or compute the poses again."
+                )
+            numbers = [*image.qvec, *image.tvec]
+            if not np.isfinite(numbers).all() or not np.any(image.qvec):
+                raise UserError(
+                    f"The pose of {image.name} in {path} is not finite: remove that image, or pose it anew."
+                )
+
+    with ExitStack() as stack:
+        for kind, check in (("cameras", lambda _, found: cameras.update(found)), ("images", check_images)):
+            for form in ("text", "binary"):
+                name = f"read_{kind}_{form}"
+                stack.enter_context(patch.object(colmap, name, reading(getattr(colmap, name), check)))
+        yield
 
 
 def check_camera_models(folder: Path) -> None:
@@ -65,7 +122,7 @@ def colmap_lens(camera: Any, folder: Path) -> FrameLens:
     for key, value in values.items():
         if not np.isfinite(value) or (key.startswith("f") and value <= 0):
             raise UserError(f"{key} of {name} is {value:g}: mend it, or compute the poses again.")
-    if camera.width < 1 or camera.height < 1:
+    if not (1 <= camera.width < 2**31 and 1 <= camera.height < 2**31):
         raise UserError(f"{name} says that its photos are {camera.width}x{camera.height} pixels: mend it.")
     coefficients = [values.get(key, 0.0) for key in ("k1", "k2", "k3", "k4", "p1", "p2")]
     return FrameLens(

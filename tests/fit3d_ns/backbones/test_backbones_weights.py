@@ -1,7 +1,10 @@
 """Weights: key layouts, wrong and damaged files, the hub's cache, offline advice."""
 
+import itertools
 import os
 import pickle
+import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +14,10 @@ from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from benchmarks.faults.kinds import NotApplicable
+from benchmarks.faults.mutations import apply, mutations_of
 from fit3d_ns.backbones import BackboneSpec, load_backbone, weights_available
+from fit3d_ns.backbones.identity import backbone_identity
 from fit3d_ns.backbones.weights.state_dicts import read_state_dict, to_timm_layout
 from fit3d_ns.support.errors import UserError
 
@@ -249,3 +255,23 @@ def test_availability_follows_the_hubs_answer(monkeypatch):
 def test_a_model_without_published_weights_says_so(no_network):
     with pytest.raises(UserError, match="the Hugging Face hub has no weights for it"):
         load_backbone(BackboneSpec("vit_small_patch16_36x1_224"), "cpu")
+
+
+def test_a_damaged_note_of_a_hash_is_made_anew(tmp_path, monkeypatch):
+    """Every kind of damage that the harness knows, to the file that remembers what weights hash to."""
+    monkeypatch.setenv("FIT3D_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("FIT3D_FAULTS_MARKER", str(tmp_path / "marker"))
+    save_file(timm.create_model("test_vit", num_classes=0).state_dict(), tmp_path / "weights.safetensors")
+    spec = BackboneSpec("test_vit", tmp_path / "weights.safetensors")
+    right = backbone_identity(spec)["weights_sha256"]
+    (note,) = (tmp_path / "cache" / "weight-hashes").iterdir()
+    whole = note.read_bytes()
+    assert b"checksum" in whole
+    for kind, seed in itertools.product(mutations_of(note), range(3)):
+        try:
+            apply(kind, note, random.Random(seed))
+        except NotApplicable:
+            continue
+        assert backbone_identity(spec)["weights_sha256"] == right, kind
+        shutil.rmtree(note) if note.is_dir() and not note.is_symlink() else note.unlink(missing_ok=True)
+        note.write_bytes(whole)

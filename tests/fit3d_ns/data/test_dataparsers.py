@@ -1,5 +1,7 @@
 """nerfstudio's dataparsers heed all that a scene says of its cameras, or the scene is refused."""
 
+import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,8 @@ import torch
 from nerfstudio.cameras.cameras import CAMERA_MODEL_TO_TYPE, CameraType
 from scene_formats import FORMATS, as_colmap, edit, parser_config, read, transforms, write_format
 
+from benchmarks.faults.kinds import NotApplicable
+from benchmarks.faults.mutations import apply, mutations_of
 from fit3d_ns.data.photos.lenses import lenses_of
 from fit3d_ns.support.errors import UserError
 
@@ -275,3 +279,39 @@ def test_models_of_colmap_beside_each_other(scene, tmp_path):
 def test_damaged_cameras_of_colmap(scene, tmp_path, line, said):
     with pytest.raises(UserError, match=said):
         read("colmap", as_colmap(scene, tmp_path / "data", [line]))
+
+
+@pytest.mark.parametrize("binary", [False, True])
+@pytest.mark.parametrize("table", ["cameras", "images"])
+def test_damaged_tables_of_colmap_are_named(scene, tmp_path, monkeypatch, table, binary):
+    """Every kind of damage that the harness knows: what cannot be read is said of the file."""
+    monkeypatch.setenv("FIT3D_FAULTS_MARKER", str(tmp_path / "marker"))
+    data = as_colmap(scene, tmp_path / "data")
+    if binary:
+        as_binary(data / "sparse/0")
+    path = data / "sparse/0" / f"{table}.{'bin' if binary else 'txt'}"
+    whole, refused = path.read_bytes(), 0
+    for kind in mutations_of(path):
+        try:
+            apply(kind, path, random.Random(3))
+        except NotApplicable:
+            continue
+        try:
+            read("colmap", data)
+        except UserError as error:
+            refused += 1
+            other = "cameras" if table == "images" else "images"
+            named = path.name in str(error) or f"{other}{path.suffix}" in str(error) or "sparse/0" in str(error)
+            assert named and "Traceback" not in str(error) and "\n" not in str(error), (kind, error)
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+        path.write_bytes(whole)
+    assert refused >= 9
+    assert len(read("colmap", data).cameras) == 14
+
+
+def test_images_of_a_camera_that_is_not_there(scene, tmp_path):
+    data = as_colmap(scene, tmp_path / "data")
+    path = data / "sparse/0/cameras.txt"
+    path.write_text(path.read_text().replace("1 PINHOLE", "2 PINHOLE"))
+    with pytest.raises(UserError, match=r"frame_\d+.png in .*images.txt has the camera 1, which cameras.txt"):
+        read("colmap", data)

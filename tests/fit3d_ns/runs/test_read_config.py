@@ -1,6 +1,7 @@
 """Configurations of other people's runs: read whole, and never executed."""
 
 import os
+import sys
 from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
@@ -120,6 +121,27 @@ def test_nerfstudios_own_commands_execute_nothing(tmp_path, saved, monkeypatch, 
         _nerfstudio_commands()[command](path)
     assert "\n" not in str(caught.value)
     assert not mark.exists() and not any(Path("out").glob("*"))
+
+
+@pytest.mark.parametrize("what", ["missing", "a folder", "no UTF-8"])
+@pytest.mark.parametrize("command", ["ns-eval", "ns-viewer", "ns-render", "ns-export", "ns-train"])
+def test_nerfstudios_own_commands_say_what_cannot_be_read(tmp_path, capsys, command, what):
+    path = tmp_path / "config.yml"
+    if what == "a folder":
+        path.mkdir()
+    elif what == "no UTF-8":
+        path.write_bytes(b"\xff\xfe\xc3\x28")
+    with pytest.raises((OSError, UnicodeDecodeError)) as caught:
+        _nerfstudio_commands()[command](path)
+    sys.excepthook(caught.type, caught.value, caught.tb)
+    said = capsys.readouterr().err.strip()
+    assert said.startswith(f"Error: The configuration {path} cannot be read (") and said.endswith(
+        ": check --load-config."
+    )
+    with pytest.raises(OSError) as other:
+        (tmp_path / "other").read_text()
+    sys.excepthook(other.type, other.value, other.tb)
+    assert "Traceback" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content", ["[1, 2", "\0", "[" * 100_000], ids=["cut", "binary", "deep"])
@@ -265,3 +287,28 @@ def test_the_configuration_of_every_method_is_of_its_kinds():
 
     for name, config in all_methods.items():
         config_reader._check_fields(config, Path(name))
+
+
+def test_a_file_that_was_cut_between_any_two_lines_is_refused(tmp_path, saved):
+    """What is left is valid YAML, and would be filled up with defaults."""
+    path = saved()
+    lines = path.read_text().splitlines(keepends=True)
+    for number in range(1, len(lines)):
+        path.write_text("".join(lines[:number]))
+        with pytest.raises(UserError, match="config.yml"):
+            read_config(path)
+    path.write_text("".join(lines))
+    read_config(path)
+
+
+@pytest.mark.parametrize("part", ["datamanager", "model"])
+def test_a_part_that_its_class_cannot_use_is_refused(tmp_path, saved, part):
+    path = saved()
+    config = read_config(path)
+    other = {"datamanager": "model", "model": "datamanager"}[part]
+    foreign = deepcopy(getattr(config.pipeline, other))
+    foreign._target = getattr(config.pipeline, part)._target
+    setattr(config.pipeline, part, foreign)
+    path.write_text(yaml.dump(config))
+    with pytest.raises(UserError, match=f"config.yml is damaged .pipeline.{part}"):
+        read_config(path)

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from fit3d_ns.support.errors import UserError
-from fit3d_ns.support.processes import join_world
+from fit3d_ns.support.processes import average_gradients, join_world
 
 
 @pytest.fixture
@@ -59,3 +59,25 @@ def test_devices_that_are_not_there_end_in_a_sentence(machine, device, num_gpus,
     machine[0](num_gpus, local_rank, world_size=4)
     with pytest.raises(UserError, match=message), join_world(device):
         pass
+
+
+def _average(rank: int, store: str) -> None:
+    """One of two processes, with a gradient of its own."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    weights = [
+        torch.nn.Parameter(torch.zeros(2, 3)),
+        torch.nn.Parameter(torch.zeros(4)),
+        torch.nn.Parameter(torch.ones(1)),
+    ]
+    weights[0].grad = torch.full((2, 3), 1.0 + 2 * rank)
+    weights[1].grad = torch.arange(4.0) * (1 - 3 * rank)
+    average_gradients(weights)
+    assert torch.equal(weights[0].grad, torch.full((2, 3), 2.0))
+    assert torch.equal(weights[1].grad, torch.arange(4.0) * -0.5)
+    assert weights[2].grad is None
+    torch.distributed.destroy_process_group()
+
+
+def test_gradients_of_two_processes_become_their_mean(tmp_path):
+    """Adam, with which heads are trained, would not show a factor."""
+    torch.multiprocessing.spawn(_average, (str(tmp_path / "store"),), nprocs=2)
