@@ -21,6 +21,7 @@ HEAVY = (
     "gsplat",
 )
 COMMANDS = {
+    "fit3d": "fit3d_loop.cli",
     "fit3d-distill": "distill.cli",
     "fit3d-probe": "probe.cli",
     "fit3d-lift": "fit3d_ns.commands.lift.cli",
@@ -30,6 +31,9 @@ COMMANDS = {
 FIRST_LINE = {  # what a command says first where no run has to be opened, by its arguments
     "fit3d-distill": (["--bundles", ".", "--output-dir", "out", "--device", "cpu"], "Distillation into out"),
     "fit3d-probe": (["segmentation", "--data", "nowhere", "--output-dir", "out"], "Segmentation on nowhere"),
+    "fit3d-lift": (["--ply", "splat.ply", "--data", "scene"], "Lifting onto splat.ply"),
+    "fit3d-export": (["--load-config", "run/config.yml", "--output-dir", "out"], "Exporting run/config.yml to out"),
+    "fit3d": ([".", "--plan", "--output-dir", "out"], "Scenes of . into out"),
 }
 
 
@@ -42,7 +46,7 @@ class Stop(logging.Handler):
     def emit(self, record):
         if {stop_at!r} and record.getMessage().startswith({stop_at!r}):
             raise SystemExit(0)
-for package in ("fit3d_ns", "distill", "probe"):
+for package in ("fit3d_ns", "distill", "probe", "fit3d_loop"):
     logging.getLogger(package).addHandler(Stop())
 sys.argv = ["command", *{arguments!r}]
 ended = None

@@ -99,6 +99,7 @@ def run_lift(command: LiftCommand) -> list[Path]:
     named = [name for name in ("load_config", "runs", "ply") if getattr(command, name) is not None]
     if len(named) != 1:
         raise UserError("Name what to lift onto with one of --load-config, --runs and --ply.")
+    _LOGGER.info(f"Lifting onto {getattr(command, named[0])}")
     from fit3d_ns.backbones import student_spec  # needs torch, which --help does without
 
     student = None if command.backbone_weights is None else student_spec(command.backbone_weights, "--backbone-weights")
