@@ -47,6 +47,7 @@ from probe.features.partners import Partner
 from probe.features.rows import FrozenBackbones, Row, choose_rows
 from probe.protocols import DepthRecipe, SegmentationRecipe, choose_recipe
 from probe.run import run_trained_probe
+from probe.stacks import one_by_one
 from probe.tasks import TASKS
 from probe.tasks.depth import DepthTask
 from probe.tasks.segmentation import SegmentationTask
@@ -206,7 +207,7 @@ def _throughput(benchmark: Throughput, device: torch.device) -> dict[str, Any]:
     for name, chosen, backbones in tables:
         trainer = new_trainer(chosen)
         # Late enough for the full loss.
-        loss = partial(task.loss, target=target, step=10_000)
+        loss = one_by_one(partial(task.loss, target=target, step=10_000))
         measured[name] = seconds(lambda number: trainer.step(number, backbones(images), loss))  # noqa: B023
     whole = measured["six_rows"]
     if benchmark.data is not None:

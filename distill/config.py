@@ -116,7 +116,8 @@ class DistillConfig:
     Weights, loss and optimizer are always fp32."""
     acceleration: Literal["auto", "none", "compile", "graph"] = "auto"
     """`graph` replays the whole step as one CUDA graph, `compile` also has torch.compile fuse the student's kernels
-    (a start of half a minute; in a CUDA graph too on one GPU). By default `graph` on one GPU and `none` elsewhere."""
+    (a start of half a minute; in a CUDA graph too on one GPU). By default, on one GPU, `compile` if the views of all
+    steps pay for its start, else `graph`; `none` elsewhere. The log says which, and why."""
     scene_placement: Literal["auto", "device", "host", "disk"] = "auto"
     """Where scenes wait: all on the GPU, or in pinned host memory or on disk with uploads ahead of their use."""
     scene_memory: float | None = None

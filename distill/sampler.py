@@ -84,6 +84,11 @@ class Sampler:
         """Views in an epoch."""
         return sum(len(scene.views) for scene in self._scenes)
 
+    @property
+    def grids(self) -> list[tuple[int, int]]:
+        """Patch grid (h, w) of every view of an epoch."""
+        return [grid for scene in self._scenes for grid in scene.grids]
+
     def epoch(self, epoch: int) -> list[tuple[BatchView, ...]]:
         """Returns the batches of an epoch, in order.
 

@@ -118,7 +118,7 @@ class Session:
             _LOGGER.info(explain(self.recipe, config, num_views, num_scenes, trainer.num_steps))
             _LOGGER.info(
                 f"{self.start.info.name}, layer {self.start.info.layer}: {trainer.num_parameters:,} weights to train "
-                f"on {world.size} {kind} process{'es' if world.size > 1 else ''}."
+                f"on {world.size} {kind} process{'es' if world.size > 1 else ''}. {trainer.how_steps_run}"
             )
             if world.is_main:
                 self.curves = CurveLog(config.output_dir, config.vis, "fit3d-distill", trainer.settings, trainer.step)

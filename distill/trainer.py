@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from distill.acceleration import Work, choose_acceleration
 from distill.checkpoint import (
     check_space,
     list_checkpoints,
@@ -27,6 +28,7 @@ from distill.scenes import Scene
 from distill.step import DistillLoss, EagerStep, GraphStep, StepRunner, learning_rate, make_optimizer, set_learning_rate
 from distill.student import make_average, plain_state_dict, prepare_training
 from fit3d_ns.backbones import Backbone
+from fit3d_ns.support.compiling import can_compile
 from fit3d_ns.support.curve_log import CurveLog
 from fit3d_ns.support.errors import UserError
 from fit3d_ns.support.processes import World, sum_over_processes, wait_for_all
@@ -108,6 +110,11 @@ class Trainer:
             self._check_space()
         if resumed is not None:
             self._resume(resumed)
+        model: Any = student.model
+        work = Work(self.num_steps * recipe.batch_size, sampler.grids, student.info.width, len(model.blocks))
+        self._acceleration, self.how_steps_run = choose_acceleration(
+            config.acceleration, world.device.type == "cuda", world.size, work, lambda: can_compile(world.device)
+        )
         self._runner = self._make_runner()
 
     @property
@@ -199,11 +206,8 @@ class Trainer:
         config, world = self._config, self._world
         cuda = world.device.type == "cuda"
         bf16 = self._recipe.precision == "bf16" or (self._recipe.precision == "auto" and cuda)
-        graphs = cuda and world.size == 1
-        if config.acceleration == "graph" and not graphs:
-            raise UserError("--acceleration graph needs CUDA and a single process: use compile or none.")
         loss: nn.Module = DistillLoss(self._student, bf16)
-        if config.acceleration == "compile":
+        if self._acceleration == "compile":
             loss.compile(dynamic=False)
         if world.size > 1:
             loss = DistributedDataParallel(
@@ -212,7 +216,7 @@ class Trainer:
         eager = EagerStep(
             loss, self._optimizer, self._parameters, self._recipe.clip, config.gradient_accumulation, world.size
         )
-        if graphs and config.acceleration != "none":
+        if cuda and world.size == 1 and self._acceleration != "none":
             return GraphStep(eager, self._optimizer, self._parameters)
         return eager
 

@@ -27,8 +27,9 @@ from probe.data.batches import (
 )
 from probe.features.rows import FrozenBackbones
 from probe.features.store import FeatureStore
-from probe.heads import LossFunction, sample_map
+from probe.heads import sample_map
 from probe.protocols import FastRecipe
+from probe.stacks import StackLoss, at_once, one_by_one
 from probe.tasks.task import Task
 
 Features = dict[str, BackboneOutput]
@@ -39,8 +40,8 @@ class FeatureSource(ABC):
     """Features of training batches and of test photos."""
 
     @abstractmethod
-    def training(self, seed: int, start: int, stop: int, batch_size: int) -> Iterator[tuple[Features, LossFunction]]:
-        """Yields this process's features of each step, and the loss that belongs to them.
+    def training(self, seed: int, start: int, stop: int, batch_size: int) -> Iterator[tuple[Features, StackLoss]]:
+        """Yields this process's features of each step, and the loss of heads on them.
 
         Args:
             seed: Of order and augmentation.
@@ -83,14 +84,14 @@ class OnlineSource(FeatureSource):
     fill: Tensor
     """[1, 3, 1, 1] mean colour, in [0, 1]."""
 
-    def training(self, seed: int, start: int, stop: int, batch_size: int) -> Iterator[tuple[Features, LossFunction]]:
+    def training(self, seed: int, start: int, stop: int, batch_size: int) -> Iterator[tuple[Features, StackLoss]]:
         """See `FeatureSource`."""
         pin = self.device.type == "cuda"
         batches = training_batches(train_samples(self.task, seed), start, stop, batch_size, self.workers, pin)
         for step, batch in enumerate(batches, start=start):
             batch = {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
             features = self.backbones(self.task.prepare_images(batch, self.fill))
-            yield features, partial(self.task.loss, target=batch["target"], step=step)
+            yield features, one_by_one(partial(self.task.loss, target=batch["target"], step=step))
 
     def evaluation(self, split: str) -> Iterator[tuple[int, Features, Tensor]]:
         """See `FeatureSource`."""
@@ -150,9 +151,11 @@ class CachedSource(FeatureSource):
             self._stores[split] = store
         return sum(store.size_bytes() for store in self._stores.values())
 
-    def training(self, seed: int, start: int, stop: int, batch_size: int) -> Iterator[tuple[Features, LossFunction]]:
+    def training(self, seed: int, start: int, stop: int, batch_size: int) -> Iterator[tuple[Features, StackLoss]]:
         """See `FeatureSource`."""
         store, count = self._stores["train"], len(self._task.data.train)
+        # A GPU waits for launches, so it takes all heads at once; a CPU's caches hold the outputs of one.
+        together = at_once if self._device.type == "cuda" else one_by_one
         for step in range(start, stop):
             indices, mirrored, positions, values = [], [], [], []
             for number in local_numbers(step, batch_size):
@@ -175,7 +178,7 @@ class CachedSource(FeatureSource):
                 for name, output in store.load(indices, mirrored, self._device).items()
             }
             truths = torch.stack(values).to(self._device)
-            yield features, partial(self._task.sampled_loss, values=truths, step=step)
+            yield features, together(partial(self._task.sampled_loss, values=truths, step=step))
 
     def evaluation(self, split: str) -> Iterator[tuple[int, Features, Tensor]]:
         """See `FeatureSource`."""

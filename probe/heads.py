@@ -1,17 +1,16 @@
 """Linear heads on assembled features."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from fit3d_ns.backbones import BackboneOutput
 from fit3d_ns.support.processes import SyncedBatchNorm
-
-LossFunction = Callable[[nn.Module, BackboneOutput], Tensor]
 
 
 class Fusion(nn.Conv2d):
@@ -55,6 +54,26 @@ class SegmentationHead(nn.Module):
         tokens = features.patch_tokens if self.fusion is None else self.fusion(features.patch_tokens)
         return self.classifier(self.norm(tokens))
 
+    def many(
+        self, heads: Sequence["SegmentationHead"], parameters: dict[str, Tensor], features: BackboneOutput
+    ) -> list[Float[Tensor, "B K h w"]]:
+        """See `StackedHead.many`: tokens are normalized once, and each norm's scale and shift join its head.
+
+        Args:
+            heads: This one first.
+            parameters: Of all of them, [n, ...], by name.
+            features: What they see.
+
+        Returns:
+            Logits of each.
+        """
+        if self.fusion is not None:
+            return _each(heads, parameters, features)
+        weight = parameters["classifier.weight"][..., 0, 0]  # [n, K, C]
+        bias = parameters["classifier.bias"] + torch.einsum("nkc,nc->nk", weight, parameters["norm.bias"])
+        tokens = self.norm.standardize(features.patch_tokens)
+        return _joint_convolution(tokens, weight * parameters["norm.weight"][:, None], bias)
+
 
 class TokenAndClassHead(nn.Module):
     """A 1x1 convolution on patch tokens to each of which the class token is appended.
@@ -89,6 +108,44 @@ class TokenAndClassHead(nn.Module):
         if cls is not None and weight.shape[1] > self.width:
             result = result + F.linear(cls, weight[:, self.width :, 0, 0])[:, :, None, None]
         return result
+
+    def many(
+        self, heads: Sequence["TokenAndClassHead"], parameters: dict[str, Tensor], features: BackboneOutput
+    ) -> list[Float[Tensor, "B K h w"]]:
+        """See `StackedHead.many`.
+
+        Args:
+            heads: This one first.
+            parameters: Of all of them, [n, ...], by name.
+            features: What they see.
+
+        Returns:
+            The linear map of each.
+        """
+        if self.fusion is not None:
+            return _each(heads, parameters, features)
+        weight = parameters["convolution.weight"][..., 0, 0]  # [n, K, C + c]
+        outputs = _joint_convolution(features.patch_tokens, weight[..., : self.width], parameters["convolution.bias"])
+        if features.cls is None or weight.shape[2] == self.width:
+            return outputs
+        added = torch.einsum("nkc,bc->nbk", weight[..., self.width :], features.cls)[..., None, None]
+        return [output + one for output, one in zip(outputs, added)]
+
+
+def _each(
+    heads: Sequence[nn.Module], parameters: dict[str, Tensor], features: BackboneOutput
+) -> list[Float[Tensor, "B K h w"]]:
+    """Runs heads one after the other, each with its own of the parameters [n, ...]."""
+    own = [dict(zip(parameters, values)) for values in zip(*parameters.values())]
+    return [functional_call(head, values, (features,)) for head, values in zip(heads, own)]
+
+
+def _joint_convolution(
+    tokens: Float[Tensor, "B C h w"], weight: Float[Tensor, "n K C"], bias: Float[Tensor, "n K"]
+) -> list[Float[Tensor, "B K h w"]]:
+    """Applies n linear maps to the same tokens, as one."""
+    result = F.conv2d(tokens, weight.flatten(0, 1)[..., None, None], bias.flatten())
+    return list(result.chunk(len(bias), 1))
 
 
 def expected_depth(

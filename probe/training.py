@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,8 @@ from fit3d_ns.support.processes import average_gradients, gather_objects, wait_f
 from fit3d_ns.support.tensor_files import is_finite
 from fit3d_ns.support.torch_files import read_torch
 from probe.features.rows import Row, row_features, row_width
-from probe.heads import LossFunction
 from probe.protocols import Optimization
+from probe.stacks import HeadStack, StackLoss, shape_of
 from probe.tasks.task import Task
 
 _COSINE_END = 1e-8
@@ -76,9 +76,7 @@ class Head:
     learning_rate: float
     """Peak."""
     module: nn.Module
-    """On the device."""
-    optimizer: torch.optim.Optimizer
-    """Of the module alone."""
+    """On the device; its parameters are a part of a stack's."""
 
     @property
     def key(self) -> str:
@@ -109,50 +107,60 @@ class HeadTrainer:
             device: Where.
         """
         self._optimization = optimization
-        self.heads: list[Head] = []
+        shapes: dict[tuple, list[list[Head]]] = {}
         for row in rows:
+            heads = []
             for learning_rate in optimization.learning_rates:
                 with torch.random.fork_rng(devices=[]):
                     torch.manual_seed(_stable_seed(seed, row_width(row, widths[0]), row.assembly == "linear"))
                     module = task.make_head(row_width(row, widths[0]), widths[1], row.assembly == "linear").to(device)
-                optimizer = torch.optim.AdamW(
-                    module.parameters(),
-                    learning_rate,
-                    betas=(0.9, 0.999),
-                    weight_decay=optimization.weight_decay,
-                    fused=device.type == "cuda" or None,
-                )
-                self.heads.append(Head(row, learning_rate, module.train(), optimizer))
+                heads.append(Head(row, learning_rate, module.train()))
+            shapes.setdefault(shape_of(heads[0].module), []).append(heads)
+        self._by_shape = list(shapes.values())
+        self.heads: list[Head] = [head for stack in self._by_shape for heads in stack for head in heads]
+        """Those of one shape beside each other."""
+        self._stacks = [HeadStack([[head.module for head in heads] for heads in stack]) for stack in self._by_shape]
+        rates = range(len(optimization.learning_rates))
+        self._parameters = [
+            [value for stack in self._stacks for value in stack.by_rate[rate].values()] for rate in rates
+        ]
+        self._optimizer = torch.optim.AdamW(
+            [{"params": parameters} for parameters in self._parameters],
+            betas=(0.9, 0.999),
+            weight_decay=optimization.weight_decay,
+            fused=device.type == "cuda" or None,
+        )
 
-    def step(self, step: int, features: dict[str, BackboneOutput], loss: LossFunction) -> list[Tensor]:
+    def step(self, step: int, features: dict[str, BackboneOutput], losses: StackLoss) -> Tensor:
         """Takes one step with every head: its own loss, gradient, clipping and update.
 
         Args:
             step: From 0.
             features: By backbone.
-            loss: Returns the loss of a head on assembled features.
+            losses: Returns the loss of each head from its outputs.
 
         Returns:
-            The losses, detached, in the order of ``heads``.
+            The losses [H], detached, in the order of ``heads``.
         """
         factor, beta = learning_rate_factor(self._optimization, step), first_beta(self._optimization, step)
-        losses: list[Tensor] = []
-        assembled_row, assembled = None, None
-        for head in self.heads:
-            if assembled is None or head.row != assembled_row:
-                assembled_row, assembled = head.row, row_features(head.row, features)
-            value = loss(head.module, assembled)
-            head.optimizer.zero_grad(set_to_none=True)
-            value.backward()
-            average_gradients(head.module.parameters())
-            if self._optimization.clip is not None:
-                nn.utils.clip_grad_norm_(head.module.parameters(), self._optimization.clip)
-            for group in head.optimizer.param_groups:
-                group["lr"] = head.learning_rate * factor
-                group["betas"] = (beta, group["betas"][1])
-            head.optimizer.step()
-            losses.append(value.detach())
-        return losses
+        values = losses(
+            [
+                output
+                for stack, of_shape in zip(self._stacks, self._by_shape)
+                for output in stack.outputs([row_features(heads[0].row, features) for heads in of_shape])
+            ]
+        )
+        self._optimizer.zero_grad(set_to_none=True)
+        values.sum().backward()
+        average_gradients([value for parameters in self._parameters for value in parameters])
+        if self._optimization.clip is not None:
+            for stack in self._stacks:
+                stack.clip_gradients(self._optimization.clip)
+        for group, learning_rate in zip(self._optimizer.param_groups, self._optimization.learning_rates):
+            group["lr"] = learning_rate * factor
+            group["betas"] = (beta, group["betas"][1])
+        self._optimizer.step()
+        return values.detach()
 
     def save(self, path: Path, step: int, fingerprint: str) -> None:
         """Writes everything that a resumed training needs; the first process does.
@@ -167,7 +175,7 @@ class HeadTrainer:
                 "step": step,
                 "fingerprint": fingerprint,
                 "heads": {head.key: head.module.state_dict() for head in self.heads},
-                "optimizers": {head.key: head.optimizer.state_dict() for head in self.heads},
+                "optimizers": self._optimizer_states(),
             }
             with atomic_path(path) as temporary:
                 torch.save(state, temporary)
@@ -196,15 +204,38 @@ class HeadTrainer:
                 return 0
             for head in self.heads:
                 head.module.load_state_dict(state["heads"][head.key])
-                saved = state["optimizers"][head.key]
-                for group, own in zip(saved["param_groups"], head.optimizer.param_groups):
-                    group["fused"] = own["fused"]  # that of this device, not of the one it was saved on
-                head.optimizer.load_state_dict(saved)
+            self._load_optimizer(state["optimizers"])
             return int(state["step"])
         except Exception as error:  # torch.load raises half a dozen kinds on damaged files
             raise UserError(
                 f"The checkpoint {path} is damaged ({first_line(error)}): delete it to start anew."
             ) from None
+
+    def _optimizer_states(self) -> dict[str, dict[str, Any]]:
+        """What the optimizer remembers of each head, as one optimizer for each head would say it."""
+        states: dict[str, dict[str, Any]] = {head.key: {"state": {}} for head in self.heads}
+        for values, heads, number in self._places():
+            of_stack = self._optimizer.state[values]
+            for place, head in enumerate(heads):
+                states[head.key]["state"][number] = {
+                    name: value.clone() if value.ndim == 0 else value[place].clone() for name, value in of_stack.items()
+                }
+        return states
+
+    def _load_optimizer(self, states: dict[str, dict[str, Any]]) -> None:
+        for values, heads, number in self._places():
+            saved = [states[head.key]["state"][number] for head in heads]
+            moments = {name: torch.stack([one[name] for one in saved]) for name in ("exp_avg", "exp_avg_sq")}
+            # Where the step is counted is a matter of the optimizer's kind here, not of the one it was saved by.
+            device = values.device if self._optimizer.param_groups[0]["fused"] else "cpu"
+            self._optimizer.state[values] = {"step": saved[0]["step"].to(device), **moments}
+
+    def _places(self) -> Iterator[tuple[Tensor, list[Head], int]]:
+        """Parameters of a stack, the heads that share them, and the parameter's number within each head."""
+        for stack, of_shape in zip(self._stacks, self._by_shape):
+            for rate, joint in enumerate(stack.by_rate):
+                for number, values in enumerate(joint.values()):
+                    yield values, [heads[rate] for heads in of_shape], number
 
 
 def _check_finite(value: Any) -> None:
@@ -214,14 +245,14 @@ def _check_finite(value: Any) -> None:
         _check_finite(item)
 
 
-def mean_losses(trainer: HeadTrainer, losses: list[Tensor]) -> dict[str, float]:
+def mean_losses(trainer: HeadTrainer, losses: Tensor) -> dict[str, float]:
     """Returns the losses by head, averaged over processes; waits for the device.
 
     Args:
         trainer: Whose heads they are.
         losses: One for each head, on the device.
     """
-    values = torch.stack(losses).tolist()
+    values = losses.tolist()
     everywhere = gather_objects(values)
     return {head.key: sum(one[k] for one in everywhere) / len(everywhere) for k, head in enumerate(trainer.heads)}
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fit3d_ns.support.errors import UserError
@@ -128,7 +129,7 @@ def require_one_process(probe: str) -> None:
         raise UserError(f"{probe} runs in one process: start it without torchrun.")
 
 
-def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+def average_gradients(parameters: Iterable[Tensor]) -> None:
     """Replaces gradients by their mean over all processes.
 
     Args:
@@ -210,20 +211,31 @@ class SyncedBatchNorm(nn.BatchNorm2d):
         """
         if not self.training or world_size() == 1:
             return super().forward(input)
+        output = self.standardize(input)
+        if self.weight is not None:
+            output = output * self.weight[None, :, None, None]
+        return output if self.bias is None else output + self.bias[None, :, None, None]
+
+    def standardize(self, input: torch.Tensor) -> torch.Tensor:
+        """Normalizes by the batch, without scale and shift, and follows its statistics, as training does.
+
+        Args:
+            input: [B, C, h, w], float32.
+
+        Returns:
+            [B, C, h, w], of mean 0 and variance 1 over all processes.
+        """
+        assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
+        momentum = self.momentum or 0.0
+        self.num_batches_tracked.add_(1)
+        if world_size() == 1:
+            return F.batch_norm(input, self.running_mean, self.running_var, None, None, True, momentum, self.eps)
         count = torch.tensor([input.numel() / input.shape[1]], device=input.device)
         dist.all_reduce(count)
         mean = _SumOverProcesses.apply(input.sum((0, 2, 3))) / count
         centred = input - mean[None, :, None, None]
         variance = _SumOverProcesses.apply(centred.square().sum((0, 2, 3))) / count
-        if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
-            momentum = self.momentum or 0.0
-            with torch.no_grad():
-                self.running_mean.lerp_(mean, momentum)
-                self.running_var.lerp_(variance * count / (count - 1), momentum)
-                if self.num_batches_tracked is not None:
-                    self.num_batches_tracked += 1
-        scale = torch.rsqrt(variance + self.eps)
-        if self.weight is not None:
-            scale = scale * self.weight
-        output = centred * scale[None, :, None, None]
-        return output if self.bias is None else output + self.bias[None, :, None, None]
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, momentum)
+            self.running_var.lerp_(variance * count / (count - 1), momentum)
+        return centred * torch.rsqrt(variance + self.eps)[None, :, None, None]

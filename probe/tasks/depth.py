@@ -64,9 +64,9 @@ class DepthTask(TokenAndClassTask[DepthRecipe]):
             "colors": draw_color_change(rng, self.recipe.brightness),
         }
 
-    def loss(self, head: nn.Module, features: BackboneOutput, target: Tensor, step: int) -> Tensor:
+    def loss(self, outputs: Tensor, target: Tensor, step: int) -> Tensor:
         """Scale-invariant loss of the depth at the truth's resolution, plus the gradient loss if asked for."""
-        logits = self._upsample(head(features))
+        logits = self._upsample(outputs)
         depth = compiled(expected_depth, logits.device)(logits, self.recipe.min_depth, self.data.max_depth)
         depth = resize_maps(depth, (target.shape[-2], target.shape[-1]))[:, 0]
         scale_invariant_loss = compiled(scale_invariant, logits.device)
@@ -75,9 +75,9 @@ class DepthTask(TokenAndClassTask[DepthRecipe]):
             loss = loss + self.recipe.gradient_loss * log_gradient(depth, target)
         return loss
 
-    def sampled_loss(self, head: nn.Module, features: BackboneOutput, values: Tensor, step: int) -> Tensor:
+    def sampled_loss(self, outputs: Tensor, values: Tensor, step: int) -> Tensor:
         """Scale-invariant loss at some pixels."""
-        logits = head(features)[..., 0]
+        logits = outputs[..., 0]
         depth = expected_depth(logits, self.recipe.min_depth, self.data.max_depth)[:, 0]
         return scale_invariant(depth, values, self.recipe.loss_group, step >= self.recipe.sigma_warmup)
 

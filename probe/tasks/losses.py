@@ -1,7 +1,5 @@
 """Losses of the linear probes."""
 
-import os
-import warnings
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple, TypeVar, cast
@@ -11,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fit3d_ns.support.errors import first_line
+from fit3d_ns.support.compiling import can_compile
 from probe.data.base import IGNORE
 from probe.heads import resize_maps
 
@@ -111,31 +109,6 @@ Function = TypeVar("Function", bound=Callable)
 
 _KEEP_NOTHING: dict[str, Any] = {"realize_reads_threshold": 1000, "realize_opcount_threshold": 1000}
 """Recompute what has been read or computed cheaply, instead of storing it between kernels."""
-
-
-@lru_cache(maxsize=8)
-def can_compile(device: torch.device) -> bool:
-    """Returns whether torch.compile makes kernels for a device: on CUDA, if it manages to.
-
-    It needs triton, a C compiler with Python's headers, and a GPU that triton knows. Where one is missing, a warning
-    says so.
-
-    Args:
-        device: On which would be computed.
-    """
-    if device.type != "cuda" or os.environ.get("TORCH_COMPILE_DISABLE") == "1":
-        return False
-    try:
-        torch.compile(_double)(torch.ones(2, device=device))
-    except Exception as error:  # each missing part has its own
-        reason = first_line(error)
-        warnings.warn(f"torch.compile does not work here ({reason}): losses take more time and memory.", stacklevel=2)
-        return False
-    return True
-
-
-def _double(values: Tensor) -> Tensor:
-    return 2 * values
 
 
 @lru_cache(maxsize=32)

@@ -74,14 +74,14 @@ class NormalsTask(TokenAndClassTask[NormalsRecipe]):
             "colors": draw_color_change(rng, self.recipe.brightness),
         }
 
-    def loss(self, head: nn.Module, features: BackboneOutput, target: Tensor, step: int) -> Tensor:
+    def loss(self, outputs: Tensor, target: Tensor, step: int) -> Tensor:
         """1 - cosine, at the truth's resolution."""
-        normals = resize_maps(head(features), (target.shape[1], target.shape[2]))
+        normals = resize_maps(outputs, (target.shape[1], target.shape[2]))
         return normal_distance(normals, target.permute(0, 3, 1, 2))
 
-    def sampled_loss(self, head: nn.Module, features: BackboneOutput, values: Tensor, step: int) -> Tensor:
+    def sampled_loss(self, outputs: Tensor, values: Tensor, step: int) -> Tensor:
         """1 - cosine at some pixels."""
-        return normal_distance(head(features)[..., 0], values.permute(0, 2, 1))
+        return normal_distance(outputs[..., 0], values.permute(0, 2, 1))
 
     def predict(self, head: nn.Module, features: BackboneOutput, size: tuple[int, int]) -> Tensor:
         """Averages the normals of the photo and of its mirror image.

@@ -57,13 +57,13 @@ class SegmentationTask(Task[SegmentationRecipe]):
         inside = (rows < valid[:, 0, None, None]) & (columns < valid[:, 1, None, None])
         return torch.where(inside[:, None], images, fill)
 
-    def loss(self, head: nn.Module, features: BackboneOutput, target: Tensor, step: int) -> Tensor:
+    def loss(self, outputs: Tensor, target: Tensor, step: int) -> Tensor:
         """Cross-entropy of the logits at the labels' resolution."""
-        return full_resolution_cross_entropy(head(features), target)
+        return full_resolution_cross_entropy(outputs, target)
 
-    def sampled_loss(self, head: nn.Module, features: BackboneOutput, values: Tensor, step: int) -> Tensor:
+    def sampled_loss(self, outputs: Tensor, values: Tensor, step: int) -> Tensor:
         """Cross-entropy of the logits at some pixels."""
-        return cross_entropy(head(features)[..., 0], values)
+        return cross_entropy(outputs[..., 0], values)
 
     def test_views(self, image: np.ndarray) -> np.ndarray:
         """Cuts the photo, its short side made 512, into overlapping windows."""

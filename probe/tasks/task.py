@@ -93,12 +93,11 @@ class Task(ABC, Generic[RecipeType]):
         """
 
     @abstractmethod
-    def loss(self, head: nn.Module, features: BackboneOutput, target: Tensor, step: int) -> Tensor:
-        """Computes a head's loss on dense targets.
+    def loss(self, outputs: Tensor, target: Tensor, step: int) -> Tensor:
+        """Computes the loss of a head's outputs on dense targets.
 
         Args:
-            head: In training.
-            features: Of the batch.
+            outputs: [B, K, h, w] on the patch grid.
             target: Dense truth [B, H, W] or [B, H, W, 3].
             step: From 0.
 
@@ -107,12 +106,11 @@ class Task(ABC, Generic[RecipeType]):
         """
 
     @abstractmethod
-    def sampled_loss(self, head: nn.Module, features: BackboneOutput, values: Tensor, step: int) -> Tensor:
-        """Computes a head's loss on features of some pixels.
+    def sampled_loss(self, outputs: Tensor, values: Tensor, step: int) -> Tensor:
+        """Computes the loss of a head's outputs at some pixels.
 
         Args:
-            head: In training.
-            features: Patch tokens [B, C, P, 1] of the pixels.
+            outputs: [B, K, P, 1].
             values: Truth there, [B, P] or [B, P, 3].
             step: From 0.
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from probe.data.base import IGNORE
 from probe.tasks import losses
-from probe.tasks.losses import can_compile, cell_cross_entropy, cross_entropy, full_resolution_cross_entropy
+from probe.tasks.losses import cell_cross_entropy, cross_entropy, full_resolution_cross_entropy
 
 
 def plain_cross_entropy(logits, labels):
@@ -40,20 +40,6 @@ def test_cross_entropy_of_ignored_labels_alone_is_zero():
     found = cell_cross_entropy(logits, labels)
     (gradient,) = torch.autograd.grad(found, logits)
     assert found.item() == 0.0 and not gradient.any()
-
-
-def test_without_a_compiler_nothing_is_fused(monkeypatch):
-    cuda = torch.device("cuda")
-    with monkeypatch.context() as patched:
-        patched.setenv("TORCH_COMPILE_DISABLE", "1")
-        assert not can_compile.__wrapped__(cuda)
-
-    def fail(function):
-        raise RuntimeError("Failed to find C compiler.\nSet CC.")
-
-    monkeypatch.setattr(torch, "compile", fail)
-    with pytest.warns(UserWarning, match=r"does not work here \(Failed to find C compiler\.\): losses"):
-        assert not can_compile.__wrapped__(cuda)
 
 
 @pytest.mark.parametrize("num_classes", [11, 16, 17, 150])

@@ -1,5 +1,6 @@
 """Assemblies, heads and their training: many at once equal to each alone."""
 
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from probe.features.partners import Partner
 from probe.features.rows import centre_pad, choose_rows, row_features
 from probe.heads import SegmentationHead, TokenAndClassHead, expected_depth, resize_maps, sample_map
 from probe.protocols import Optimization
+from probe.stacks import at_once, one_by_one
 from probe.tasks.losses import cross_entropy
 from probe.training import HeadTrainer, first_beta, learning_rate_factor
 
@@ -72,35 +74,45 @@ def test_rows_follow_what_is_given():
         choose_rows(("concat",), ())
 
 
+class _DepthTask:
+    """Likewise, with the class token."""
+
+    def make_head(self, width: int, cls_width: int, fuse: bool) -> torch.nn.Module:
+        return TokenAndClassHead(width, cls_width, 3, fuse)
+
+
+@pytest.mark.parametrize("task", [_Task(), _DepthTask()])
 @pytest.mark.parametrize("clip", [None, 0.01])
-def test_heads_trained_together_equal_heads_trained_alone(clip):
-    optimization = Optimization(8, 4, (1e-3, 1e-1), 1e-2, "poly", 0.2, 1e-6, clip=clip, beta1_cycle=True)
+@pytest.mark.parametrize("together", [at_once, one_by_one])
+def test_heads_trained_together_equal_heads_trained_alone(task, clip, together):
+    """Alone: one module, one optimizer, one clipping, as torch has them."""
+    rates, steps = (1e-3, 1e-1), 8
+    optimization = Optimization(steps, 4, rates, 1e-2, "poly", 0.2, 1e-6, clip=clip, beta1_cycle=True)
     labels = torch.randint(0, 3, (4, 20, 28), generator=torch.Generator().manual_seed(1))
-
-    def loss(head, features):
-        return cross_entropy(F.interpolate(head(features), size=(20, 28), mode="bilinear"), labels)
-
-    def train(rows, rates):
-        trainer = HeadTrainer(
-            _Task(),  # type: ignore[arg-type]
-            rows,
-            Optimization(**{**optimization.__dict__, "learning_rates": rates}),
-            (WIDTH, WIDTH),
-            seed=3,
-            device=torch.device("cpu"),
-        )
-        for step in range(8):
-            trainer.step(step, _features(step), loss)
-        return {head.key: head.module.state_dict() for head in trainer.heads}
-
     rows = choose_rows(None, (make_partner("tuned"),))
-    together = train(rows, (1e-3, 1e-1))
-    assert len(together) == 12
-    for row in rows:
-        for rate in (1e-3, 1e-1):
-            ((key, alone),) = train((row,), (rate,)).items()
-            for name, value in alone.items():
-                assert torch.equal(value, together[key][name]), (key, name)
+    trainer = HeadTrainer(task, rows, optimization, (WIDTH, WIDTH), 3, torch.device("cpu"))
+
+    def loss(outputs):
+        return cross_entropy(resize_maps(outputs, (20, 28)), labels)
+
+    alone = [deepcopy(head.module) for head in trainer.heads]
+    together_losses = [trainer.step(step, _features(step), together(loss)) for step in range(steps)]
+    assert len(trainer.heads) == len(rows) * len(rates)
+    for number, (head, module) in enumerate(zip(trainer.heads, alone)):
+        optimizer = torch.optim.AdamW(module.parameters(), head.learning_rate, weight_decay=1e-2)
+        for step in range(steps):
+            for group in optimizer.param_groups:
+                group["lr"] = head.learning_rate * learning_rate_factor(optimization, step)
+                group["betas"] = (first_beta(optimization, step), 0.999)
+            value = loss(module(row_features(head.row, _features(step))))
+            optimizer.zero_grad()
+            value.backward()
+            if clip is not None:
+                torch.nn.utils.clip_grad_norm_(module.parameters(), clip)
+            optimizer.step()
+            torch.testing.assert_close(together_losses[step][number], value.detach(), rtol=1e-4, atol=1e-5)
+        for name, value in module.state_dict().items():
+            torch.testing.assert_close(head.module.state_dict()[name], value, rtol=2e-3, atol=2e-4, msg=head.key + name)
 
 
 def test_linear_fusion_is_trained_with_its_head():
@@ -172,11 +184,34 @@ def test_schedules_at_known_steps():
 
 
 def test_a_resumed_optimizer_is_that_of_its_device(tmp_path):
-    rows, device = choose_rows(("original",), ()), torch.device("cpu")
-    optimization = Optimization(10, 4, (1e-3,), 1e-4, "poly", 0.1, 1e-6)
+    rows, device = choose_rows(("original", "duplicate"), ()), torch.device("cpu")
+    optimization = Optimization(10, 4, (1e-3, 1e-2), 1e-4, "poly", 0.1, 1e-6)
     trainers = [HeadTrainer(_Task(), rows, optimization, (WIDTH, 0), 0, device) for _ in range(2)]  # type: ignore[arg-type]
-    trainers[0].step(0, _features(), lambda head, features: head(features).square().mean())
-    trainers[0].heads[0].optimizer.param_groups[0]["fused"] = True  # as on a GPU
-    trainers[0].save(tmp_path / "state.pt", 1, "same")
-    assert trainers[1].load(tmp_path / "state.pt", "same", device) == 1
-    assert trainers[1].heads[0].optimizer.param_groups[0]["fused"] is None
+    loss = at_once(lambda outputs: outputs.square().mean())
+    for step in range(2):
+        trainers[0].step(step, _features(step), loss)
+    trainers[0].save(tmp_path / "state.pt", 2, "same")
+    assert trainers[1].load(tmp_path / "state.pt", "same", device) == 2
+    for trainer in trainers:
+        trainer.step(2, _features(2), loss)
+    for first, second in zip(*(trainer.heads for trainer in trainers)):
+        for name, value in first.module.state_dict().items():
+            assert torch.equal(value, second.module.state_dict()[name]), (first.key, name)
+
+
+def test_progress_of_a_version_with_one_optimizer_for_each_head_is_gone_on_with(tmp_path):
+    row, device = choose_rows(("original",), ()), torch.device("cpu")
+    optimization = Optimization(10, 4, (1e-3,), 1e-4, "poly", 0.1, 1e-6)
+    trainer, after = (HeadTrainer(_Task(), row, optimization, (WIDTH, 0), 0, device) for _ in range(2))  # type: ignore[arg-type]
+    (head,), module = trainer.heads, deepcopy(trainer.heads[0].module)
+    optimizer = torch.optim.AdamW(module.parameters(), 1e-3 * learning_rate_factor(optimization, 0), weight_decay=1e-4)
+    module(row_features(head.row, _features(0))).square().mean().backward()
+    optimizer.step()
+    state = {"step": 1, "fingerprint": "same", "heads": {head.key: module.state_dict()}}
+    torch.save({**state, "optimizers": {head.key: optimizer.state_dict()}}, tmp_path / "state.pt")
+    assert after.load(tmp_path / "state.pt", "same", device) == 1
+    for step in range(2):
+        trainer.step(step, _features(step), at_once(lambda outputs: outputs.square().mean()))
+    after.step(1, _features(1), at_once(lambda outputs: outputs.square().mean()))
+    for name, value in after.heads[0].module.state_dict().items():
+        torch.testing.assert_close(value, trainer.heads[0].module.state_dict()[name])
