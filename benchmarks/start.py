@@ -71,7 +71,11 @@ def _run(program: str, words: list[str]) -> tuple[float, float]:
 
 
 def main(config: StartConfig) -> None:
-    """Prints a line for each command, and writes all numbers."""
+    """Prints a line for each command, and writes all numbers.
+
+    Args:
+        config: What is measured.
+    """
     starts: dict[str, list[tuple[float, float]]] = {}
     train = ["--data", str(config.data), "--vis", "tensorboard", "--machine.device-type", "cpu"]
     for _ in range(config.repeats):

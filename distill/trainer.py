@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from distill.acceleration import Work, choose_acceleration
 from distill.checkpoint import (
     check_space,
     list_checkpoints,
@@ -25,7 +24,17 @@ from distill.prefetcher import Prefetcher
 from distill.recipes import Recipe
 from distill.sampler import Batch, Sampler
 from distill.scenes import Scene
-from distill.step import DistillLoss, EagerStep, GraphStep, StepRunner, learning_rate, make_optimizer, set_learning_rate
+from distill.step import (
+    DistillLoss,
+    EagerStep,
+    GraphStep,
+    StepRunner,
+    Work,
+    choose_acceleration,
+    learning_rate,
+    make_optimizer,
+    set_learning_rate,
+)
 from distill.student import make_average, plain_state_dict, prepare_training
 from fit3d_ns.backbones import Backbone
 from fit3d_ns.support.compiling import can_compile

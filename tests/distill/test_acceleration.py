@@ -2,7 +2,7 @@
 
 import pytest
 
-from distill.acceleration import Work, choose_acceleration
+from distill.step import Work, choose_acceleration
 from fit3d_ns.support.errors import UserError
 
 PHOTO = (37, 56)  # patches of 518x784
