@@ -65,7 +65,11 @@ def nerfstudio_needed(what: str) -> Iterator[None]:
 
 
 def install_error_hook() -> None:
-    """Lets a ``UserError``, and a ``config.yml`` that is not to be read, end any ``ns-*`` command in one sentence."""
+    """Lets errors of a user end any ``ns-*`` command in one sentence.
+
+    These are a ``UserError``, a ``config.yml`` that cannot be read, and a run without a checkpoint, of which nerfstudio
+    (``eval_load_checkpoint`` of 1.1.5) takes the last of an empty list.
+    """
     previous = sys.excepthook
     if getattr(previous, "prints_user_errors", False):
         return
@@ -73,6 +77,12 @@ def install_error_hook() -> None:
     def hook(kind, error, traceback):
         if isinstance(error, UserError):
             print(f"Error: {error}", file=sys.stderr)
+        elif isinstance(error, (LookupError, ValueError, OSError)) and (folder := _without_checkpoint(traceback)):
+            print(
+                f"Error: {folder} holds no checkpoint, or a file beside them that is none: restore step-*.ckpt, or "
+                "name another run with --load-config.",
+                file=sys.stderr,
+            )
         elif isinstance(error, (OSError, UnicodeDecodeError)) and (path := _unread_configuration(traceback)):
             reason = getattr(error, "strerror", None) or error
             print(f"Error: The configuration {path} cannot be read ({reason}): check --load-config.", file=sys.stderr)
@@ -81,6 +91,16 @@ def install_error_hook() -> None:
 
     hook.prints_user_errors = True  # type: ignore[attr-defined]
     sys.excepthook = hook
+
+
+def _without_checkpoint(traceback: Any) -> Path | None:
+    """The folder among whose files nerfstudio found no newest checkpoint, where it failed at that."""
+    frames = [frame for frame, _ in walk_tb(traceback)]
+    chooses = (frame for frame in frames if frame.f_code.co_name == "eval_load_checkpoint")
+    frame = next((one for one in chooses if _is_of_nerfstudio(one.f_code.co_filename)), None)
+    if frame is None or frames[-1].f_code.co_filename != frame.f_code.co_filename:
+        return None  # or the failure was in what the checkpoint holds
+    return frame.f_locals["config"].load_dir
 
 
 def _unread_configuration(traceback: Any) -> Path | None:

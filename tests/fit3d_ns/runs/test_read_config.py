@@ -176,6 +176,23 @@ def test_nerfstudio_reads_checkpoints_restricted(tmp_path, monkeypatch):
     assert mark.exists(), "or this would prove nothing"
 
 
+@pytest.mark.parametrize("what", ["empty", "another file", "a file in its place"])
+def test_a_run_without_checkpoint_is_said(tmp_path, capsys, what):
+    """As `ns-eval`, `ns-viewer`, `ns-render` and `ns-export` open it."""
+    from nerfstudio.utils import eval_utils
+
+    folder = tmp_path / "nerfstudio_models"
+    folder.touch() if what == "a file in its place" else folder.mkdir()
+    if what == "another file":
+        (folder / ".DS_Store").touch()
+    config = SimpleNamespace(load_dir=folder, load_step=None)
+    with pytest.raises((LookupError, ValueError, OSError)) as caught:
+        eval_utils.eval_load_checkpoint(config, None)  # type: ignore[arg-type]
+    sys.excepthook(caught.type, caught.value, caught.tb)
+    said = capsys.readouterr().err.strip()
+    assert said.startswith(f"Error: {folder} holds no checkpoint, or") and said.endswith("with --load-config.")
+
+
 def test_every_registered_method_is_read():
     """As nerfstudio's own loader would: generic data managers and collate functions among them."""
     from nerfstudio.configs.method_configs import all_methods
