@@ -43,6 +43,8 @@ _OWN = {
 }
 """Modules of this project's commands, each with a ``main``."""
 _MEMORY = re.compile("out of memory|memory does not suffice|cannot allocate memory|MemoryError", re.IGNORECASE)
+_KILLED = re.compile(r"Signal \d+ \((SIG\w+)\) received by PID")
+"""What torchrun says of one of its processes."""
 _TAKEN = re.compile(r"^Ended after ([\d.]+) s, ([\d.]+) s of processor time$", re.MULTILINE)
 _running: set[BaseProcess] = set()
 _starting = threading.Lock()
@@ -114,8 +116,9 @@ def run_words(words: Sequence[str], log: Path, progress: Path, lock: Path, setti
     if code == 0:
         seconds, cpu_seconds = map(float, _TAKEN.findall(printed)[-1])
         return Taken(seconds, cpu_seconds)
-    if code < 0:
-        name = signal.Signals(-code).name
+    killed = _KILLED.search(printed)
+    if code < 0 or killed:
+        name = killed[1] if killed else signal.Signals(-code).name
         raise CommandLost(f"{words[0]} was ended by {name} (out of memory?), see {log}.")
     sentence = _sentence(printed) or f"{words[0]} ended with status {code}, see {log}."
     raise (CommandLost if _MEMORY.search(sentence) else CommandFailed)(sentence)
@@ -210,6 +213,8 @@ def _run(words: list[str], log: str, progress: str, lock: str, settings: Setting
     print(f"Ended after {time.perf_counter() - begin:.2f} s, {cpu:.2f} s of processor time")
     sys.stdout.flush()
     sys.stderr.flush()
+    if code < 0:  # as the fresh process was that did the work
+        os.kill(os.getpid(), -code)
     os._exit(code)  # threads of data loaders and CUDA take their time otherwise
 
 
@@ -240,9 +245,8 @@ def _carry_out(words: list[str], progress: Path, settings: Settings) -> int:
             run_command(lambda: train(words[1:], settings.keep_optimizer))
         elif words[0] == "torchrun":
             return _in_a_fresh_process("torch.distributed.run", words[1:])
-        elif (
-            words[0] == "fit3d-probe"
-        ):  # its readers are forked, and hang as forks of a fork that counts on two threads
+        elif words[0] == "fit3d-probe":
+            # Its readers of photos are forked, and hang as forks of a fork.
             return _in_a_fresh_process("probe.cli", words[1:])
         elif words[0] in _OWN:
             run_command(__import__(_OWN[words[0]], fromlist=["main"]).main)
@@ -260,7 +264,7 @@ def _carry_out(words: list[str], progress: Path, settings: Settings) -> int:
 
 
 def _in_a_fresh_process(module: str, words: Sequence[str]) -> int:
-    """Runs a module as a program, which ends with this process; returns its status."""
+    """Runs a module as a program, which ends with this process; returns its status, negative for a signal."""
     ends = _end_with_this_one if sys.platform == "linux" else None
     return subprocess.run([sys.executable, "-m", module, *words], check=False, preexec_fn=ends).returncode
 

@@ -1,7 +1,9 @@
 """Who works on scenes, and what is tried again."""
 
 import json
+import multiprocessing
 import re
+import signal
 import threading
 import time
 from pathlib import Path
@@ -97,6 +99,27 @@ def test_only_what_may_succeed_elsewhere_is_tried_again(tmp_path, monkeypatch, s
     with pytest.raises(error) as caught:
         worker.run_words(["ns-train"], tmp_path / "log", tmp_path / "progress", tmp_path / "lock", Settings(1))
     assert str(caught.value) == sentence and type(caught.value) is error
+
+
+@pytest.mark.parametrize("status", [-signal.SIGKILL, -signal.SIGTERM, 3, 0])
+def test_a_command_ends_as_the_fresh_process_did_that_it_runs_in(tmp_path, monkeypatch, status):
+    """Probes and torchrun have one: where it is killed, another attempt may help."""
+    monkeypatch.setattr(worker, "_carry_out", lambda *_: status)
+    words = ["fit3d-probe"], *(str(tmp_path / name) for name in ("log", "progress", "lock")), Settings(1)
+    process = multiprocessing.get_context("fork").Process(target=worker._run, args=words)
+    process.start()
+    process.join()
+    assert process.exitcode == status
+
+
+def test_a_process_of_torchruns_that_was_killed_is_lost(tmp_path, monkeypatch):
+    def start(words, log, *_):
+        log.write_text("  exitcode  : -9 (pid: 7)\n  traceback : Signal 9 (SIGKILL) received by PID 7\n")
+        return 1
+
+    monkeypatch.setattr(worker, "_start", start)
+    with pytest.raises(CommandLost, match="^torchrun was ended by SIGKILL"):
+        worker.run_words(["torchrun"], tmp_path / "log", tmp_path / "progress", tmp_path / "lock", Settings(1))
 
 
 def test_a_process_that_never_begins_is_tried_again(tmp_path, monkeypatch):

@@ -57,7 +57,8 @@ def write_timm_config(folder: Path, identity: Mapping[str, Any], weights_name: s
     if architecture.depth is not None:
         options["depth"] = architecture.depth
     with atomic_path(folder / CONFIG_NAME) as temporary:
-        save_config_for_hf(model, str(temporary), model_args=options)
+        path: Any = temporary  # the type that timm names is str; older versions need a Path
+        save_config_for_hf(model, path, model_args=options)
         config = read_json(temporary)
         config["pretrained_cfg"]["hf_hub_filename"] = weights_name  # timm leaves out where weights come from
         temporary.write_text(json.dumps(config, indent=2))

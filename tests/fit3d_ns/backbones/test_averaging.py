@@ -156,7 +156,7 @@ def test_a_killed_average_can_be_made_again(result, teacher_weights, monkeypatch
         raise KeyboardInterrupt
 
     if killed_before == "card.json":
-        monkeypatch.setattr(result_folder, "atomic_write_json", die)
+        monkeypatch.setattr(result_folder, "write_record", die)
     else:
         save = result_folder.save_file
         monkeypatch.setattr(
