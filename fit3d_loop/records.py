@@ -309,7 +309,9 @@ def check_folder(root: Path) -> None:
         UserError: If it holds anything but a loop.
     """
     if root.is_dir() and not (root / SETTINGS).is_file():
-        foreign = sorted(entry.name for entry in root.iterdir() if entry.name not in (".locks", SETTINGS))
+        others = (entry for entry in root.iterdir() if entry.name not in (".locks", SETTINGS))
+        # Empty folders are nobody's: a killed start may leave some.
+        foreign = sorted(one.name for one in others if not one.is_dir() or any(map(Path.is_file, one.rglob("*"))))
         if foreign:
             raise UserError(f"{root} holds files of another command ({foreign[0]}): choose another --output-dir.")
 

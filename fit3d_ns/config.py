@@ -11,17 +11,13 @@ from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataPars
 from nerfstudio.engine.optimizers import AdamOptimizerConfig
 from nerfstudio.plugins.types import MethodSpecification
 
-from fit3d_ns.compat import (
-    guard_nerfstudio,
-    install_error_hook,
-    read_pictures_by_their_interface,
-    register_safe_globals,
-)
+from fit3d_ns.compat import read_pictures_by_their_interface, register_safe_globals
 from fit3d_ns.datamanager import Fit3DDataManagerConfig
 from fit3d_ns.model import Fit3DSplatModelConfig
 from fit3d_ns.pipeline import Fit3DPipelineConfig
 from fit3d_ns.runs.checkpoints import read_checkpoint
-from fit3d_ns.runs.config_reader import parse_configuration
+from fit3d_ns.runs.config_reader import parse_run_configuration
+from fit3d_ns.runs.guarded_commands import guard_nerfstudio, install_error_hook
 from fit3d_ns.runs.names import DECODER, FEATURES, METHOD
 from fit3d_ns.schedulers import FloatExponentialDecaySchedulerConfig
 from fit3d_ns.trainer import Fit3DTrainerConfig
@@ -29,7 +25,7 @@ from fit3d_ns.trainer import Fit3DTrainerConfig
 register_safe_globals()
 install_error_hook()
 read_pictures_by_their_interface()
-guard_nerfstudio(parse_configuration, read_checkpoint)
+guard_nerfstudio(parse_run_configuration, read_checkpoint)
 
 
 @dataclass

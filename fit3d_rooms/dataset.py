@@ -26,7 +26,7 @@ from PIL import Image
 
 from fit3d_ns.support.errors import UserError
 from fit3d_ns.support.files import atomic_write_text
-from fit3d_ns.support.json_files import UNREADABLE, read_json
+from fit3d_ns.support.json_files import UNREADABLE, read_record, write_record
 from fit3d_rooms.classes import class_table
 from fit3d_rooms.room import RenderedRoom
 
@@ -102,10 +102,9 @@ def open_output(out: Path, settings: RoomSettings) -> None:
 
 def _read_json(path: Path) -> dict:
     try:
-        content = read_json(path)
+        return read_record(path)
     except UNREADABLE:
         return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _sweep(out: Path) -> None:
@@ -262,7 +261,7 @@ def write_room(out: Path, index: int, settings: RoomSettings, room: RenderedRoom
             "settings_key": settings.key(index),
             "units": "metres; depth maps in millimetres along the optical axis",
         }
-        _write_json(partial / "room.json", description)
+        write_record(partial / "room.json", description)
         os.replace(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

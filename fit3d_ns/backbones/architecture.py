@@ -14,7 +14,7 @@ from fit3d_ns.backbones.registry import NAMED_BACKBONES, NamedBackbone, find_nam
 from fit3d_ns.backbones.spec import BackboneInfo, BackboneSpec
 from fit3d_ns.support.errors import UserError
 
-OLDEST_TIMM = "1.0.9"
+OLDEST_TIMM = "1.0.22"
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -113,13 +113,7 @@ def skeleton(architecture: NamedBackbone) -> nn.Module:
     Args:
         architecture: Named, or made of any timm id by `resolve_architecture`.
     """
-    try:
-        return build_model(architecture, "meta")
-    except (NotImplementedError, RuntimeError) as error:
-        if isinstance(error, UserError):
-            raise
-        # Older timm computes its drop-path rates with tensors, which meta tensors refuse.
-        return build_model(architecture, "cpu").to("meta")
+    return build_model(architecture, "meta")
 
 
 def check_memory(architecture: NamedBackbone, device: str | torch.device) -> None:

@@ -81,15 +81,35 @@ def read_config(path: Path) -> Any:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"The configuration {path} cannot be read ({reason}): check the path.") from error
-    config = parse_configuration(text, path)
-    from nerfstudio.engine.trainer import TrainerConfig
-
-    if not isinstance(config, TrainerConfig):
-        raise UserError(f"{path} is not the configuration of a nerfstudio run: name the config.yml of a run.")
+    config = parse_run_configuration(text, path)
     _check_parts(config, path)
     _check_fields(config, path)
     _resolve_paths(config, path.parent)
     return config
+
+
+def parse_run_configuration(text: str, path: Path | None) -> Any:
+    """Builds what the text of a run's ``config.yml`` says, as `parse_configuration` does.
+
+    Args:
+        text: YAML with Python tags, as nerfstudio writes it.
+        path: For the error's sentence.
+
+    Returns:
+        nerfstudio's ``TrainerConfig``.
+
+    Raises:
+        UserError: If the text is damaged, holds anything else, or is no run's configuration.
+    """
+    config = parse_configuration(text, path)
+    if not _is_run(config):
+        name = path or "The file"
+        raise UserError(f"{name} is not the configuration of a nerfstudio run: name the config.yml of a run.")
+    return config
+
+
+def _is_run(config: Any) -> bool:
+    return any(kind.__name__ == "TrainerConfig" for kind in type(config).__mro__)
 
 
 def parse_configuration(text: str, path: Path | None) -> Any:
@@ -119,8 +139,7 @@ def parse_configuration(text: str, path: Path | None) -> Any:
         ) from error
     except (yaml.YAMLError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{name} is damaged ({first_line(error)}): restore it or train again.") from error
-    is_run = any(kind.__name__ == "TrainerConfig" for kind in type(config).__mro__)
-    if is_run and _LAST not in vars(config):  # cut off between two fields
+    if _is_run(config) and _LAST not in vars(config):  # cut off between two fields
         raise UserError(f"{name} is damaged (it ends before `{_LAST}`): restore it or train again.")
     return config
 

@@ -11,7 +11,7 @@ from paths import ROOT
 import fit3d_loop.loop as module
 from fit3d_loop import plan
 from fit3d_loop.loop import run_loop
-from fit3d_loop.records import Places, SceneState, read_state, try_lock, write_state
+from fit3d_loop.records import Places, SceneState, check_folder, read_state, try_lock, write_state
 from fit3d_loop.scenes import machine
 from fit3d_loop.scenes.machine import PhotoCounts, choose_packing
 from fit3d_ns.support.errors import UserError
@@ -49,6 +49,15 @@ def test_a_folder_of_another_command_is_refused(scenes, loop_config, tmp_path):
     with pytest.raises(UserError, match=r"holds files of another command \(config.yml\): choose another --output-dir"):
         run_loop(loop_config(scenes, tmp_path / "out"))
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["config.yml"]
+
+
+def test_empty_folders_are_nobodys(tmp_path):
+    """A start that was killed early leaves such, and none of its settings."""
+    (tmp_path / "out" / "geometry" / "a").mkdir(parents=True)
+    check_folder(tmp_path / "out")
+    (tmp_path / "out" / "geometry" / "a" / "x").touch()
+    with pytest.raises(UserError, match=r"holds files of another command \(geometry\)"):
+        check_folder(tmp_path / "out")
 
 
 def test_two_loops_do_not_share_a_folder(scenes, loop_config, tmp_path):

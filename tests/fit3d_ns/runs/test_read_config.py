@@ -144,6 +144,14 @@ def test_nerfstudios_own_commands_say_what_cannot_be_read(tmp_path, capsys, comm
     assert "Traceback" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("content", ["hello", "", "[1, 2]", "{a: 1}", "!!python/tuple [1]"])
+def test_nerfstudios_own_commands_say_what_is_no_configuration(tmp_path, content):
+    path = tmp_path / "config.yml"
+    path.write_text(content)
+    with pytest.raises(UserError, match="config.yml is not the configuration of a nerfstudio run"):
+        _nerfstudio_commands()["ns-eval"](path)
+
+
 @pytest.mark.parametrize("content", ["[1, 2", "\0", "[" * 100_000], ids=["cut", "binary", "deep"])
 def test_nerfstudios_own_commands_say_what_is_damaged(tmp_path, content):
     path = tmp_path / "config.yml"
