@@ -18,8 +18,8 @@ def main(config: FaultsConfig) -> int:
         The exit status: 1 if one ended as it must not.
     """
     start = time.monotonic()
-    records = run_all(config)
-    write(config, records, time.monotonic() - start)
+    records, reads = run_all(config)
+    write(config, records, reads, time.monotonic() - start)
     print(table(records))
     return int(not all(record["good"] for record in records))
 

@@ -15,6 +15,7 @@ from benchmarks.faults.commands import Command, build_world, import_everything
 from benchmarks.faults.damage import FAULTS, all_cases, judge
 from benchmarks.faults.kills import kill, start_two
 from benchmarks.faults.limits import Limited, file_size, full_disk, read_only
+from benchmarks.faults.reading import kind_of
 from benchmarks.faults.world import World
 
 
@@ -49,14 +50,14 @@ class FaultsConfig:
         return self.output.with_suffix(".jsonl")
 
 
-def run_all(config: FaultsConfig) -> list[dict[str, Any]]:
+def run_all(config: FaultsConfig) -> tuple[list[dict[str, Any]], dict[str, list[tuple[str, str]]]]:
     """Runs what a configuration asks for, but for what an earlier start has recorded.
 
     Args:
         config: The user's choices.
 
     Returns:
-        One record for each case, the first of a job's first.
+        One record for each case, the first of a job's first; and the kinds of files that each command reads.
     """
     start = time.monotonic()
     records = _recorded(config)
@@ -66,13 +67,16 @@ def run_all(config: FaultsConfig) -> list[dict[str, Any]]:
     processes = [context.Process(target=_work, args=(config, job, queue, start, records)) for job in range(config.jobs)]
     for process in processes:
         process.start()
-    finished = 0
+    finished, reads = 0, {}
     config.output.parent.mkdir(parents=True, exist_ok=True)
     with config.log.open("a") as log:
         while finished < len(processes):
             record = queue.get()
             if record is None:
                 finished += 1
+                continue
+            if "reads" in record:
+                reads = record["reads"]
                 continue
             record["text"] = record["text"].replace(str(config.folder), "").strip()[-700:]
             records.append(record)
@@ -82,7 +86,7 @@ def run_all(config: FaultsConfig) -> list[dict[str, Any]]:
                 print(len(records), json.dumps(record)[:600], flush=True)
     for process in processes:
         process.join()
-    return records
+    return records, reads
 
 
 def _recorded(config: FaultsConfig) -> list[dict[str, Any]]:
@@ -98,6 +102,8 @@ def _recorded(config: FaultsConfig) -> list[dict[str, Any]]:
 def _work(config: FaultsConfig, job: int, queue: Any, start: float, recorded: list[dict[str, Any]]) -> None:
     try:
         world, commands = build_world(config.folder / str(job), config.only)
+        if job == 0:
+            queue.put({"reads": {one.name: sorted(map(kind_of, (*one.inputs, *one.found))) for one in commands}})
         counts = Counter(record["what"] for record in recorded if record.get("seed") == config.seed)
         sources = [
             (config.damages - counts["damage"], _damages(config, job, world, commands, recorded)),
@@ -216,15 +222,19 @@ def table(records: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write(config: FaultsConfig, records: list[dict[str, Any]], seconds: float) -> None:
+def write(
+    config: FaultsConfig, records: list[dict[str, Any]], reads: dict[str, list[tuple[str, str]]], seconds: float
+) -> None:
     """Writes all cases, in the place of what was written down as each ended.
 
     Args:
         config: The user's choices.
         records: Of `run_all`.
+        reads: Of `run_all`.
         seconds: What this start took.
     """
     content = {"seed": config.seed, "minutes": round(seconds / 60, 1), "written": time.strftime("%Y-%m-%d")}
+    content["reads"] = reads
     lines = ",\n".join(json.dumps(record) for record in records)
     config.output.parent.mkdir(parents=True, exist_ok=True)
     config.output.write_text(f'{json.dumps(content)[:-1]}, "cases": [\n{lines}\n]}}\n')

@@ -42,6 +42,8 @@ _OWN = {
     "fit3d-rooms": "fit3d_rooms.cli",
 }
 """Modules of this project's commands, each with a ``main``."""
+_PROBE = "import sys; from probe.cli import main; sys.argv[0] = 'fit3d-probe'; main()"
+"""The command, also where no script of its name is installed."""
 _MEMORY = re.compile("out of memory|memory does not suffice|cannot allocate memory|MemoryError", re.IGNORECASE)
 _KILLED = re.compile(r"Signal \d+ \((SIG\w+)\) received by PID")
 """What torchrun says of one of its processes."""
@@ -244,10 +246,10 @@ def _carry_out(words: list[str], progress: Path, settings: Settings) -> int:
 
             run_command(lambda: train(words[1:], settings.keep_optimizer))
         elif words[0] == "torchrun":
-            return _in_a_fresh_process("torch.distributed.run", words[1:])
+            return _in_a_fresh_process("-m", "torch.distributed.run", *words[1:])
         elif words[0] == "fit3d-probe":
             # Its readers of photos are forked, and hang as forks of a fork.
-            return _in_a_fresh_process("probe.cli", words[1:])
+            return _in_a_fresh_process("-c", _PROBE, *words[1:])
         elif words[0] in _OWN:
             run_command(__import__(_OWN[words[0]], fromlist=["main"]).main)
         else:
@@ -263,10 +265,10 @@ def _carry_out(words: list[str], progress: Path, settings: Settings) -> int:
     return 0
 
 
-def _in_a_fresh_process(module: str, words: Sequence[str]) -> int:
-    """Runs a module as a program, which ends with this process; returns its status, negative for a signal."""
+def _in_a_fresh_process(*words: str) -> int:
+    """Runs Python with some arguments, which ends with this process; returns its status, negative for a signal."""
     ends = _end_with_this_one if sys.platform == "linux" else None
-    return subprocess.run([sys.executable, "-m", module, *words], check=False, preexec_fn=ends).returncode
+    return subprocess.run([sys.executable, *words], check=False, preexec_fn=ends).returncode
 
 
 def _end_with_this_one() -> None:

@@ -232,9 +232,13 @@ def _config_paths(paths: list[Path]) -> list[Path]:
     found: dict[Path, None] = {}
     for path in paths:
         path = path.expanduser()
-        if path.is_file() and path.name == CONFIG:
+        try:
+            is_file, is_folder = path.is_file(), path.is_dir()
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error.strerror}): check --runs.") from error
+        if is_file and path.name == CONFIG:
             found[path.absolute()] = None
-        elif path.is_dir():
+        elif is_folder:
             found.update(dict.fromkeys(match.absolute() for match in find_runs(path)))
         else:
             raise UserError(f"{path} is neither a folder nor a run's config.yml: check --runs.")

@@ -3,8 +3,10 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -121,10 +123,14 @@ def _whole_file(path: Path) -> Path:
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory) -> list[dict]:
     folder = tmp_path_factory.mktemp("faults")
+    worlds = Path(
+        tempfile.mkdtemp(prefix="fit3d-faults-")
+    )  # pytest's folders are root's alone; one case is another user
+    worlds.chmod(0o755)
     program = [sys.executable, "-W", "ignore", "-m", "benchmarks.faults", "--seed", "11", "--jobs", "1"]
     counts = ["--damages", "28", "--kills", "8", "--limits", "4"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    places = ["--output", str(folder / "faults.json"), "--folder", str(folder / "worlds")]
+    places = ["--output", str(folder / "faults.json"), "--folder", str(worlds / "worlds")]
     ended = subprocess.run(
         [*program, *counts, *places],
         capture_output=True,
@@ -134,6 +140,7 @@ def sample(tmp_path_factory) -> list[dict]:
         timeout=1800,
         check=False,
     )
+    shutil.rmtree(worlds, ignore_errors=True)
     assert (folder / "faults.json").is_file(), ended.stdout[-3000:] + ended.stderr[-3000:]
     return json.loads((folder / "faults.json").read_text())
 

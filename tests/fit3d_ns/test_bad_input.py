@@ -139,7 +139,9 @@ def colmap_config(make_config, scene):
 def test_truncated_colmap_model(colmap_scene, make_config, make_trainer):
     path = colmap_scene / "colmap" / "sparse" / "0" / "images.bin"
     path.write_bytes(path.read_bytes()[:-5])
-    fails(make_trainer, colmap_config(make_config, colmap_scene), "colmap_scene could not be read.*check --data")
+    fails(
+        make_trainer, colmap_config(make_config, colmap_scene), "images.bin cannot be read .*restore it, or compute the"
+    )
 
 
 def test_question_of_the_dataparser_without_a_terminal(colmap_scene, make_config, make_trainer, monkeypatch):

@@ -72,8 +72,7 @@ def test_the_loss_of_normals_by_hand():
     predicted = torch.tensor([[0.0, 0, -1], [1, 0, 0], [0, 0, 3], [1, 1, 0]])  # of four pixels
     truth = torch.tensor([[0.0, 0, -1], [0, 1, 0], [0, 0, -1], [0, 0, 0]])  # cosines 1, 0, -1; the last is not known
     pixels = predicted.T.reshape(1, 3, 2, 2)
-    head: Any = lambda features: features.patch_tokens  # noqa: E731
-    whole = task.loss(head, BackboneOutput(pixels, None), truth.reshape(1, 2, 2, 3), 0)
+    whole = task.loss(pixels, truth.reshape(1, 2, 2, 3), 0)
     assert float(whole) == pytest.approx((0 + 1 + 2) / 3)
-    sampled = task.sampled_loss(head, BackboneOutput(predicted.T[None, :, :, None], None), truth[None], 0)
+    sampled = task.sampled_loss(predicted.T[None, :, :, None], truth[None], 0)
     assert float(sampled) == pytest.approx((0 + 1 + 2) / 3)

@@ -134,7 +134,8 @@ def test_nothing_to_lift_sets_the_exit_status(tmp_path, capsys):
     with pytest.raises(SystemExit) as left:
         main(["--runs", str(tmp_path)])
     said = capsys.readouterr().err
-    assert left.value.code == 1 and said.startswith("Error: No finished run") and said.count("\n") == 1
+    assert left.value.code == 1 and said.splitlines()[-1].startswith("Error: No finished run")
+    assert said.count("\n") == 2 and "Lifting onto" in said.splitlines()[0]
 
 
 @pytest.mark.parametrize("full_at", ["checkpoint", "record", "config"])
