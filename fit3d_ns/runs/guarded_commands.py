@@ -12,6 +12,9 @@ import yaml
 
 from fit3d_ns.support.errors import UserError
 
+_OF_NO_CHECKPOINT = (LookupError, ValueError, OSError, AssertionError)
+"""What nerfstudio raises where it finds no checkpoint that it can choose."""
+
 
 def guard_nerfstudio(
     read_configuration: Callable[[str, Path | None], Any], read_checkpoint: Callable[[Path], Any]
@@ -60,7 +63,9 @@ def install_error_hook() -> None:
     def hook(kind, error, traceback):
         if isinstance(error, UserError):
             print(f"Error: {error}", file=sys.stderr)
-        elif isinstance(error, (LookupError, ValueError, OSError)) and (folder := _without_checkpoint(traceback)):
+        elif isinstance(error, (LookupError, ValueError, OSError, AssertionError)) and (
+            folder := _without_checkpoint(traceback)
+        ):
             print(
                 f"Error: {folder} holds no checkpoint, or a file beside them that is none: restore step-*.ckpt, or "
                 "name another run with --load-config.",

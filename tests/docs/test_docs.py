@@ -86,6 +86,7 @@ def _configurations() -> dict[str, Any]:
     from benchmarks.evidence.config import EvidenceConfig
     from benchmarks.evidence.figure import EvidenceFigure
     from benchmarks.faults.harness import FaultsConfig
+    from benchmarks.many_scenes import ManyScenesConfig
     from demo.config import DemoConfig
     from distill.config import DistillConfig
     from fit3d_loop.config import LoopConfig
@@ -110,6 +111,7 @@ def _configurations() -> dict[str, Any]:
         "demo": DemoConfig,
         "benchmarks.evidence": EvidenceConfig,
         "benchmarks.faults": FaultsConfig,
+        "benchmarks.many_scenes": ManyScenesConfig,
         "benchmarks.evidence.figure": EvidenceFigure,
     }
 

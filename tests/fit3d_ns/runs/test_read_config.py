@@ -184,7 +184,7 @@ def test_nerfstudio_reads_checkpoints_restricted(tmp_path, monkeypatch):
     assert mark.exists(), "or this would prove nothing"
 
 
-@pytest.mark.parametrize("what", ["empty", "another file", "a file in its place"])
+@pytest.mark.parametrize("what", ["empty", "another file", "a file in its place", "a link to itself"])
 def test_a_run_without_checkpoint_is_said(tmp_path, capsys, what):
     """As `ns-eval`, `ns-viewer`, `ns-render` and `ns-export` open it."""
     from nerfstudio.utils import eval_utils
@@ -193,8 +193,10 @@ def test_a_run_without_checkpoint_is_said(tmp_path, capsys, what):
     folder.touch() if what == "a file in its place" else folder.mkdir()
     if what == "another file":
         (folder / ".DS_Store").touch()
+    if what == "a link to itself":
+        (folder / "step-000000001.ckpt").symlink_to(folder / "step-000000001.ckpt")
     config = SimpleNamespace(load_dir=folder, load_step=None)
-    with pytest.raises((LookupError, ValueError, OSError)) as caught:
+    with pytest.raises((LookupError, ValueError, OSError, AssertionError)) as caught:
         eval_utils.eval_load_checkpoint(config, None)  # type: ignore[arg-type]
     sys.excepthook(caught.type, caught.value, caught.tb)
     said = capsys.readouterr().err.strip()
