@@ -14,6 +14,8 @@ from nerfstudio.data.dataparsers.blender_dataparser import BlenderDataParserConf
 from nerfstudio.scripts.train import train_loop
 from PIL import Image
 
+from fit3d_ns.runs.checkpoints import read_checkpoint
+
 STEPS = 2
 
 
@@ -54,7 +56,7 @@ def test_nerfstudios_loop_trains_our_method_on_one_photo(photo_scene, tmp_path, 
 
     (checkpoint,) = config.get_checkpoint_dir().glob("*.ckpt")
     assert checkpoint.name == f"step-{STEPS - 1:09d}.ckpt"
-    state = torch.load(checkpoint, map_location="cpu", weights_only=False)["pipeline"]
+    state = read_checkpoint(checkpoint)["pipeline"]
     assert all(bool(value.isfinite().all()) for value in state.values() if torch.is_tensor(value))
     assert len(state["_model.gauss_params.means"]) == config.pipeline.model.num_random
     assert bool(state["_model.gauss_params.fit3d_features"].any())
