@@ -3,7 +3,9 @@
 import logging
 import os
 import queue
+import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -95,7 +97,7 @@ def open_engine(config: LoopConfig, photos: PhotoCounts, threads: int) -> Iterat
             _LOGGER.info("Ray is not installed (pip install 'fit3d-ns[cluster]'): scenes run on this machine alone.")
         yield _Processes(choose_packing(photos, threads, config.scenes_at_once))
         return
-    with _ray(config, photos, threads) as engine:
+    with _signals_kept(), _ray(config, photos, threads) as engine:
         yield engine
 
 
@@ -161,6 +163,17 @@ def _gpu_of(slot: int, gpus: int) -> str | None:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = visible.split(",") if visible else [str(number) for number in range(gpus)]
     return names[slot % gpus]
+
+
+@contextmanager
+def _signals_kept() -> Iterator[None]:
+    """Puts back how this process ends on SIGTERM, for which Ray has a handler that it leaves behind."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

@@ -290,7 +290,9 @@ def test_the_same_student_with_a_worker_killed(finished, scenes, loop_config, tm
 
     threading.Thread(target=kill, daemon=True).start()
     # One at a time: each worker has to import everything once.
+    ends_on = signal.getsignal(signal.SIGTERM)
     assert run_loop(loop_config(scenes, out, engine="ray", scenes_at_once=1)).complete
+    assert signal.getsignal(signal.SIGTERM) == ends_on  # Ray's own handler would outlive the loop
     assert killed and digest(out) == digest(finished) and leftovers(out) == []
 
 
