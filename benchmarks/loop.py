@@ -7,10 +7,10 @@ needed). Where there are fewer scenes than are to run at once, they are taken ag
 """
 
 import json
-import os
 import shutil
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,11 +21,12 @@ from typing import Annotated, Any
 import torch
 import tyro
 
+from fit3d_loop.commands.mps import mps
 from fit3d_loop.commands.worker import Settings
 from fit3d_loop.config import LoopConfig
 from fit3d_loop.records import ORIGINAL, Places, read_state
 from fit3d_loop.scenes.machine import look_at_photos, num_cores
-from fit3d_loop.scenes.runner import Outcome, open_engine
+from fit3d_loop.scenes.runner import open_engine
 from fit3d_loop.scenes.scene_list import SceneSource, read_scenes
 from fit3d_loop.scenes.stages import Job
 from fit3d_ns.support.command_line import run_command
@@ -67,7 +68,7 @@ def main(config: PackingConfig) -> None:
     """
     scenes, _ = read_scenes(config.scenes)
     measured: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory(dir=config.work_dir) as folder, _mps(config.mps):
+    with tempfile.TemporaryDirectory(dir=config.work_dir) as folder, mps("on" if config.mps else "off"):
         root = Path(folder)
         warm = replace(config, steps=10)
         _measure(warm, scenes[:1], 1, root / "warm_up")  # imports, compiled kernels, the photos in memory
@@ -93,14 +94,9 @@ def _measure(config: PackingConfig, scenes: Sequence[SceneSource], at_once: int,
     settings = Settings(config.threads, keep_optimizer=False)
     backbone = (config.backbone, weights)
     jobs = [Job(one, root, 1, ORIGINAL, backbone, config.steps, (flags, ()), 42, settings) for one in scenes]
-    before, peak = _used(), [0.0]
-
-    def watch(done: Sequence[Outcome]) -> None:
-        peak[0] = max(peak[0], _used() - before)
-
     start = time.perf_counter()
-    with open_engine(loop, look_at_photos(scenes), config.threads) as engine:
-        outcomes = engine.run(jobs, watch)
+    with _peak_memory() as peak, open_engine(loop, look_at_photos(scenes), config.threads) as engine:
+        outcomes = engine.run(jobs, lambda done: None)
     seconds = time.perf_counter() - start
     failed = [f"{outcome.job.source.name}: {outcome.sentence}" for outcome in outcomes if outcome.result != "done"]
     if failed:
@@ -116,30 +112,33 @@ def _measure(config: PackingConfig, scenes: Sequence[SceneSource], at_once: int,
     }
 
 
-def _used() -> float:
-    """Gigabytes in use on all GPUs."""
-    if not torch.cuda.is_available():
-        return 0.0
-    found = (torch.cuda.mem_get_info(gpu) for gpu in range(torch.cuda.device_count()))
-    return sum(total - free for free, total in found) / 1e9
-
-
 @contextmanager
-def _mps(wanted: bool) -> Iterator[None]:
-    """NVIDIA's MPS with folders of its own, so that nobody else's programs come under it."""
-    if not wanted:
-        yield
-        return
-    program = shutil.which("nvidia-cuda-mps-control")
+def _peak_memory() -> Iterator[list[float]]:
+    """Most gigabytes in use on all GPUs of the machine beyond those at the start, looked at every second."""
+    before, peak, over = _used(), [0.0], threading.Event()
+
+    def look() -> None:
+        while not over.wait(1.0):
+            peak[0] = max(peak[0], _used() - before)
+
+    looking = threading.Thread(target=look, daemon=True)
+    looking.start()
+    try:
+        yield peak
+    finally:
+        over.set()
+        looking.join()
+
+
+def _used() -> float:
+    """Gigabytes in use on all GPUs, without using one: MPS does not end while this process does."""
+    program = shutil.which("nvidia-smi")
     if program is None:
-        raise UserError("NVIDIA's MPS (nvidia-cuda-mps-control) is not installed here: leave out --mps.")
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["CUDA_MPS_PIPE_DIRECTORY"] = os.environ["CUDA_MPS_LOG_DIRECTORY"] = folder
-        subprocess.run([program, "-d"], check=True)
-        try:
-            yield
-        finally:
-            subprocess.run([program], input="quit\n", text=True, check=False)
+        return 0.0
+    asked = [program, "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    return (
+        sum(map(float, subprocess.run(asked, capture_output=True, text=True, check=True).stdout.split())) * 2**20 / 1e9
+    )
 
 
 def _machine(config: PackingConfig) -> dict[str, Any]:

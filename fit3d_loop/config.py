@@ -14,6 +14,7 @@ MOST_ROUNDS = 5
 """Three were measured; a student of students drifts from what the original knew."""
 Control = Literal["control", "control-blur", "control-shift"]
 Task = Literal["segmentation", "depth", "normals"]
+MPS = Literal["auto", "on", "off"]
 
 
 @dataclass
@@ -70,6 +71,8 @@ class LoopConfig:
     """Processor threads of each scene; kept from the first start, since sums on a CPU depend on it."""
     keep_checkpoints: bool = False
     """Keep the optimizers' state of trained splats, and the scene bundles of rounds that are done."""
+    mps: MPS = "auto"
+    """NVIDIA's MPS, with which scenes use a GPU side by side instead of in turns; `auto` uses it where it works."""
     engine: Literal["auto", "ray", "processes"] = "auto"
     """Who runs the scenes: Ray, or processes of this machine; Ray where it is installed."""
     ray_address: str | None = None

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import torch
 
+from fit3d_loop.commands.mps import mps
 from fit3d_loop.commands.worker import end_all
 from fit3d_loop.config import LoopConfig
 from fit3d_loop.plan import check_disk, format_plan, make_plan
@@ -83,8 +84,9 @@ def _run(loop: Begun, photos: PhotoCounts) -> Ending:
     start = time.time()
     table = Table(loop.places)
     try:
-        with open_engine(loop.config, photos, loop.settings["threads"]) as engine:
-            _LOGGER.info(f"Scenes run on {engine.name}. {engine.packing.sentence}")
+        with mps(loop.config.mps) as shared, open_engine(loop.config, photos, loop.settings["threads"]) as engine:
+            by_mps = " They use it side by side, by NVIDIA's MPS." if shared else ""
+            _LOGGER.info(f"Scenes run on {engine.name}. {engine.packing.sentence}{by_mps}")
             ending = run_rounds(loop, engine, table)
     finally:
         end_all()

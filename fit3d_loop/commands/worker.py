@@ -267,14 +267,15 @@ def _carry_out(words: list[str], progress: Path, settings: Settings) -> int:
 
 def _in_a_fresh_process(*words: str) -> int:
     """Runs Python with some arguments, which ends with this process; returns its status, negative for a signal."""
-    ends = _end_with_this_one if sys.platform == "linux" else None
-    return subprocess.run([sys.executable, *words], check=False, preexec_fn=ends).returncode
+    return subprocess.run([sys.executable, *words], check=False, preexec_fn=end_with_starter).returncode
 
 
-def _end_with_this_one() -> None:
+def end_with_starter() -> None:
+    """Makes the process that calls it, before it becomes another program, end with the one that started it."""
     import ctypes
 
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 class _Reporter:

@@ -1,7 +1,10 @@
 """What this machine has, and how many scenes it can work on at once."""
 
+import functools
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +13,7 @@ import torch
 from PIL import Image
 
 from fit3d_loop.scenes.scene_list import SceneSource, count_photos, scenes_in_words
+from fit3d_ns.support.errors import UserError
 
 _MOST_AT_ONCE = 16
 """Scenes on one GPU; more were not measured."""
@@ -112,6 +116,9 @@ def choose_packing(photos: PhotoCounts, threads: int, at_once: int | None) -> Pa
 
     Returns:
         The choice and its reason.
+
+    Raises:
+        UserError: If there is a GPU and it cannot be used.
     """
     cores, gpus = num_cores(), torch.cuda.device_count() if torch.cuda.is_available() else 0
     by_cores = max(1, cores // threads)
@@ -121,7 +128,7 @@ def choose_packing(photos: PhotoCounts, threads: int, at_once: int | None) -> Pa
         return Packing(chosen, threads, cores, 0, f"{scenes_in_words(chosen)} at once on the CPU: {why}.")
     largest = max(photos.counts, default=0) or 100
     needed = _GPU_BASE + photos.megapixels * (_GPU_A_MEGAPIXEL + largest * _GPU_A_PHOTO_MEGAPIXEL)
-    memory = min(torch.cuda.mem_get_info(gpu)[0] for gpu in range(gpus)) / 1e9
+    memory = min(_free_gpu_memory()) / 1e9
     by_memory = max(1, int(_USABLE * memory / needed))
     each = max(1, min(by_memory, _MOST_AT_ONCE, max(1, by_cores // gpus)))
     chosen = at_once or each * gpus
@@ -132,6 +139,16 @@ def choose_packing(photos: PhotoCounts, threads: int, at_once: int | None) -> Pa
     why = "--scenes-at-once" if at_once else why
     on = "the GPU" if gpus == 1 else f"{gpus} GPUs"
     return Packing(chosen, threads, cores, gpus, f"{scenes_in_words(chosen)} at once on {on}: {why}.")
+
+
+@functools.cache
+def _free_gpu_memory() -> tuple[int, ...]:
+    """Bytes that are free on each GPU, as a short process finds them, since one that asks holds some of it."""
+    ask = "import torch; print(*(torch.cuda.mem_get_info(gpu)[0] for gpu in range(torch.cuda.device_count())))"
+    answer = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=False)
+    if answer.returncode:
+        raise UserError(f"The GPU does not answer ({answer.stderr.strip().rpartition(chr(10))[2]}): see nvidia-smi.")
+    return tuple(map(int, answer.stdout.split()))
 
 
 def free_disk(folder: Path) -> float:

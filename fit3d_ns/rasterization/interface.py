@@ -61,6 +61,7 @@ def rasterize(
             alpha), "RGB+ED" for colours with expected depth as the last channel.
         sparse_grad: gsplat's sparse gradients, only with ``packed``; always dense on the CPU.
         absgrad: Sets ``info["means2d"].absgrad`` in the backward pass: gradients summed by absolute value over pixels.
+            gsplat sets it anew in each launch: above 65 channels on CUDA it is that of one launch only.
         rasterize_mode: "antialiased" scales opacities down by what ``eps2d`` adds to small Gaussians.
         channel_chunk: Channels per launch on CUDA; by default one launch up to 65 channels, then launches of 64. The
             CPU backend always blends all channels in one pass.

@@ -104,7 +104,7 @@ class FakeGPU:
     def __init__(self, monkeypatch, count: int, free: float) -> None:
         monkeypatch.setattr(machine.torch.cuda, "is_available", lambda: count > 0)
         monkeypatch.setattr(machine.torch.cuda, "device_count", lambda: count)
-        monkeypatch.setattr(machine.torch.cuda, "mem_get_info", lambda gpu: (free * 1e9, free * 1e9))
+        monkeypatch.setattr(machine, "_free_gpu_memory", lambda: (free * 1e9,) * count)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Backbones: names, description, sizes, dense features, identity."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -28,7 +29,7 @@ from fit3d_ns.backbones import (
     patch_grid,
     resize_to_patches,
 )
-from fit3d_ns.backbones.architecture import IMAGENET_MEAN
+from fit3d_ns.backbones.architecture import IMAGENET_MEAN, OLDEST_TIMM
 from fit3d_ns.support.errors import UserError
 
 TINY = "vit_tiny_patch16_224"
@@ -128,7 +129,7 @@ def test_layer_counts_from_either_end_and_out_of_range_names_the_flag():
 def test_old_or_missing_timm_is_one_sentence(monkeypatch):
     check_timm()
     monkeypatch.setattr(metadata, "version", lambda _: "0.6.7")
-    with pytest.raises(UserError, match=r'timm 0\.6\.7 is too old.*pip install "timm>=1\.0\.9"'):
+    with pytest.raises(UserError, match=rf'timm 0\.6\.7 is too old.*pip install "timm>={re.escape(OLDEST_TIMM)}"'):
         check_timm()
 
     def missing(name):
