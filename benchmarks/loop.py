@@ -8,12 +8,9 @@ needed). Where there are fewer scenes than are to run at once, they are taken ag
 
 import json
 import shutil
-import subprocess
 import tempfile
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,6 +18,7 @@ from typing import Annotated, Any
 import torch
 import tyro
 
+from benchmarks.gpu_memory import peak_gpu_memory
 from fit3d_loop.commands.mps import mps
 from fit3d_loop.commands.worker import Settings
 from fit3d_loop.config import LoopConfig
@@ -95,7 +93,7 @@ def _measure(config: PackingConfig, scenes: Sequence[SceneSource], at_once: int,
     backbone = (config.backbone, weights)
     jobs = [Job(one, root, 1, ORIGINAL, backbone, config.steps, (flags, ()), 42, settings) for one in scenes]
     start = time.perf_counter()
-    with _peak_memory() as peak, open_engine(loop, look_at_photos(scenes), config.threads) as engine:
+    with peak_gpu_memory() as peak, open_engine(loop, look_at_photos(scenes), config.threads) as engine:
         outcomes = engine.run(jobs, lambda done: None)
     seconds = time.perf_counter() - start
     failed = [f"{outcome.job.source.name}: {outcome.sentence}" for outcome in outcomes if outcome.result != "done"]
@@ -110,35 +108,6 @@ def _measure(config: PackingConfig, scenes: Sequence[SceneSource], at_once: int,
         "peak_gigabytes": round(peak[0], 2) if torch.cuda.is_available() else None,
         "geometry": [{name: one.get(name) for name in ("seconds", "gaussians", "psnr")} for one in geometry],
     }
-
-
-@contextmanager
-def _peak_memory() -> Iterator[list[float]]:
-    """Most gigabytes in use on all GPUs of the machine beyond those at the start, looked at every second."""
-    before, peak, over = _used(), [0.0], threading.Event()
-
-    def look() -> None:
-        while not over.wait(1.0):
-            peak[0] = max(peak[0], _used() - before)
-
-    looking = threading.Thread(target=look, daemon=True)
-    looking.start()
-    try:
-        yield peak
-    finally:
-        over.set()
-        looking.join()
-
-
-def _used() -> float:
-    """Gigabytes in use on all GPUs, without using one: MPS does not end while this process does."""
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return 0.0
-    asked = [program, "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-    return (
-        sum(map(float, subprocess.run(asked, capture_output=True, text=True, check=True).stdout.split())) * 2**20 / 1e9
-    )
 
 
 def _machine(config: PackingConfig) -> dict[str, Any]:

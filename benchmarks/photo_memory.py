@@ -1,6 +1,6 @@
 """Measures the host memory of what reads photos without training: lifts, evaluation, bundles, distillation.
 
-    python benchmarks/photo_memory.py --folder memory --photos 100 300
+    python -m benchmarks.photo_memory --folder memory --photos 100 300
 
 Makes a scene of large photos around coloured Gaussians (renders, enlarged, with grain, as JPEG) and a run lifted from
 small copies of them, and puts the large photos in their place. Each measured command runs in a process of its own,
@@ -27,6 +27,7 @@ import tyro
 from PIL import Image
 from safetensors.torch import save_file
 
+from benchmarks.gpu_memory import peak_gpu_memory
 from fit3d_ns.data.points.splat_ply import rgb_to_sh, write_splat_ply
 from fit3d_ns.rasterization import rasterize
 from fit3d_ns.support.console import CONSOLE
@@ -184,16 +185,19 @@ def measure(module: str, function: str, arguments: Sequence[str], log: Path) -> 
         log: File for what it prints.
 
     Returns:
-        ``peak_gigabytes``, the largest resident set, and ``seconds``.
+        ``peak_gigabytes``, the largest resident set in GiB; ``gpu_gigabytes`` in 10^9 bytes, the GPU's context
+        included; ``seconds``.
     """
     command = [sys.executable, "-c", LAUNCH.format(module=module, function=function), *arguments]
     start = time.perf_counter()
     with open(log, "w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
-        _, status, usage = os.wait4(process.pid, 0)
+        with peak_gpu_memory(process.pid) as gpu:
+            _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"{module} failed, see {log}")
-    return {"peak_gigabytes": usage.ru_maxrss / 2**20, "seconds": time.perf_counter() - start}
+    host, seconds = usage.ru_maxrss / 2**20, time.perf_counter() - start
+    return {"peak_gigabytes": host, "gpu_gigabytes": gpu[0], "seconds": seconds}
 
 
 def main() -> None:

@@ -86,7 +86,9 @@ def _configurations() -> dict[str, Any]:
     from benchmarks.evidence.config import EvidenceConfig
     from benchmarks.evidence.figure import EvidenceFigure
     from benchmarks.faults.harness import FaultsConfig
+    from benchmarks.loop import PackingConfig
     from benchmarks.many_scenes import ManyScenesConfig
+    from benchmarks.photo_memory import Benchmark as PhotoMemory
     from demo.config import DemoConfig
     from distill.config import DistillConfig
     from fit3d_loop.config import LoopConfig
@@ -111,7 +113,9 @@ def _configurations() -> dict[str, Any]:
         "demo": DemoConfig,
         "benchmarks.evidence": EvidenceConfig,
         "benchmarks.faults": FaultsConfig,
+        "benchmarks.loop": PackingConfig,
         "benchmarks.many_scenes": ManyScenesConfig,
+        "benchmarks.photo_memory": PhotoMemory,
         "benchmarks.evidence.figure": EvidenceFigure,
     }
 
