@@ -10,6 +10,7 @@ from typing import Any
 from benchmarks.faults.commands import Command
 from benchmarks.faults.kinds import NotApplicable
 from benchmarks.faults.mutations import apply, mutations_of
+from benchmarks.faults.reading import kind_of
 from benchmarks.faults.running import run
 from benchmarks.faults.world import World
 
@@ -37,6 +38,11 @@ class Case:
     """Whether the command starts from nothing, instead of where it has been."""
     seed: int
     """Of what the damage draws."""
+
+    @property
+    def key(self) -> tuple[str, str, str, bool]:
+        """What it has in common with the same case in another world, where names hold other hashes."""
+        return self.command, "/".join(kind_of(Path(self.file))), self.kind, self.anew
 
 
 @dataclass(frozen=True)
@@ -98,13 +104,13 @@ def judge(world: World, command: Command, case: Case) -> Verdict | None:
     assert expected is not None
     made = world.made[command.name] if case.anew else []
     world.restore(made)
-    path = world.root / case.file
+    there, path = world.paths(), world.root / case.file
     if not path.exists():  # another command of this world makes it
         return None
     results = {str(name.relative_to(world.root)) for pattern in command.makes for name in world.root.glob(pattern)}
     before = {name: stamp for name, stamp in world.files().items() if str(name) in results and str(name) != case.file}
     try:
-        apply(case.kind, path, random.Random(f"{case.file}{case.kind}{case.anew}{case.seed}"))
+        apply(case.kind, path, random.Random(f"{case.key}{case.seed}"))
     except NotApplicable:
         return None
     ended = run(command.call, world.log)
@@ -130,7 +136,8 @@ def judge(world: World, command: Command, case: Case) -> Verdict | None:
         theirs = (theirs and "cache" not in case.file) or any(said in ended.text for said in _SAID)
         differing = [name for name in {**expected, **found} if expected.get(name) != found.get(name)]
         return Verdict(case, "its word" if theirs else "silent", None, f"{differing[:3]} {ended.text[-600:]}")
-    world.remove(made)
+    if case.anew:
+        world.start_anew(made, there)
     again = run(command.call, world.log)
     if again.status or command.values(world) != expected or "is damaged" in again.text or "made anew" in again.text:
         return Verdict(case, "not healed", None, again.text[-2000:])

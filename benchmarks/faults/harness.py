@@ -4,19 +4,24 @@ import json
 import multiprocessing
 import random
 import signal
+import subprocess
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, fields
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from benchmarks.faults.commands import Command, build_world, import_everything
-from benchmarks.faults.damage import FAULTS, all_cases, judge
+from benchmarks.faults.damage import FAULTS, Case, all_cases, judge
 from benchmarks.faults.kills import kill, start_two
 from benchmarks.faults.limits import Limited, file_size, full_disk, read_only
 from benchmarks.faults.reading import kind_of
 from benchmarks.faults.world import World
+from fit3d_loop.commands.worker import end_with_starter
+from fit3d_ns.support.files import atomic_write_text
 
 
 @dataclass
@@ -60,7 +65,10 @@ def run_all(config: FaultsConfig) -> tuple[list[dict[str, Any]], dict[str, list[
         One record for each case, the first of a job's first; and the kinds of files that each command reads.
     """
     start = time.monotonic()
-    records = _recorded(config)
+    records, commit = recorded(config), code_state()
+    asked = config.damages + config.kills + config.limits
+    if records:
+        print(f"Going on after {len(records)} cases in {config.log}.", flush=True)
     import_everything()
     context = multiprocessing.get_context("fork")
     queue: Any = context.Queue()
@@ -78,28 +86,47 @@ def run_all(config: FaultsConfig) -> tuple[list[dict[str, Any]], dict[str, list[
             if "reads" in record:
                 reads = record["reads"]
                 continue
+            record["commit"] = commit
             record["text"] = record["text"].replace(str(config.folder), "").strip()[-700:]
             records.append(record)
             log.write(json.dumps(record) + "\n")
             log.flush()
             if not record["good"] or len(records) % 20 == 0:
-                print(len(records), json.dumps(record)[:600], flush=True)
+                minutes = (time.monotonic() - start) / 60
+                print(f"{len(records)} of {asked}, {minutes:.0f} min: {json.dumps(record)[:600]}", flush=True)
     for process in processes:
         process.join()
     return records, reads
 
 
-def _recorded(config: FaultsConfig) -> list[dict[str, Any]]:
-    """What an earlier start did, which was stopped; the cases that ended badly are run again where it is asked for."""
-    lines = config.log.read_text().splitlines() if config.log.is_file() else []
-    records = [json.loads(line) for line in lines if line.endswith("}")]
-    if config.again:
-        records = [record for record in records if record["good"]]
-        config.log.write_text("".join(json.dumps(record) + "\n" for record in records))
+def recorded(config: FaultsConfig) -> list[dict[str, Any]]:
+    """Returns what an earlier start did that was stopped, and leaves it in the log, without what is to be run again.
+
+    Args:
+        config: The user's choices.
+    """
+    records = []
+    for line in config.log.read_text().splitlines() if config.log.is_file() else []:
+        with suppress(json.JSONDecodeError):  # a line that a killed start did not end
+            records.append(json.loads(line))
+    records = [one for one in records if one["what"] != "harness" and (one["good"] or not config.again)]
+    if config.log.is_file():
+        atomic_write_text(config.log, "".join(json.dumps(record) + "\n" for record in records))
     return records
 
 
+def code_state() -> str:
+    """Returns the commit of the code that is run, with ``-dirty`` where files differ from it; else the version."""
+    described = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    with suppress(OSError):
+        ended = subprocess.run(described, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+        if ended.returncode == 0:
+            return ended.stdout.strip()
+    return version("fit3d-ns")
+
+
 def _work(config: FaultsConfig, job: int, queue: Any, start: float, recorded: list[dict[str, Any]]) -> None:
+    end_with_starter()
     try:
         world, commands = build_world(config.folder / str(job), config.only)
         if job == 0:
@@ -140,12 +167,12 @@ def _damages(
 ) -> Iterator[dict[str, Any]]:
     by_name = {command.name: command for command in chosen}
     mine = [record for record in recorded if record["what"] == "damage" and record["seed"] == config.seed]
-    known = {(record["command"], record["file"], record["kind"], record["anew"]) for record in mine}
+    known = {Case(*(record[field.name] for field in fields(Case))).key for record in mine}
     done, share = 0, len(range(job, config.damages - len(mine), config.jobs))
     for number, case in enumerate(all_cases(chosen, world.root, config.seed)):
         if done >= share:
             return
-        if number % config.jobs != job or (case.command, case.file, case.kind, case.anew) in known:
+        if number % config.jobs != job or case.key in known:
             continue
         verdict = judge(world, by_name[case.command], case)
         if verdict is not None:
@@ -198,28 +225,30 @@ def _limits(
 
 
 def table(records: list[dict[str, Any]]) -> str:
-    """Returns the table of docs/reliability.md.
+    """Returns the tables of docs/reliability.md, and how many sentences name the damaged file.
 
     Args:
         records: Of `run_all`.
     """
+    damaged = [record for record in records if record["what"] == "damage"]
     lines = ["| command | damaged files | equal or healed | one sentence | taken at its word | faults |"]
     lines.append("|---|---:|---:|---:|---:|---:|")
-    damaged = [record for record in records if record["what"] == "damage"]
-    for name in dict.fromkeys(record["command"] for record in damaged):
-        ends = Counter(record["end"] for record in damaged if record["command"] == name)
-        faults = sum(ends[end] for end in FAULTS)
-        shown = (ends.total(), ends["equal"], ends["sentence"], ends["its word"], faults)
+    for name, mine in _by_command(damaged):
+        ends = Counter(record["end"] for record in mine)
+        shown = (len(mine), ends["equal"], ends["sentence"], ends["its word"], sum(ends[end] for end in FAULTS))
         lines.append(f"| {name} | " + " | ".join(map(str, shown)) + " |")
     lines += ["", "| command | kills | equal | limits | as promised |", "|---|---:|---:|---:|---:|"]
-    others = [record for record in records if record["what"] in ("kill", "limit")]
-    for name in dict.fromkeys(record["command"] for record in others):
-        counts = []
-        for what in ("kill", "limit"):
-            mine = [record for record in others if record["command"] == name and record["what"] == what]
-            counts += [len(mine), sum(record["good"] for record in mine)]
-        lines.append(f"| {name} | " + " | ".join(map(str, counts)) + " |")
-    return "\n".join(lines) + "\n"
+    for name, mine in _by_command([record for record in records if record["what"] in ("kill", "limit")]):
+        good = {what: [record["good"] for record in mine if record["what"] == what] for what in ("kill", "limit")}
+        lines.append(f"| {name} | " + " | ".join(f"{len(ends)} | {sum(ends)}" for ends in good.values()) + " |")
+    sentences = [record for record in damaged if record["end"] == "sentence"]
+    named = sum(bool(record["named"]) for record in sentences)
+    return "\n".join([*lines, "", f"{named} of {len(sentences)} sentences name the damaged file."]) + "\n"
+
+
+def _by_command(records: list[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
+    names = dict.fromkeys(record["command"] for record in records)
+    return [*((name, [one for one in records if one["command"] == name]) for name in names), ("all", records)]
 
 
 def write(
@@ -234,9 +263,10 @@ def write(
         seconds: What this start took.
     """
     content = {"seed": config.seed, "minutes": round(seconds / 60, 1), "written": time.strftime("%Y-%m-%d")}
+    content["commits"] = Counter(record["commit"] for record in records)
     content["reads"] = reads
     lines = ",\n".join(json.dumps(record) for record in records)
     config.output.parent.mkdir(parents=True, exist_ok=True)
     config.output.write_text(f'{json.dumps(content)[:-1]}, "cases": [\n{lines}\n]}}\n')
-    if config.minutes is None:
+    if config.minutes is None and all(record["what"] != "harness" for record in records):
         config.log.unlink(missing_ok=True)

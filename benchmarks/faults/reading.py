@@ -71,10 +71,10 @@ def kind_of(path: Path) -> tuple[str, str]:
 
 
 def one_of_each_kind(paths: Iterable[Path]) -> list[Path]:
-    """Returns the last of each kind of file.
+    """Returns the last of each kind of file, in an order that no hash in a name decides.
 
     Args:
         paths: Relative to the world's root.
     """
     kinds = {kind_of(path): path for path in sorted(paths) if not any(word in path.name for word in _NOT_A_FORMAT)}
-    return sorted(kinds.values())
+    return [kinds[kind] for kind in sorted(kinds)]

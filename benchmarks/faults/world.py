@@ -67,9 +67,10 @@ class World:
         Returns:
             How it ended, and what it read, relative to the root.
         """
-        before = self.files()
+        before, there = self.files(), self.paths()
         ended, read = self.watch(name, call)
-        self.made[name] = sorted(path for path, stamp in self.files().items() if before.get(path) != stamp)
+        changed = {path for path, stamp in self.files().items() if before.get(path) != stamp}
+        self.made[name] = sorted(changed | (self.paths() - there))
         return ended, read
 
     def watch(self, name: str, call: Callable[[], None]) -> tuple[Ended, set[Path]]:
@@ -110,6 +111,20 @@ class World:
         shutil.copytree(self._whole, self.root, symlinks=True)
         self.remove(without)
         self.marker.unlink(missing_ok=True)
+
+    def paths(self) -> set[Path]:
+        """Returns every file and link, relative to the root."""
+        found = (path for path in self.root.rglob("*") if path.is_symlink() or path.is_file())
+        return {path.relative_to(self.root) for path in found}
+
+    def start_anew(self, made: Iterable[Path], there: set[Path]) -> None:
+        """Removes what a command made, under whatever names: those of logs hold the time and the process.
+
+        Args:
+            made: What it makes where nothing is damaged, relative to the root.
+            there: What there was before it was started.
+        """
+        self.remove({*made, *(self.paths() - there)})
 
     def remove(self, paths: Iterable[Path]) -> None:
         """Removes files, and the folders that nothing is left in.

@@ -141,7 +141,7 @@ def _lines(text: str, source: Path) -> list[dict[str, Any]]:
 def _yaml_entries(text: str, source: Path) -> list[dict[str, Any]]:
     try:
         content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{source} is no YAML ({first_line(error)}): correct it.") from error
     if isinstance(content, dict):
         content = content.get("scenes")

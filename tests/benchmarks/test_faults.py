@@ -7,13 +7,22 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from paths import ROOT
 
+from benchmarks.faults.commands import Command
+from benchmarks.faults.damage import Case, all_cases, judge
+from benchmarks.faults.harness import FaultsConfig, recorded
 from benchmarks.faults.kinds import NotApplicable
 from benchmarks.faults.mutations import ANY, FORMATS, apply, mutations_of
+from benchmarks.faults.reading import one_of_each_kind
+from benchmarks.faults.world import World
+from fit3d_ns.support.errors import UserError
 
 READERS = {
     "open": "open(path).read()",
@@ -118,6 +127,63 @@ def _whole_file(path: Path) -> Path:
     else:
         path.write_text("first 1 2 3\nsecond 4.5 x y\n" * 20)
     return path
+
+
+def _command_with_a_log(world: World) -> Callable[[], None]:
+    """Refuses, as ``fit3d`` does, a folder that holds anything but a result; writes a log under ever another name."""
+    folder = world.root / "f"
+
+    def call() -> None:
+        json.loads((world.root / "cache" / "input.json").read_text())
+        if any(folder.glob("geometry/*")) and not (folder / "result.json").is_file():
+            raise UserError("f holds files of another command (geometry): choose another --output-dir.")
+        (folder / "geometry").mkdir(parents=True, exist_ok=True)
+        (folder / "geometry" / f"events.{time.time_ns()}").touch()
+        (folder / "geometry" / f"latest.{time.time_ns()}").symlink_to("nowhere")
+        (folder / "result.json").write_text("1")
+
+    return call
+
+
+def test_a_second_start_from_nothing_finds_nothing_of_the_first(tmp_path, monkeypatch):
+    monkeypatch.setenv("FIT3D_CACHE", "")
+    monkeypatch.setenv("FIT3D_FAULTS_MARKER", "")
+    world = World(tmp_path / "worlds")
+    (world.root / "cache").mkdir()
+    (world.root / "cache" / "input.json").write_text(json.dumps({"a": 1}))
+    call = _command_with_a_log(world)
+    world.make("logger", call)
+    world.keep()
+    expected = {"f/result.json": 1}
+    command = Command("logger", call, ("f/result.json",), first=(expected, 0.1), second=expected)
+    for anew, damage in ((True, "[]"), (False, "a number"), (True, "null")):
+        verdict = judge(world, command, Case("logger", "cache/input.json", damage, anew, 0))
+        assert verdict is not None and verdict.end == "equal", verdict
+
+
+def test_the_seed_decides_the_cases_whatever_hashes_names_hold(tmp_path):
+    orders = []
+    for number, hashes in enumerate((("0" * 32, "f" * 32), ("f" * 32, "0" * 32))):
+        root = tmp_path / str(number)
+        files = [Path("cache") / one / name for one, name in zip(hashes, ("maps.json", "index.json"))]
+        for path in files:
+            (root / path).parent.mkdir(parents=True)
+            (root / path).write_text("{}")
+        command = Command("lift", print, ("o/*",), inputs=tuple(one_of_each_kind(files)))
+        orders.append([case.key for case in all_cases([command], root, seed=5)])
+    assert orders[0] == orders[1] and len(set(orders[0])) == len(orders[0]) > 20
+
+
+def test_a_stopped_harness_goes_on_after_the_last_whole_line(tmp_path):
+    config = FaultsConfig(output=tmp_path / "faults.json")
+    whole = [{"what": "kill", "number": 0, "good": True, "seed": 0}, {"what": "kill", "number": 1, "good": False}]
+    broken = {"what": "harness", "good": False, "text": "full disk"}
+    torn = json.dumps({"what": "damage", "text": "ends with }", "good": True})[: -len(', "good": true}') - 1]
+    assert torn.endswith("}")
+    config.log.write_text("".join(json.dumps(record) + "\n" for record in (*whole, broken)) + torn)
+    assert recorded(config) == whole
+    assert [json.loads(line) for line in config.log.read_text().splitlines()] == whole  # what comes next is appended
+    assert recorded(replace(config, again=True)) == whole[:1]
 
 
 @pytest.fixture(scope="module")

@@ -182,6 +182,16 @@ def test_mistakes_are_one_sentence(tmp_path, mistake):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "value", ["[" * 100_000, "2024-13-45", "!!timestamp x", "!!int x", "{[a]: b}", "!!python/name:os.x"]
+)
+def test_yaml_that_cannot_be_read_is_one_sentence(tmp_path, value):
+    (tmp_path / "list.yaml").write_text(f"- data: {value}\n")
+    with pytest.raises(UserError, match=r"list\.yaml is no YAML \(.+\): correct it") as caught:
+        read_scenes(tmp_path / "list.yaml")
+    assert "\n" not in str(caught.value)
+
+
 def test_a_scannetpp_scene_without_poses_is_told_what_to_do(tmp_path):
     (tmp_path / "x" / "dslr" / "colmap").mkdir(parents=True)
     with pytest.raises(UserError, match="prepare it, docs/scannetpp.md"):
