@@ -1,4 +1,4 @@
-"""Times the probes: a table of six rows against one, the photos per second, and what the fast protocol differs by.
+r"""Times the probes: a table of six rows against one, the photos per second, and what the fast protocol differs by.
 
 Each measurement prints one line of JSON and is appended to the output file; nothing is asserted.
 
@@ -7,7 +7,8 @@ Each measurement prints one line of JSON and is appended to the output file; not
     torchrun --nproc-per-node 2 benchmarks/probing.py throughput --data photos --workers 14
     python benchmarks/probing.py data-loading --data photos --workers 14
     python benchmarks/probing.py random --backbone dinov2_small_focus --weights random.safetensors
-    python benchmarks/probing.py difference --data camvid --backbone dinov2_small_focus --tuned tuned.safetensors
+    python benchmarks/probing.py difference --data camvid --backbone dinov2_small_focus --tuned tuned.safetensors \
+        --control control.safetensors
 
 `throughput` needs no weights and no data: features of noise cost what features of photos cost. It times the backbones
 alone, one row and all six in turn in one process, so that the ratios hold whatever else the machine does, and projects
@@ -109,8 +110,10 @@ class Difference:
 
     data: Path
     """Data set."""
-    tuned: Path
-    """Fine-tuned weights."""
+    tuned: tuple[str, ...]
+    """Fine-tuned backbones, as for fit3d-probe."""
+    control: tuple[str, ...] = ()
+    """Backbones distilled without 3D, likewise."""
     dataset: DatasetName = "folder"
     """Its layout."""
     kind: Literal["segmentation", "depth"] = "segmentation"
@@ -268,7 +271,7 @@ def difference(benchmark: Difference) -> dict[str, Any]:
         benchmark: The user's choices.
 
     Returns:
-        Scores of both.
+        Scores of both by row, and below `metrics` all that both wrote: every seed, class and setting.
     """
     kind = SegmentationConfig if benchmark.kind == "segmentation" else DepthConfig
     tables = {}
@@ -279,7 +282,8 @@ def difference(benchmark: Difference) -> dict[str, Any]:
             dataset=benchmark.dataset,
             backbone=benchmark.backbone,
             backbone_weights=benchmark.backbone_weights,
-            tuned=(str(benchmark.tuned),),
+            tuned=benchmark.tuned,
+            control=benchmark.control,
             seeds=benchmark.seeds,
             protocol=protocol,
             iterations=benchmark.fast_iterations if name == "fast" else benchmark.iterations,
@@ -288,8 +292,9 @@ def difference(benchmark: Difference) -> dict[str, Any]:
             output_dir=benchmark.runs / f"{benchmark.kind}_{name}",
         )
         run_trained_probe(config, benchmark.kind)
-        tables[name] = json.loads((config.output_dir / "metrics.json").read_text())["rows"]
+        tables[name] = json.loads((config.output_dir / "metrics.json").read_text())
     headline = "miou" if benchmark.kind == "segmentation" else "rmse"
+    fast, full = tables["fast"]["rows"], tables["full"]["rows"]
     return {
         "benchmark": "difference",
         "data": benchmark.data.name,
@@ -297,12 +302,13 @@ def difference(benchmark: Difference) -> dict[str, Any]:
         "metric": headline,
         "rows": {
             row: {
-                "fast": tables["fast"][row][headline],
-                "full": tables["full"][row][headline],
-                "difference": tables["fast"][row][headline]["mean"] - tables["full"][row][headline]["mean"],
+                "fast": fast[row][headline],
+                "full": full[row][headline],
+                "difference": fast[row][headline]["mean"] - full[row][headline]["mean"],
             }
-            for row in tables["full"]
+            for row in full
         },
+        "metrics": tables,
     }
 
 
