@@ -269,7 +269,13 @@ def test_flags_in_the_text_exist(monkeypatch):
     """Flags in the pages' running text and tables, which no command line checks."""
     monkeypatch.setenv("COLUMNS", "300")
     known = set().union(*(_flags_of(*program) for programs in TABLES.values() for program in programs))
-    for program in (("ns-train", "splatfacto"), ("ns-process-data", "images"), ("demo",), ("benchmarks.evidence",)):
+    for program in (
+        ("ns-train", "splatfacto"),
+        ("ns-process-data", "images"),
+        ("demo",),
+        ("benchmarks.evidence",),
+        ("benchmarks.faults",),
+    ):
         known |= _flags_of(*program)
     for dataparser in ("nerfstudio-data", "colmap"):
         known |= _flags_of("ns-train", "fit3d-splat", dataparser)
