@@ -1,6 +1,7 @@
 """One optimizer step, plain, as one CUDA graph or with fused kernels, and the choice between them."""
 
 import contextlib
+import gc
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -241,6 +242,7 @@ class GraphStep:
                     self._eager.forward_backward(held)
             torch.cuda.current_stream().wait_stream(side)
             self._optimizer.zero_grad(set_to_none=True)
+            gc.collect()  # a graph of an earlier training that is collected meanwhile would end the capture
             graph = torch.cuda.CUDAGraph()
             # Photos and scenes arrive in other threads, whose calls must not break the capture.
             with torch.cuda.graph(graph, self._pool, capture_error_mode="thread_local"):

@@ -316,6 +316,7 @@ def clamp_refinement_pause(strategy: Any) -> bool:
     return True
 
 
+@functools.cache
 def resume_adds_steps(trainer: type[Any]) -> bool:
     """Returns whether nerfstudio counts ``max_num_iterations`` from the resumed step (1.1.5) or, later, from zero.
 

@@ -76,9 +76,10 @@ class Fit3DSplatModel(SplatfactoModel):
     """
 
     config: Fit3DSplatModelConfig
+    steps_per_log: int = 1
+    """Training steps between two whose metrics are logged; measuring takes a tenth of a step."""
     extra_outputs: ExtraOutputs | None = None
     """Wraps ``get_outputs_for_camera`` where somebody looks: gets its rendering function, camera and crop box."""
-
     on_measured: Callable[[Mapping[str, Any], Mapping[str, Any], Tensor, Mapping[str, float]], None] | None = None
     """Told of each held-out view that is measured: its outputs, its batch, its decoded map and the features' scores."""
 
@@ -322,9 +323,11 @@ class Fit3DSplatModel(SplatfactoModel):
         return losses
 
     def get_metrics_dict(self, outputs: dict[str, Any], batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Returns splatfacto's training metrics and the cosine between decoded and teacher features."""
+        """Returns splatfacto's training metrics and the features' cosine; nothing of steps that are not logged."""
+        if self.training and self.step % self.steps_per_log:
+            return {}
         metrics = super().get_metrics_dict(outputs, batch)
-        if "fit3d_decoded" in outputs and self.step % 10 == 0:  # nerfstudio logs every tenth step
+        if "fit3d_decoded" in outputs:
             with torch.no_grad():
                 teacher = sample_teacher(batch["teacher"].float(), self._sampling_offset())
                 metrics["feature_cosine"] = feature_cosine(

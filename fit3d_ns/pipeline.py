@@ -230,9 +230,11 @@ class Fit3DPipeline(VanillaPipeline):
             )
         restore = TrainingCallback([TrainingCallbackLocation.BEFORE_TRAIN_ITERATION], lambda step: self._restore())
         callbacks = [restore, *super().get_training_callbacks(training_callback_attributes)]
+        trainer = training_callback_attributes.trainer
+        if trainer is not None:
+            model.steps_per_log = max(trainer.config.logging.steps_per_log, 1)
         if model.config.features == "lift":
             self._trains = True
-            trainer = training_callback_attributes.trainer
             callbacks.append(
                 TrainingCallback(
                     [TrainingCallbackLocation.AFTER_TRAIN_ITERATION], lambda step: self._lift_when_due(step, trainer)

@@ -72,8 +72,8 @@ def test_a_gradient_that_is_not_finite_changes_no_weight(make_scene, make_config
     )
     assert torch.isfinite(runner.run(inputs))
     before = [parameter.detach().clone() for parameter in parameters]
-    broken = replace(inputs, targets=inputs.targets * float("inf"))
-    assert not torch.isfinite(runner.run(broken))
+    broken = replace(inputs, weights=inputs.weights * float("nan"))
+    assert torch.isnan(runner.run(broken))
     assert all(torch.equal(old, new) for old, new in zip(before, parameters))
     assert torch.isfinite(runner.run(inputs))
     assert not torch.equal(before[3], parameters[3])

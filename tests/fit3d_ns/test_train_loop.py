@@ -13,6 +13,7 @@ from nerfstudio.configs.method_configs import all_methods
 from nerfstudio.data.dataparsers.blender_dataparser import BlenderDataParserConfig
 from nerfstudio.scripts.train import train_loop
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fit3d_ns.runs.checkpoints import read_checkpoint
 
@@ -60,3 +61,19 @@ def test_nerfstudios_loop_trains_our_method_on_one_photo(photo_scene, tmp_path, 
     assert all(bool(value.isfinite().all()) for value in state.values() if torch.is_tensor(value))
     assert len(state["_model.gauss_params.means"]) == config.pipeline.model.num_random
     assert bool(state["_model.gauss_params.fit3d_features"].any())
+
+
+@pytest.mark.parametrize("steps_per_log", [1, 3])
+def test_what_nerfstudio_logs_is_measured(scene, make_config, make_trainer, steps_per_log):
+    """Metrics of other steps are not, since they take a tenth of a step on a GPU."""
+    config = make_config(scene, steps=7)
+    config.logging.steps_per_log, config.pipeline.model.feature_interval = steps_per_log, 1
+    trainer = make_trainer(config)
+    model, measured = trainer.pipeline.model, []
+    measure = model.psnr.forward
+    model.psnr.forward = lambda *images: measured.append(model.step) or measure(*images)
+    trainer.train()
+    log = EventAccumulator(str(trainer.base_dir)).Reload()
+    for name in ("psnr", "feature_cosine"):
+        assert [event.step for event in log.Scalars(f"Train Metrics Dict/{name}")] == [*range(0, 7, steps_per_log)]
+    assert measured == [*range(0, 7, steps_per_log)]
