@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from fit3d_loop.commands.mps import mps
+from fit3d_loop.commands.mps import mps, offers_mps
 from fit3d_loop.commands.worker import end_all
 from fit3d_loop.config import LoopConfig
 from fit3d_loop.plan import check_disk, format_plan, make_plan
@@ -57,7 +57,11 @@ def run_loop(config: LoopConfig) -> Ending:
         loop = Begun(config, {**decisive, **chosen}, scenes, str(config.backbone))
         packing = choose_packing(photos, loop.settings["threads"], config.scenes_at_once)
         _say_scenes(loop, notes)
-        print(format_plan(make_plan(loop, photos, packing), loop, packing, free_disk(config.output_dir)))
+        print(
+            format_plan(
+                make_plan(loop, photos, packing, offers_mps(config.mps)), loop, packing, free_disk(config.output_dir)
+            )
+        )
         return Ending(False, "only a plan was asked for")
     own = driver_lock(Places(config.output_dir), config.part())
     busy = f"Another fit3d is at work in {config.output_dir}: wait for it, or choose another --output-dir."
@@ -72,7 +76,7 @@ def run_loop(config: LoopConfig) -> Ending:
             remove_leftovers(loop.places, own)
         _say_scenes(loop, notes)
         packing = choose_packing(photos, loop.settings["threads"], config.scenes_at_once)
-        plan = make_plan(loop, photos, packing)
+        plan = make_plan(loop, photos, packing, offers_mps(config.mps))
         check_disk(plan, free_disk(config.output_dir), str(config.output_dir))
         _LOGGER.info(
             f"About {plan.minutes:.0f} minutes and {plan.disk_gigabytes:.1f} GB, {plan.scene_gigabytes:.2f} a scene."

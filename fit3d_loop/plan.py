@@ -16,13 +16,15 @@ from fit3d_ns.support.errors import UserError
 _START = 12.0
 """Seconds until a scene's photos are read and its teacher's maps are there."""
 _GPU_STEP_ALONE, _GPU_STEP_SHARED = 0.0105, 0.0075
-"""Seconds of a step of geometry: at least, and times the scenes that share a GPU (eight take 60 ms)."""
+"""Seconds of a step of geometry: at least, and times the scenes that take turns on a GPU (eight take 60 ms)."""
+_MPS_STEP_ALONE, _MPS_STEP_SHARED = 0.0155, 0.0019
+"""Likewise, of scenes that use it side by side (eight take 15 ms, in which each keeps a core busy)."""
 _CPU_STEP = 1.3
 """Core seconds of a step, for each megapixel."""
 _GPU_VIEWS, _CPU_VIEWS = 300.0, 5.0
 """Views a second of distillation, of a small backbone; a larger one's is in proportion to its width squared."""
-_LIFT_GPU, _LIFT_CPU = 0.03, 0.25
-"""Seconds a photo of lifting and bundling."""
+_LIFT_GPU, _LIFT_CPU = 0.045, 0.25
+"""Seconds a photo of lifting and bundling, beside seven other scenes on a GPU."""
 _PROBE_GPU, _PROBE_CPU = 2.0, 10.0
 """Minutes of a probe on some hundred photos."""
 _GAUSSIANS_A_STEP, _MOST_GAUSSIANS = 100, 600_000
@@ -53,13 +55,14 @@ class Plan:
         return sum(minutes for _, minutes in self.lines)
 
 
-def make_plan(loop: Begun, photos: PhotoCounts, packing: Packing) -> Plan:
+def make_plan(loop: Begun, photos: PhotoCounts, packing: Packing, by_mps: bool = False) -> Plan:
     """Plans what is left.
 
     Args:
         loop: As it was begun: choices, folders and scenes.
         photos: Of the scenes.
         packing: How they share the machine.
+        by_mps: Whether they use a GPU side by side, by NVIDIA's MPS.
 
     Returns:
         Steps with their minutes, and gigabytes of disk.
@@ -75,7 +78,8 @@ def make_plan(loop: Begun, photos: PhotoCounts, packing: Packing) -> Plan:
     if untrained:
         seconds = _measured([state.geometry for state in states])
         if seconds is None and packing.gpus:
-            seconds = _START + config.geometry_steps * max(_GPU_STEP_ALONE, _GPU_STEP_SHARED * shared)
+            alone, among = (_MPS_STEP_ALONE, _MPS_STEP_SHARED) if by_mps else (_GPU_STEP_ALONE, _GPU_STEP_SHARED)
+            seconds = _START + config.geometry_steps * max(alone, among * shared)
         elif seconds is None:
             seconds = _START + config.geometry_steps * _CPU_STEP * photos.megapixels / packing.threads
         waves = math.ceil(len(untrained) / packing.at_once)

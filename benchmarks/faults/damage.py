@@ -20,6 +20,8 @@ FAULTS = ("code", "traceback", "silent", "half written", "not healed")
 """Ends that must not be."""
 _THEIRS = ("scene", "colmap", "blocks/", "camera_path", "names.txt", "e/splat.ply")
 """Beginnings of files of the user's, whose word is taken where it is a valid one."""
+_NAMED_ANEW = ("teacher.safetensors",)
+"""Likewise, where no run knows yet what was in it."""
 _SAID = ("no card says otherwise",)
 """What a command says when it goes on without a file that may be missing."""
 
@@ -133,6 +135,7 @@ def judge(world: World, command: Command, case: Case) -> Verdict | None:
         return Verdict(case, "silent", None, f"the result does not open: {error}")
     if found != expected:
         theirs = case.file.startswith(_THEIRS) or case.file.endswith("config.yml")
+        theirs = theirs or (case.anew and case.file in _NAMED_ANEW)
         theirs = (theirs and "cache" not in case.file) or any(said in ended.text for said in _SAID)
         differing = [name for name in {**expected, **found} if expected.get(name) != found.get(name)]
         return Verdict(case, "its word" if theirs else "silent", None, f"{differing[:3]} {ended.text[-600:]}")

@@ -26,6 +26,20 @@ _SECONDS_TO_TRY = 60.0
 _SECONDS_TO_END = 15.0
 
 
+def offers_mps(choice: MPS) -> bool:
+    """Returns whether MPS would be tried here; whether it works is not known before.
+
+    Args:
+        choice: The user's.
+    """
+    there = _is_running() or shutil.which(_CONTROL) is not None
+    return choice != "off" and torch.cuda.is_available() and there
+
+
+def _is_running() -> bool:
+    return _PIPES in os.environ or (_USUAL_PIPES / "control").exists()
+
+
 @contextmanager
 def mps(choice: MPS) -> Iterator[bool]:
     """Has an MPS daemon for the processes that are started meanwhile.
@@ -47,7 +61,7 @@ def mps(choice: MPS) -> Iterator[bool]:
             raise UserError("--mps on needs an NVIDIA GPU, and there is none: leave it out.")
         yield False
         return
-    if _PIPES in os.environ or (_USUAL_PIPES / "control").exists():
+    if _is_running():
         yield True
         return
     program = shutil.which(_CONTROL)

@@ -17,8 +17,8 @@ from fit3d_ns.support.errors import UserError
 
 _MOST_AT_ONCE = 16
 """Scenes on one GPU; more were not measured."""
-_CORES_A_SCENE = 2
-"""Beside a GPU, where Python's one thread and torch's helpers are what bounds a scene."""
+_CORES_A_SCENE = 1
+"""Beside a GPU, where Python's one thread is what bounds a scene."""
 _GPU_BASE, _GPU_A_MEGAPIXEL, _GPU_A_PHOTO_MEGAPIXEL = 2.5, 0.6, 0.004
 """Gigabytes: CUDA and a million Gaussians with their optimizers; a render and its gradients; a photo as bytes and
 its features."""

@@ -98,6 +98,17 @@ def test_more_scenes_photos_and_rounds_take_more(scenes, loop_config, tmp_path):
     assert few.minutes < more.minutes
 
 
+def test_scenes_that_use_a_gpu_side_by_side_are_planned_as_such(monkeypatch, tmp_path, scenes, loop_config):
+    FakeGPU(monkeypatch, 1, 80)
+    monkeypatch.setattr(machine, "num_cores", lambda: 8)
+    photos = PhotoCounts((100,) * 8, 0.3)
+    config = loop_config(scenes, tmp_path / "out", geometry_steps=5000)
+    begun = module.Begun(config, {}, module.read_scenes(scenes)[0], "dinov2_small")
+    packing = choose_packing(photos, 1, None)
+    in_turns, by_mps = (plan.make_plan(begun, photos, packing, by_mps).lines[0][1] for by_mps in (False, True))
+    assert in_turns > 2 * by_mps > 0
+
+
 class FakeGPU:
     """As many GPUs as a test wants."""
 
@@ -110,10 +121,10 @@ class FakeGPU:
 @pytest.mark.parametrize(
     ("gpus", "memory", "cores", "photos", "expected"),
     [
-        (1, 80, 16, PhotoCounts((100,) * 8, 0.3), 8),  # cores: two a scene
+        (1, 80, 8, PhotoCounts((100,) * 40, 0.3), 8),  # cores: one a scene
         (1, 80, 64, PhotoCounts((100,) * 40, 0.3), 16),  # as many as were measured
         (1, 8, 16, PhotoCounts((100,) * 8, 0.3), 2),  # memory
-        (2, 80, 16, PhotoCounts((100,) * 8, 0.3), 8),  # cores are shared between GPUs
+        (2, 80, 8, PhotoCounts((100,) * 40, 0.3), 8),  # cores are shared between GPUs
         (1, 80, 16, PhotoCounts((600,), 12.0), 1),  # large photos
         (0, 0, 2, PhotoCounts((8,), 0.1), 2),
     ],
