@@ -145,6 +145,7 @@ def test_gaussians_of_another_program_are_lifted_and_distilled(finished, scenes,
     (state,) = (json.loads(path.read_text()) for path in out.glob("scenes/*.json"))
     assert state["source"]["kind"] == "ply" and set(state["rounds"]) == {"1", "2"}
     assert not (out / "geometry").exists() and leftovers(out) == []
+    assert len(list(out.rglob("geometry-*.safetensors"))) == 1  # once; each round leaves its features alone
     cards = [json.loads((out / "rounds" / number / "card.json").read_text()) for number in "12"]
     assert cards[1]["teacher"]["weights_sha256"] == cards[0]["weights_sha256"]
 
