@@ -20,7 +20,12 @@ from fit3d_ns.data.dataparsers import read_checked
 from fit3d_ns.data.feature_cache import FeatureCache, Precision, teacher_precision
 from fit3d_ns.data.photos.masks import composite_on_black, patch_weights
 from fit3d_ns.data.photos.reader import PhotoDataset, PhotoReader
-from fit3d_ns.data.photos.view_files import check_photos_exist, check_views_read_their_own_files, find_masks
+from fit3d_ns.data.photos.view_files import (
+    check_masks_show_something,
+    check_photos_exist,
+    check_views_read_their_own_files,
+    find_masks,
+)
 from fit3d_ns.data.scene_checks import check_cameras_together, check_split, explain_unreadable_scene
 from fit3d_ns.data.splits import nothing_held_out
 from fit3d_ns.lifting.memory import ResidentMaps
@@ -285,6 +290,7 @@ class Fit3DDataManager(FullImageDatamanager[PhotoDataset]):
         for dataset in (self.train_dataset, self.eval_dataset):
             check_photos_exist(dataset.image_filenames)
             dataset.mask_filenames = find_masks(dataset.mask_filenames, scene)
+        check_masks_show_something(self.train_dataset.mask_filenames)
         check_views_read_their_own_files(self.train_dataset, self.eval_dataset)
 
     def _scene_folder(self) -> Path:

@@ -4,9 +4,11 @@ An entry is taken if it is a file with one of `PHOTO_SUFFIXES`, in any spelling 
 counted, are: what operating systems and editors leave behind (`is_leftover`), files of other suffixes, and folders.
 """
 
+import unicodedata
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import unquote
 
 from fit3d_ns.support.errors import UserError, first_line
 
@@ -55,6 +57,31 @@ def is_leftover(path: Path) -> bool:
     """
     name = path.name.lower()
     return name.startswith((".", "~", "#")) or name.endswith(("~", "#", *_BACKUPS)) or name in _LEFTOVERS
+
+
+def spelled_otherwise(path: Path) -> Path | None:
+    """Returns a file that is meant by a name which is not there: capitals, umlauts, blanks, %20 and suffixes differ.
+
+    Windows and macOS take IMG_1.JPG for img_1.jpg, macOS writes ü as two characters, web tools write blanks as %20,
+    NeRF's synthetic scenes leave out the suffix.
+
+    Args:
+        path: That a scene names.
+    """
+    try:
+        entries = sorted(path.parent.iterdir())
+    except OSError:
+        return None
+    wanted = _plain(path.name)
+    alike = [one for one in entries if not is_leftover(one) and _plain(one.name) == wanted and one.is_file()]
+    stems = [
+        one for one in entries if is_photo(one) and _plain(one.stem) in (wanted, _plain(path.stem)) and one.is_file()
+    ]
+    return next(iter([*alike, *stems]), None)
+
+
+def _plain(name: str) -> str:
+    return unicodedata.normalize("NFC", unquote(name)).casefold().strip()
 
 
 def list_photos(folder: Path) -> Listing:

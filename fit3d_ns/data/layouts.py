@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fit3d_ns.data.folders import is_leftover, is_photo
+from fit3d_ns.data.points.ply_file import OTHER_SPLATS
 
 _MODEL_FOLDERS = ("colmap/sparse/0", "sparse/0", "sparse", "colmap", "")
 _VIDEOS = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v")
@@ -60,6 +61,11 @@ def layout_advice(data: Path) -> str | None:
         )
     if (data / "poses_bounds.npy").is_file():
         return "holds LLFF's poses_bounds.npy: run `ns-process-data images` on its photos, which COLMAP poses anew"
+    renamed = next(
+        (one.name for one in _entries(data, "transforms*.json") if "(" in one.name or "copy" in one.name), None
+    )
+    if renamed is not None:
+        return f"holds {renamed}: rename it to transforms.json"
     inner = [one for one in _entries(data) if one.is_dir() and _is_scene(one)]
     if inner:
         others = f" (or {len(inner) - 1} other folders)" if len(inner) > 1 else ""
@@ -80,7 +86,7 @@ def _advice_for_files(data: Path) -> str | None:
         )
     if any(suffix in _VIDEOS for suffix in suffixes):
         return "holds videos: run `ns-process-data video --data VIDEO --output-dir SCENE`, and name SCENE"
-    if any(suffix in (".ply", ".splat", ".spz", ".ksplat", ".sog") for suffix in suffixes):
+    if any(suffix in (".ply", *OTHER_SPLATS) for suffix in suffixes):
         return "holds splats and no photos: --data names the photos' scene, and `fit3d-lift --ply` takes a splat"
     return None if any(True for _ in _entries(data)) else "is empty: name the folder that holds the scene"
 
@@ -89,7 +95,7 @@ def _advice_for_file(data: Path) -> str | None:
     suffix = data.suffix.lower()
     if suffix in _VIDEOS:
         return f"is a video: run `ns-process-data video --data {data} --output-dir SCENE`, and name SCENE"
-    if suffix in (".ply", ".splat", ".spz", ".ksplat", ".sog"):
+    if suffix in (".ply", *OTHER_SPLATS):
         return "is a splat or a point cloud: --data names the photos' scene, and `fit3d-lift --ply` takes a splat"
     if suffix in (".zip", ".tar", ".gz", ".7z", ".rar"):
         return "is an archive: unpack it, and name the folder"

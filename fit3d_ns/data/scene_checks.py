@@ -1,14 +1,19 @@
 """Checks of a user's scene: each problem in one sentence that names the file."""
 
+import re
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from nerfstudio.data.datasets.base_dataset import InputDataset
+from PIL import UnidentifiedImageError
 
+from fit3d_ns.data.folders import is_photo
+from fit3d_ns.data.photos.view_files import missing_photo
 from fit3d_ns.data.poses import check_poses
 from fit3d_ns.support.errors import UserError, first_line
+from fit3d_ns.support.foreign_files import what_it_is
 
 
 @contextmanager
@@ -32,6 +37,19 @@ def explain_unreadable_scene(data: Path | None) -> Iterator[None]:
             f"The dataparser of the scene {data} needs a package that cannot be loaded ({first_line(error)}): install "
             "it (open3d-cpu in place of open3d where libusb-1.0 is missing)."
         ) from error
+    except FileNotFoundError as error:  # dataparsers open the first photo to see how large it is
+        path = Path(error.filename) if isinstance(error.filename, (str, Path)) else None
+        if path is None or not (is_photo(Path(path.name.strip())) or not path.suffix):
+            raise _unreadable(data, error) from error
+        raise missing_photo(path, data if data.is_dir() else data.parent) from error
+    except UnidentifiedImageError as error:
+        found = re.search("'(.+)'", str(error))
+        what = None if found is None else what_it_is(Path(found[1]))
+        if found is None:
+            raise _unreadable(data, error) from error
+        raise UserError(
+            f"The photo {found[1]} is not an image ({what or 'its format is unknown'}): replace it."
+        ) from error
     except EOFError as error:  # nerfstudio's colmap dataparser asks whether to shrink photos
         raise UserError(
             f"The photos of the scene {data} are large, and without a terminal the dataparser cannot ask to make "
@@ -43,10 +61,18 @@ def explain_unreadable_scene(data: Path | None) -> Iterator[None]:
                 f"All views of the scene {data} are held out for evaluation: leave some for training (--eval-mode, or "
                 "the train_filenames of transforms.json)."
             ) from error
-        detail = first_line(error)
-        raise UserError(
-            f"The scene {data} could not be read ({type(error).__name__}: {detail}): {{scene_advice}}"
-        ) from error
+        if "eval-frame-index" in str(error):  # nerfstudio's words
+            raise UserError(
+                f"--eval-mode filename wants photos of the scene {data} that have train or eval in their names: rename "
+                "them, or choose another --eval-mode."
+            ) from error
+        raise _unreadable(data, error) from error
+
+
+def _unreadable(data: Path, error: Exception) -> UserError:
+    return UserError(
+        f"The scene {data} could not be read ({type(error).__name__}: {first_line(error)}): {{scene_advice}}"
+    )
 
 
 def check_split(train: InputDataset, evaluation: InputDataset) -> None:

@@ -7,7 +7,7 @@ where both are given. Imports neither nerfstudio nor torch, so that every comman
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,10 @@ _FISHEYE = "OPENCV_FISHEYE"
 _PERSPECTIVE = ("SIMPLE_PINHOLE", "PINHOLE", "SIMPLE_RADIAL", "RADIAL", "OPENCV")
 CAMERA_MODELS = (*_PERSPECTIVE, _FISHEYE, FISHEYE624)
 """Camera models whose photos can be undistorted, by nerfstudio's and COLMAP's names."""
+_WIDEST = 7.5
+"""Width of a photo over its focal length, of which a perspective camera has an angle of view of 150 degrees."""
+_STRONGEST = 5.0
+"""By how much a lens may move the corners of a photo without a word."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,24 @@ class FrameLens:
         """Whether a photo of this camera differs from a pinhole's: a fisheye's does, whatever its coefficients."""
         return self.model not in _PERSPECTIVE or any(self.distortion)
 
+    def oddity(self) -> str | None:
+        """Returns a clause on what is possible, but rarely meant; None if nothing is odd."""
+        across, down = max(self.cx, self.width - self.cx) / self.fx, max(self.cy, self.height - self.cy) / self.fy
+        corner = math.hypot(across, down)
+        if not (0 <= self.cx <= self.width and 0 <= self.cy <= self.height):
+            size = f"{self.width}x{self.height}"
+            return f"the principal point ({self.cx:g}, {self.cy:g}) lies outside the photo of {size} pixels"
+        if self.model in _PERSPECTIVE and self.width / self.fx > _WIDEST:
+            angle = math.degrees(2 * math.atan(0.5 * self.width / self.fx))
+            return f"a focal length of {self.fx:g} pixels makes an angle of view of {angle:.0f} degrees"
+        if self.model != FISHEYE624:
+            k1, k2, k3, k4 = self.distortion[:4]
+            r = min(corner, math.pi / 2) if self.model == _FISHEYE else corner
+            factor = 1 + k1 * r**2 + k2 * r**4 + k3 * r**6 + k4 * r**8
+            if not 0.1 <= factor <= _STRONGEST:
+                return f"the distortion moves corners of the photo to {factor:.3g} times their distance from the middle"
+        return None
+
 
 def read_scene_file(path: Path) -> dict[str, Any]:
     """Reads a ``transforms.json`` (also ``transforms_train.json`` and its like) and checks its structure.
@@ -88,12 +110,17 @@ def read_scene_file(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} holds no JSON object with `frames`: mend it, or run ns-process-data again.")
     frames = content.get("frames")
     if not isinstance(frames, list) or not frames:
-        raise UserError(f"{path} holds no poses (`frames` is empty): run ns-process-data on the photos.")
+        fact = "no list" if frames and not isinstance(frames, list) else "empty"
+        raise UserError(f"{path} holds no poses (`frames` is {fact}): run ns-process-data on the photos.")
     for key in ("frames", "test_frames"):
         for number, frame in enumerate(content.get(key) or []):
             _check_frame(content, frame, f"Frame {number} of {path}", path)
-    if isinstance(content.get("ply_file_path"), str):
+    if content.get("ply_file_path") is None:
+        content.pop("ply_file_path", None)
+    elif isinstance(content["ply_file_path"], str):
         content["ply_file_path"] = _slashes(content["ply_file_path"])
+    else:
+        raise UserError(f"ply_file_path of {path} is {_short(content['ply_file_path'])}, not a file's name: mend it.")
     for key in ("train_filenames", "val_filenames", "test_filenames"):
         if isinstance(content.get(key), list):
             content[key] = [_slashes(name) if isinstance(name, str) else name for name in content[key]]
@@ -134,6 +161,24 @@ def frame_lens(
         distortion=distortion,
         fisheye_crop_radius=read.crop_radius(model),
     )
+
+
+def odd_lenses(lenses: Sequence[FrameLens], names: Sequence[str], source: str) -> list[str]:
+    """Returns a sentence about the first view whose camera is probably not what was meant; none if all are ordinary.
+
+    Args:
+        lenses: Of all views of a scene.
+        names: Of the views.
+        source: File that describes them.
+    """
+    odd = [(name, what) for name, lens in zip(names, lenses) if (what := lens.oddity()) is not None]
+    if not odd:
+        return []
+    others = f" ({len(odd)} of {len(lenses)} views have an odd camera)" if len(odd) > 1 else ""
+    return [
+        f"Of {odd[0][0]} in {source}, {odd[0][1]}{others}: check that focal length, principal point and photo are in "
+        "the same pixels."
+    ]
 
 
 class _Reader:

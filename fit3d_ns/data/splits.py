@@ -69,6 +69,47 @@ def check_listed(
                 raise UserError(f"{names[split]} of {source} names {name}, which is no view of the scene: correct it.")
 
 
+def list_remarks(lists: Mapping[str, list[str]], known: Sequence[str], source: str) -> list[str]:
+    """Returns sentences on lists that are possible, but rarely meant.
+
+    Args:
+        lists: Of `complete_lists`; none if the scene names none.
+        known: The scene's views, spelled as in the lists.
+        source: File or folder that names the lists.
+    """
+    if not lists:
+        return []
+    train, held_out = ({Path(name) for split in splits for name in lists[split]} for splits in (("train",), SPLITS[1:]))
+    both, unlisted = sorted(train & held_out), sorted({Path(name) for name in known} - train - held_out)
+    remarks = []
+    if both:
+        remarks.append(
+            f"{source} lists {len(both)} of {len(held_out)} held-out views for training too ({both[0]}): scores of "
+            "those are no scores of unseen views."
+        )
+    if unlisted:
+        remarks.append(
+            f"{source} lists {len(unlisted)} of {len(known)} views nowhere ({unlisted[0]}): they are left out."
+        )
+    return remarks
+
+
+def check_hold_out(config: Any) -> None:
+    """Checks the numbers by which a dataparser holds views out.
+
+    Args:
+        config: Of the dataparser; one without such numbers passes.
+
+    Raises:
+        UserError: Naming the flag.
+    """
+    fraction, interval = getattr(config, "train_split_fraction", 1.0), getattr(config, "eval_interval", 1)
+    if not 0 < fraction <= 1:
+        raise UserError(f"--train-split-fraction is {fraction:g}: name the share to train on, above 0 and up to 1.")
+    if interval < 1:
+        raise UserError(f"--eval-interval is {interval}: every how many views is one held out? Name 1 or more.")
+
+
 def read_list(folder: Path, names: Sequence[str]) -> tuple[str, list[str]] | None:
     """Reads a list of views, one a line.
 

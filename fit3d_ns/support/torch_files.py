@@ -28,7 +28,10 @@ def read_torch(path: Path, mmap: bool = False, device: str | torch.device = "cpu
     """
     _compare_checksums(path)
     try:
-        return torch.load(path, map_location=device, weights_only=True, mmap=mmap)
+        if mmap:
+            return torch.load(path, map_location=device, weights_only=True, mmap=True)
+        with open(path, "rb") as file:  # not by its name, of which torch takes what the file is
+            return torch.load(file, map_location=device, weights_only=True)
     except Exception as error:  # torch raises a different kind for each sort of damage
         asked_for = re.search(r"GLOBAL (\S+)", str(error))
         if asked_for is None:

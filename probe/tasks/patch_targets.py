@@ -39,7 +39,7 @@ def patch_means(values: np.ndarray, valid: np.ndarray, grid: tuple[int, int]) ->
     cells = patch_numbers(valid.shape, grid)
     count = grid[0] * grid[1]
     counts = np.bincount(cells[valid], minlength=count)
-    columns = values[valid].reshape(np.count_nonzero(valid), -1).astype(np.float64)
+    columns = values.reshape(*valid.shape, int(np.prod(values.shape[2:])))[valid].astype(np.float64)  # [M, T]
     sums = np.stack([np.bincount(cells[valid], column, count) for column in columns.T], -1)
     means = (sums / np.maximum(counts, 1)[:, None]).reshape(*grid, *values.shape[2:])
     return means, (counts / np.maximum(np.bincount(cells.ravel(), minlength=count), 1)).reshape(grid)

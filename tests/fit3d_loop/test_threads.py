@@ -62,8 +62,8 @@ def command(tmp_path, monkeypatch) -> Path:
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_a_forked_command_has_its_threads_and_the_numbers_of_a_fresh_process(tmp_path, command, threads):
     for name in ("forked", "again"):
-        words, places = ["computing", str(tmp_path / name)], [tmp_path / kind for kind in ("log", "progress", "lock")]
-        worker.run_words(words, *places, Settings(threads))
+        words = ["computing", str(tmp_path / name)]
+        worker.run_words(words, tmp_path / "log", tmp_path / "progress", tmp_path / "lock", Settings(threads))
     fresh = [sys.executable, str(command), str(tmp_path / "fresh"), str(threads)]
     subprocess.run(fresh, check=True, timeout=300)
     forked, again, alone = (json.loads((tmp_path / name).read_text()) for name in ("forked", "again", "fresh"))

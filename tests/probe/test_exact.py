@@ -225,6 +225,13 @@ def test_means_of_patches_leave_out_what_is_not_valid():
     assert np.array_equal(vectors[..., 0], means) and np.array_equal(vectors[..., 1], -means)
 
 
+@pytest.mark.parametrize("num_numbers", [(), (3,)])
+def test_a_photo_without_a_valid_pixel_gives_patches_of_no_weight(num_numbers):
+    means, shares = patch_means(np.ones((6, 8, *num_numbers)), np.zeros((6, 8), bool), (3, 2))
+    assert means.shape == (3, 2, *num_numbers) and not means.any()
+    assert shares.shape == (3, 2) and not shares.any()
+
+
 @pytest.mark.parametrize("size", [(60, 84), (57, 90), (50, 61)])
 def test_labels_shifted_by_half_a_patch_lower_the_score(size):
     """Features that say what is seen in and around a patch, as a backbone's do: labels of another place must cost."""

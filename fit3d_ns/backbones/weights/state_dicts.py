@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fit3d_ns.backbones.weights.transformers_layout import ANCHORS, from_transformers
 from fit3d_ns.support.errors import DamagedFile, UserError
+from fit3d_ns.support.foreign_files import what_it_is
 from fit3d_ns.support.json_files import UNREADABLE, read_json
 from fit3d_ns.support.tensor_files import is_finite, read_tensors
 from fit3d_ns.support.torch_files import read_torch
@@ -70,10 +71,12 @@ def weight_files(path: Path) -> list[Path]:
     except (*UNREADABLE, KeyError, TypeError, AttributeError):
         raise UserError(f"{path} is no index of shards: get it again, or check {{backbone_weights}}.") from None
     missing = [name for name in shards if not (path.parent / name).is_file()]
-    if missing or not shards:
+    if not shards:
+        raise UserError(f"{path} names no shards: get it again, or check {{backbone_weights}}.")
+    if missing:
         raise UserError(
-            f"{path} names {len(shards)} shards, and {', '.join(missing) or 'none'} is not beside it: get the missing "
-            f"ones too, or check {{backbone_weights}}."
+            f"{path} names {len(shards)} shards, and {', '.join(missing)} is not beside it: get the missing ones too, "
+            "or check {backbone_weights}."
         )
     return [path, *(path.parent / name for name in shards)]
 
@@ -104,13 +107,15 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 
 def _read_file(path: Path) -> Any:
     try:
-        if path.suffix == ".safetensors":
-            return read_tensors(path, checksum=False, values=False).tensors
         if path.suffix in WEIGHT_SUFFIXES:
+            if _is_safetensors(path):
+                return read_tensors(path, checksum=False, values=False).tensors
             return read_torch(path)
     except FileNotFoundError:
         raise UserError(f"There is no weight file {path}: check {{backbone_weights}}.") from None
     except DamagedFile as error:
+        if (what := what_it_is(path)) is not None:
+            raise UserError(f"{path} holds no weights ({what}), or check {{backbone_weights}}.") from None
         if isinstance(error.__cause__, pickle.UnpicklingError):
             raise UserError(
                 f"{path} is damaged or holds more than tensors, which is not loaded because it could run code "
@@ -122,6 +127,17 @@ def _read_file(path: Path) -> Any:
     raise UserError(
         f"{path} is no weight file that can be read: give a {', '.join(WEIGHT_SUFFIXES)} to {{backbone_weights}}."
     )
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Whether a file is one by its beginning, where that says what it is, else by its suffix."""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        first = file.read(9)
+        if first.startswith((b"PK\x03\x04", b"\x80")) and first[8:] != b"{":
+            return False
+        if first[8:] == b"{":
+            return True
+    return path.suffix == ".safetensors"
 
 
 def to_timm_layout(state_dict: dict[str, Tensor], model: nn.Module, path: Path, name: str) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from nerfstudio.data.dataparsers.scannetpp_dataparser import ScanNetpp
 from fit3d_ns.data.dataparsers.base import SceneReader
 from fit3d_ns.data.dataparsers.colmap import ColmapReader
 from fit3d_ns.data.dataparsers.transforms import BlenderReader, InstantNGPReader, NerfstudioReader, ScanNetppReader
+from fit3d_ns.data.splits import check_hold_out
 
 
 def read_checked(parser: DataParser, seeds: bool) -> DataParser:
@@ -26,7 +27,11 @@ def read_checked(parser: DataParser, seeds: bool) -> DataParser:
 
     Returns:
         The same dataparser.
+
+    Raises:
+        UserError: If a flag of the dataparser is out of range.
     """
+    check_hold_out(parser.config)
     readers = (
         (ColmapDataParser, ColmapReader),
         (Nerfstudio, NerfstudioReader),

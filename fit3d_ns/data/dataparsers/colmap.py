@@ -13,8 +13,8 @@ from fit3d_ns.data.dataparsers.base import LENS, SceneReader, make_cameras
 from fit3d_ns.data.dataparsers.colmap_cameras import check_camera_models, colmap_lens, named_tables
 from fit3d_ns.data.layouts import find_model, layout_advice
 from fit3d_ns.data.points.seed_points import read_colmap_points
-from fit3d_ns.data.scene_file import FrameLens
-from fit3d_ns.data.splits import check_listed, complete_lists, read_list
+from fit3d_ns.data.scene_file import FrameLens, odd_lenses
+from fit3d_ns.data.splits import check_listed, complete_lists, list_remarks, read_list
 from fit3d_ns.support.errors import UserError
 
 
@@ -76,6 +76,7 @@ class ColmapReader(SceneReader):
         self._transform = np.array(model.get("applied_transform", np.eye(4)[:3]), dtype=np.float64)
         self._lenses: list[FrameLens] = [frame[LENS] for frame in frames]
         names = [Path(frame["file_path"]).name for frame in frames]
+        self._say(odd_lenses(self._lenses, names, str(folder)))
         for frame, matrix in zip(
             frames, self._near([frame["transform_matrix"] for frame in frames], names, str(folder))
         ):
@@ -90,7 +91,9 @@ class ColmapReader(SceneReader):
         lists = complete_lists(given, names, str(self._data))
         if lists:
             root = self._data / self._parser.config.images_path
-            check_listed(given, [str(path.relative_to(root)) for path in image_filenames], names, str(self._data))
+            known = [str(path.relative_to(root)) for path in image_filenames]
+            check_listed(given, known, names, str(self._data))
+            self._say(list_remarks(lists, known, str(self._data)))
             listed = {root / name for name in lists[split]}
             indices = np.array([index for index, path in enumerate(image_filenames) if path in listed], dtype=np.int32)
         else:

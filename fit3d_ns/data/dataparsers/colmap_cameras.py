@@ -47,6 +47,8 @@ def named_tables(folder: Path) -> Iterator[None]:
         def named(path: Any) -> dict:
             try:
                 found = read(path)
+                if Path(path).name == "images.txt":
+                    found = {key: found[key]._replace(name=name) for key, name in _whole_names(path).items()}
                 if not found:
                     raise ValueError("it is empty")
             except Exception as error:  # struct.error, IndexError, ValueError, MemoryError ... of nerfstudio's readers
@@ -77,6 +79,18 @@ def named_tables(folder: Path) -> Iterator[None]:
                 name = f"read_{kind}_{form}"
                 stack.enter_context(patch.object(colmap, name, reading(getattr(colmap, name), check)))
         yield
+
+
+def _whole_names(path: Any) -> dict[int, str]:
+    """Names of a text model's images, which end with the line; nerfstudio's reader ends them at the first blank."""
+    names = {}
+    with open(path) as file:
+        for line in map(str.strip, file):
+            if line and not line.startswith("#"):
+                words = line.split(maxsplit=9)
+                names[int(words[0])] = words[9]
+                next(file, None)  # its points
+    return names
 
 
 def check_camera_models(folder: Path) -> None:

@@ -20,8 +20,8 @@ from fit3d_ns.data.layouts import layout_advice
 from fit3d_ns.data.photos.picture_files import picture_size
 from fit3d_ns.data.photos.view_files import SmallerCopies, whole_path_copies
 from fit3d_ns.data.points.seed_points import read_colmap_points, read_point_cloud
-from fit3d_ns.data.scene_file import LENS_KEYS, FrameLens, frame_lens, read_scene_file
-from fit3d_ns.data.splits import SPLITS, check_listed, complete_lists
+from fit3d_ns.data.scene_file import LENS_KEYS, FrameLens, frame_lens, odd_lenses, read_scene_file
+from fit3d_ns.data.splits import SPLITS, check_listed, complete_lists, list_remarks
 from fit3d_ns.support.errors import UserError
 
 _LISTS = {split: f"{split}_filenames" for split in SPLITS}
@@ -65,6 +65,7 @@ class TransformsReader(SceneReader):
         for frame, matrix in zip(frames, matrices):
             frame["transform_matrix"] = matrix
             frame[LENS] = frame_lens(content, frame, path, lambda frame=frame: self._photo_size(frame))
+        self._say(odd_lenses([frame[LENS] for frame in frames], [frame["file_path"] for frame in frames], str(path)))
         # The dataparser only has to get through; its cameras are replaced.
         lens: FrameLens = frames[0][LENS]
         for values in (content, *frames):
@@ -93,7 +94,9 @@ class TransformsReader(SceneReader):
                 f"{path} names {key}, which the dataparser {type(self._parser).__name__} does not heed: use "
                 "nerfstudio-data, or remove the list."
             )
-        check_listed(given, [frame["file_path"] for frame in content["frames"]], _LISTS, str(path))
+        known = [frame["file_path"] for frame in content["frames"]]
+        check_listed(given, known, _LISTS, str(path))
+        self._say(list_remarks(lists, known, str(path)))
         content.update({_LISTS[split]: listed for split, listed in lists.items()})
 
     def _folder(self) -> Path:

@@ -18,8 +18,10 @@ import numpy as np
 from jaxtyping import Bool, Integer, UInt8
 from PIL import ExifTags, Image, ImageOps
 
+from fit3d_ns.data.folders import spelled_otherwise
 from fit3d_ns.data.photos.color_profiles import to_srgb
 from fit3d_ns.support.errors import UserError
+from fit3d_ns.support.foreign_files import what_it_is
 
 Kind = Literal["photo", "mask", "label file", "depth map"]
 """What a file is for, as errors call it."""
@@ -198,11 +200,16 @@ def _opened(path: Path, content: bytes | None, kind: Kind) -> Iterator[Image.Ima
     except (PermissionError, IsADirectoryError) as error:
         raise UserError(f"The {kind} {path} cannot be read ({error.strerror}): make it readable.") from error
     except _DAMAGED as error:
-        detail = "its format is unknown" if isinstance(error, Image.UnidentifiedImageError) else error
+        detail: object = error
+        if isinstance(error, Image.UnidentifiedImageError):
+            detail = what_it_is(path, content) or "its format is unknown"
         raise UserError(f"The {kind} {path} is truncated or not an image ({detail}): replace it.") from error
 
 
 def _missing(path: Path, kind: Kind) -> UserError:
+    there = spelled_otherwise(path)
+    if there is not None:
+        return UserError(f"The {kind} {path} is missing, but {there} is there, spelled otherwise: name that.")
     return UserError(f"The {kind} {path} is missing: restore it, or take it out of what names it.")
 
 

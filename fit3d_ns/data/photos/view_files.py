@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from fit3d_ns.data.folders import spelled_otherwise
+from fit3d_ns.data.photos.picture_files import open_mask
 from fit3d_ns.support.errors import UserError
 
 _SMALLER_FOLDER = re.compile(r"(.+)_\d+")
@@ -68,7 +70,45 @@ def check_photos_exist(image_filenames: Iterable[Path]) -> None:
     """
     for path in image_filenames:
         if not Path(path).is_file():
-            raise UserError(f"The photo {path} is missing: restore it, or remove it from the scene.")
+            raise missing_photo(Path(path))
+
+
+def missing_photo(path: Path, scene: Path | None = None) -> UserError:
+    """Returns the error about a photo that a scene names and that is not there; says what is there in its place.
+
+    Args:
+        path: As the scene's dataparser names it.
+        scene: The scene's folder, to look for photos whose names came from another machine.
+    """
+    if path.is_symlink():
+        return UserError(f"The photo {path} is a link to {os.readlink(path)}, which is missing: get that file too.")
+    if (there := spelled_otherwise(path)) is not None:
+        return UserError(
+            f"The photo {path} is missing, but {there} is there, spelled otherwise: let the scene name that."
+        )
+    here = None if scene is None else scene / path.parent.name / path.name
+    if here is not None and here != path and here.is_file():
+        return UserError(
+            f"The photo {path} is missing, but {here} is there: name photos relative to the scene's folder, without "
+            "the path that they had on another machine."
+        )
+    return UserError(f"The photo {path} is missing: restore it, or remove it from the scene.")
+
+
+def check_masks_show_something(mask_filenames: Sequence[Path] | None) -> None:
+    """Checks that not all of a scene is masked; the masks are opened up to the first in which something counts.
+
+    Args:
+        mask_filenames: All of them; None where there are none.
+
+    Raises:
+        UserError: If every mask is black all over; or, naming it, if one that is opened is damaged.
+    """
+    if mask_filenames and not any(open_mask(path).any() for path in mask_filenames):
+        raise UserError(
+            f"All {len(mask_filenames)} masks of the scene are black all over ({mask_filenames[0]}), so that nothing "
+            "of any photo counts: save white (255) where photos count, or leave out mask_path."
+        )
 
 
 def find_masks(mask_filenames: Sequence[Path] | None, scene: Path) -> list[Path] | None:

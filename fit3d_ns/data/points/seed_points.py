@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fit3d_ns.compat import neighbour_distances
 from fit3d_ns.data.points.ply_file import read_elements
+from fit3d_ns.data.points.splat_ply import sh_to_rgb
 from fit3d_ns.support.errors import DamagedFile, UserError, first_line
 
 FEWEST = 4
@@ -19,6 +20,10 @@ _FARTHEST = 1e6
 """In extents of the cameras: what lies farther has no parallax in float32."""
 NO_POINTS = "--load-3D-points False"
 """What leaves the points out, after the name of most dataparsers."""
+_SH = ("f_dc_0", "f_dc_1", "f_dc_2")
+"""Colours of a splat whose Gaussians' centres are the points."""
+_COLORS = (("red", "green", "blue"), ("diffuse_red", "diffuse_green", "diffuse_blue"), ("r", "g", "b"), _SH)
+"""What programs call a point's colours."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +64,10 @@ def read_point_cloud(
     try:
         positions = np.stack([vertices[axis].astype(np.float64) for axis in "xyz"], axis=1)
         colors = np.zeros((0, 3), np.uint8)
-        if {"red", "green", "blue"} <= set(columns):
-            colors = _bytes(np.stack([vertices[channel] for channel in ("red", "green", "blue")], axis=1))
+        named = next((names for names in _COLORS if set(names) <= set(columns)), None)
+        if named is not None:
+            colors = np.stack([vertices[channel] for channel in named], axis=1)
+            colors = _bytes(sh_to_rgb(torch.from_numpy(colors)).clamp(0, 1).numpy() if named == _SH else colors)
     except (ValueError, TypeError) as error:  # lists in the place of numbers
         raise _unreadable(path, first_line(error), without) from error
     return positions, colors
@@ -172,9 +179,11 @@ def _first_of_each(positions: Float[Tensor, "N 3"], chosen: Tensor) -> Tensor:
 
 
 def _bytes(values: np.ndarray) -> np.ndarray:
-    """8-bit colours of colours in [0, 255], or of floats in [0, 1]."""
+    """8-bit colours of colours in [0, 255], of floats in [0, 1], or of 16 bits."""
     if values.dtype == np.uint8:
         return values
+    if values.dtype.kind in "iu" and values.dtype.itemsize == 2 and values.max(initial=0) > 255:
+        values = np.round(values.astype(np.uint16) / 257)
     if np.issubdtype(values.dtype, np.floating):
         values = np.nan_to_num(values)
         values = np.round(values * 255.0) if values.size and values.max() <= 1.0 else values

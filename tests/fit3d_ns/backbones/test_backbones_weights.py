@@ -167,7 +167,7 @@ class Harmful:
         ("missing.pth", None, "no weight file"),
         ("weights.npz", b"PK", "no weight file that can be read"),
         ("cut.safetensors", b"\x40\x00\x00\x00\x00\x00\x00\x00{", "damaged or truncated"),
-        ("empty.pth", b"", "damaged"),
+        ("empty.pth", b"", r"holds no weights \(it is empty"),
         ("harmful.pth", pickle.dumps({"model": Harmful()}, protocol=2), "could run code"),
     ],
 )

@@ -124,7 +124,7 @@ def test_damage_ends_in_one_sentence(tmp_path, damage, text):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("content", [b"", b"no", b"\x89PNG\r\n\x1a\n" + bytes(50), b"solid teapot\n"])
+@pytest.mark.parametrize("content", [b"no", b"\x89PNG\r\n\x1a\n" + bytes(50), b"solid teapot\n"])
 def test_what_is_no_ply_file_is_called_so(tmp_path, content):
     (tmp_path / "a.ply").write_bytes(content)
     with pytest.raises(UserError, match=r"a.ply cannot be read \(it is no PLY file\): check --ply"):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 
@@ -12,6 +13,7 @@ from fit3d_ns.data.scene_file import (
     SCENE_KEYS,
     FrameLens,
     frame_lens,
+    odd_lenses,
     read_scene_file,
 )
 from fit3d_ns.support.errors import UserError
@@ -236,3 +238,49 @@ def test_a_mark_at_the_beginning_and_backslashes_are_taken(tmp_path):
     content = read_scene_file(path)
     assert content["frames"][1]["file_path"] == "images/1.png" == content["val_filenames"][0]
     assert content["frames"][1]["mask_path"] == "masks/1.png"
+
+
+ODD = {
+    "focal length in millimetres": ({"fl_x": 4.2, "fl_y": 4.2}, "4.2 pixels makes an angle of view of 172 degrees"),
+    "principal point of the full photo": (
+        {"cx": 600.0},
+        r"principal point \(600, 40\) lies outside the photo of 120x80",
+    ),
+    "negative principal point": ({"cy": -1.0}, r"principal point \(60, -1\) lies outside"),
+    "coefficients in pixels": ({"k1": 950.0}, r"moves corners of the photo to \d+ times their distance"),
+    "coefficients that fold": ({"k1": -3.0}, r"moves corners of the photo to -[\d.]+ times"),
+    "fisheye": ({"camera_model": "OPENCV_FISHEYE", "k4": 900.0}, "moves corners of the photo"),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_cameras_that_are_rarely_meant_are_said_once(tmp_path, kind):
+    own, said = ODD[kind]
+    path = written(tmp_path, own)
+    (remark,) = odd_lenses(lenses(path), ["images/0.png", "images/1.png"], str(path))
+    assert re.search(said, remark) and "images/1.png" in remark and str(path) in remark
+    both = written(tmp_path, own, **own)
+    (remark,) = odd_lenses(lenses(both), ["images/0.png", "images/1.png"], str(both))
+    assert "images/0.png" in remark and "(2 of 2 views" in remark
+
+
+@pytest.mark.parametrize(
+    "top",
+    [
+        {},
+        {"fl_x": 17.0, "fl_y": 17.0, "k1": 0.0},  # 148 degrees
+        {"cx": 0.0, "cy": 80.0},
+        {"fl_x": 80.0, "fl_y": 80.0, "k1": -0.25, "k2": 0.07, "k3": -0.01},  # a sports camera
+        {"camera_model": "OPENCV_FISHEYE", "fl_x": 30.0, "fl_y": 30.0, "k1": -0.05, "k2": 0.01},
+    ],
+)
+def test_ordinary_cameras_are_no_news(tmp_path, top):
+    path = written(tmp_path, **top)
+    assert odd_lenses(lenses(path), ["0", "1"], str(path)) == []
+
+
+def test_frames_that_are_no_list(tmp_path):
+    path = tmp_path / "transforms.json"
+    path.write_text(json.dumps({"frames": {"0": {}}}))
+    with pytest.raises(UserError, match="holds no poses .`frames` is no list"):
+        read_scene_file(path)

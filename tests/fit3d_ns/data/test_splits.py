@@ -191,3 +191,48 @@ def test_a_list_that_stands_for_another_is_called_by_its_own_name(scene, split):
     edit(scene / "transforms.json", change)
     with pytest.raises(UserError, match=f"^{split}_filenames of .* names nowhere.png, which is no view"):
         read("nerfstudio", scene)
+
+
+@pytest.mark.parametrize("kind", ["nerfstudio", "colmap"])
+def test_views_in_two_lists_or_in_none_are_said(scene, tmp_path, caplog, kind):
+    data = written(scene, tmp_path, kind, {"train": "full", "test": "full"})
+    names = names_of(scene)
+    if kind == "nerfstudio":
+        edit(data / "transforms.json", lambda content: content["test_filenames"].append(names[0]))
+    else:
+        path = data / "test_list.txt"
+        path.write_text(path.read_text() + f"\n{Path(names[0]).name}\n")
+    read(kind, data)
+    said = [record.getMessage() for record in caplog.records]
+    (both,) = [text for text in said if "for training too" in text]
+    (nowhere,) = [text for text in said if "lists 4 of 16 views nowhere" in text]
+    assert f"lists 1 of {1 + OTHERS.stop - OTHERS.start} held-out views" in both and Path(names[0]).name in both
+    assert Path(names[8]).name in nowhere
+
+
+def test_lists_that_say_everything_once_are_no_news(scene, tmp_path, caplog):
+    data = written(scene, tmp_path, "nerfstudio", {"train": "full", "val": "full", "test": "full"})
+    read("nerfstudio", data)
+    assert not [record for record in caplog.records if "lists" in record.getMessage()]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("train_split_fraction", 1.5, "--train-split-fraction is 1.5: name the share to train on"),
+        ("train_split_fraction", 0.0, "--train-split-fraction is 0: "),
+        ("train_split_fraction", -0.1, "--train-split-fraction is -0.1: "),
+        ("eval_interval", 0, "--eval-interval is 0: every how many views"),
+        ("eval_interval", -3, "--eval-interval is -3: "),
+    ],
+)
+def test_numbers_that_hold_nothing_out_are_refused_by_flag(scene, field, value, said):
+    with pytest.raises(UserError, match=said):
+        read("nerfstudio", scene, **{field: value})
+
+
+def test_held_out_by_name_where_no_name_says_so(scene, make_config, make_trainer):
+    config = make_config(scene)
+    config.pipeline.datamanager.dataparser.eval_mode = "filename"
+    with pytest.raises(UserError, match="--eval-mode filename wants photos .* that have train or eval in their names"):
+        make_trainer(config)
