@@ -72,7 +72,8 @@ class LoopConfig:
     keep_checkpoints: bool = False
     """Keep the optimizers' state of trained splats, and the scene bundles of rounds that are done."""
     mps: MPS = "auto"
-    """NVIDIA's MPS, with which scenes use a GPU side by side instead of in turns; `auto` uses it where it works."""
+    """NVIDIA's MPS, with which scenes use a GPU side by side instead of in turns; `auto` uses it where it works. The
+    nodes of a Ray cluster need their own."""
     engine: Literal["auto", "ray", "processes"] = "auto"
     """Who runs the scenes: Ray, or processes of this machine; Ray where it is installed."""
     ray_address: str | None = None
@@ -139,6 +140,11 @@ class LoopConfig:
         self.part()
         if self.ray_address is not None and self.engine == "processes":
             raise UserError("--ray-address needs Ray: leave out --engine processes.")
+        if self.ray_address is not None and self.mps == "on":
+            raise UserError(
+                "--mps on is of this machine, and --ray-address leads to others: leave it out; a daemon that was "
+                "started on a node before Ray is used there."
+            )
         if self.ray_address is not None and self.shard is not None:
             raise UserError("--ray-address and --shard exclude each other: a Ray cluster does all parts by itself.")
         if self.probe_data is not None and not self.probe_data.expanduser().is_dir():

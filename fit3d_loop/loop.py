@@ -8,7 +8,7 @@ import torch
 
 from fit3d_loop.commands.mps import mps, offers_mps
 from fit3d_loop.commands.worker import end_all
-from fit3d_loop.config import LoopConfig
+from fit3d_loop.config import MPS, LoopConfig
 from fit3d_loop.plan import check_disk, format_plan, make_plan
 from fit3d_loop.records import (
     Places,
@@ -59,7 +59,10 @@ def run_loop(config: LoopConfig) -> Ending:
         _say_scenes(loop, notes)
         print(
             format_plan(
-                make_plan(loop, photos, packing, offers_mps(config.mps)), loop, packing, free_disk(config.output_dir)
+                make_plan(loop, photos, packing, offers_mps(_own_mps(config))),
+                loop,
+                packing,
+                free_disk(config.output_dir),
             )
         )
         return Ending(False, "only a plan was asked for")
@@ -76,7 +79,7 @@ def run_loop(config: LoopConfig) -> Ending:
             remove_leftovers(loop.places, own)
         _say_scenes(loop, notes)
         packing = choose_packing(photos, loop.settings["threads"], config.scenes_at_once)
-        plan = make_plan(loop, photos, packing, offers_mps(config.mps))
+        plan = make_plan(loop, photos, packing, offers_mps(_own_mps(config)))
         check_disk(plan, free_disk(config.output_dir), str(config.output_dir))
         _LOGGER.info(
             f"About {plan.minutes:.0f} minutes and {plan.disk_gigabytes:.1f} GB, {plan.scene_gigabytes:.2f} a scene."
@@ -88,7 +91,7 @@ def _run(loop: Begun, photos: PhotoCounts) -> Ending:
     start = time.time()
     table = Table(loop.places)
     try:
-        with mps(loop.config.mps) as shared, open_engine(loop.config, photos, loop.settings["threads"]) as engine:
+        with mps(_own_mps(loop.config)) as shared, open_engine(loop.config, photos, loop.settings["threads"]) as engine:
             by_mps = " They use it side by side, by NVIDIA's MPS." if shared else ""
             _LOGGER.info(f"Scenes run on {engine.name}. {engine.packing.sentence}{by_mps}")
             ending = run_rounds(loop, engine, table)
@@ -111,6 +114,10 @@ def _run(loop: Begun, photos: PhotoCounts) -> Ending:
             f"{len(failed)} of {len(own)} scenes failed (--allow-failures {loop.config.allow_failures}): {listed}"
         )
     return ending
+
+
+def _own_mps(config: LoopConfig) -> MPS:
+    return config.mps if config.ray_address is None else "off"  # a daemon here serves no other machine
 
 
 def _say_scenes(loop: Begun, notes: list[str]) -> None:

@@ -30,6 +30,10 @@ from fit3d_ns.support.errors import UserError
         ({"shard": "0/2"}, "--shard 0/2 is out of range"),
         ({"shard": "two"}, "--shard two: give I/N"),
         ({"shard": "1/2", "ray_address": "auto", "engine": "auto"}, "exclude each other"),
+        (
+            {"mps": "on", "ray_address": "auto", "engine": "auto"},
+            "--mps on is of this machine, and --ray-address leads",
+        ),
         ({"ray_address": "auto"}, "--ray-address needs Ray: leave out --engine processes"),
         ({"distill_flags": "--lr '3"}, "--distill-flags=.* cannot be split into words"),
         ({"backbone": "nosuch"}, "--backbone nosuch: neither fit3d-ns nor timm"),
