@@ -29,6 +29,8 @@ _COLUMNS = {
 
 
 _REST = re.compile(r"f_rest_\d+")
+_MANY = 100
+"""Gaussians, of which trained ones have logits of both signs."""
 _PLANE = 0.01
 """Thickness that a 2D Gaussian is given, as a share of its shorter side."""
 
@@ -90,6 +92,18 @@ def _parameters(vertices: np.ndarray, path: Path) -> dict[str, Tensor]:
     parameters = {
         key: _stack(vertices, [name for name in columns if name in names]) for key, columns in _COLUMNS.items()
     }
+    without_rotation = int((parameters["quats"] == 0).all(1).sum())
+    if without_rotation:
+        raise UserError(
+            f"{without_rotation} of {len(vertices)} Gaussians in {path} have a rotation of no length (rot_0 to rot_3 "
+            "are 0): export the file again, or remove those Gaussians."
+        )
+    lowest, highest = (float(value) for value in parameters["opacities"].aminmax())
+    if len(vertices) >= _MANY and lowest >= 0 and highest <= 1 and highest - lowest > 0.01:
+        _LOGGER.warning(
+            f"The opacities in {path} all lie from 0 to 1, as those of programs that write no logits do: they are taken "
+            "as logits; if the splat looks too transparent or too dense, export it as 3DGS does."
+        )
     if parameters["scales"].shape[1] == 2:
         thickness = parameters["scales"].min(1, keepdim=True).values + math.log(_PLANE)  # [N, 1]
         parameters["scales"] = torch.cat([parameters["scales"], thickness], 1)

@@ -135,3 +135,22 @@ def test_missing_files_and_folders(tmp_path):
     for path in (tmp_path / "b.ply", tmp_path):
         with pytest.raises(UserError, match="cannot be read .*: check --ply"):
             read_ply(path)
+
+
+def test_rotations_of_no_length_are_counted(tmp_path):
+    rows = vertices()
+    for name in ("rot_0", "rot_1", "rot_2", "rot_3"):
+        rows[name][:7] = 0
+    write(tmp_path / "a.ply", rows)
+    with pytest.raises(UserError, match=r"7 of \d+ Gaussians in .*a.ply have a rotation of no length"):
+        read_ply(tmp_path / "a.ply")
+
+
+@pytest.mark.parametrize(("lowest", "highest", "said"), [(0.01, 1.0, True), (-3.0, 1.0, False), (0.0, 4.0, False)])
+def test_opacities_that_are_no_logits_are_said(tmp_path, caplog, lowest, highest, said):
+    rows = np.concatenate([vertices()] * 10)
+    rows["opacity"] = np.linspace(lowest, highest, len(rows))
+    write(tmp_path / "a.ply", rows)
+    read = read_ply(tmp_path / "a.ply")
+    assert any("all lie from 0 to 1" in record.getMessage() for record in caplog.records) == said
+    assert torch.equal(read["opacities"][:, 0], torch.from_numpy(rows["opacity"]))
