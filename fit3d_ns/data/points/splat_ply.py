@@ -101,7 +101,7 @@ def _parameters(vertices: np.ndarray, path: Path) -> dict[str, Tensor]:
     lowest, highest = (float(value) for value in parameters["opacities"].aminmax())
     if len(vertices) >= _MANY and lowest >= 0 and highest <= 1 and highest - lowest > 0.01:
         _LOGGER.warning(
-            f"The opacities in {path} all lie from 0 to 1, as those of programs that write no logits do: they are taken "
+            f"The opacities in {path} all lie from 0 to 1, as programs write them that store no logits: they are taken "
             "as logits; if the splat looks too transparent or too dense, export it as 3DGS does."
         )
     if parameters["scales"].shape[1] == 2:
