@@ -81,14 +81,20 @@ SAFETENSORS: dict[str, Mutation] = {
 
 
 def _in_torch_file(change: Callable[[Any], Any]) -> Mutation:
-    def walk(value: Any) -> Any:
+    def walk(value: Any, changed: list[bool]) -> Any:
         if isinstance(value, torch.Tensor):
-            return change(value)
-        return {key: walk(item) for key, item in value.items()} if isinstance(value, dict) else value
+            damaged = change(value)
+            changed.append(damaged.dtype != value.dtype or not torch.equal(damaged, value))
+            return damaged
+        return {key: walk(item, changed) for key, item in value.items()} if isinstance(value, dict) else value
 
     def mutate(path: Path, rng: random.Random) -> None:
+        changed: list[bool] = []
         # Files of the harness's own making, just written by the command under test; hostile ones never come here.
-        torch.save(walk(torch.load(path, weights_only=False)), path)
+        damaged = walk(torch.load(path, weights_only=False), changed)
+        if not any(changed):
+            raise NotApplicable  # a file that is only newer is another matter
+        torch.save(damaged, path)
 
     return mutate
 
