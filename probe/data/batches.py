@@ -1,8 +1,11 @@
 """Training samples as a pure function of (seed, number): no sampler state, nothing to save but the step."""
 
+import os
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -129,7 +132,7 @@ def training_batches(
         num_workers=workers,
         collate_fn=_collate,
         pin_memory=pin,
-        worker_init_fn=_one_thread,
+        worker_init_fn=partial(_begin_reader, os.getpid()),
         prefetch_factor=4 if workers else None,
     )
     with _whole_readers():
@@ -152,7 +155,8 @@ def ordered_samples(
     Raises:
         UserError: If a sample cannot be read.
     """
-    loader = DataLoader(_Indexed(make, indices), batch_size=None, num_workers=workers, worker_init_fn=_one_thread)
+    begin = partial(_begin_reader, os.getpid())
+    loader = DataLoader(_Indexed(make, indices), batch_size=None, num_workers=workers, worker_init_fn=begin)
     with _whole_readers():
         for index, sample in zip(indices, loader):
             if isinstance(sample, UserError):
@@ -192,5 +196,17 @@ def _collate(samples: list[Any]) -> Any:
     return error if error is not None else torch.utils.data.default_collate(samples)
 
 
-def _one_thread(_: int) -> None:
+def _begin_reader(reads_for: int, _: int) -> None:
+    """Begins a process that reads photos, and ends it with the one that it reads for, whenever that is killed.
+
+    torch's readers watch their parent from a moment later on, and take whatever is the parent then for it: one whose
+    parent was gone by then stays for ever, and holds the output folder's lock.
+    """
     torch.set_num_threads(1)
+    threading.Thread(target=_end_without, args=(reads_for,), daemon=True).start()
+
+
+def _end_without(process: int) -> None:
+    while os.getppid() == process:
+        time.sleep(1.0)
+    os._exit(1)
