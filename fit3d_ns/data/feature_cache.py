@@ -13,7 +13,9 @@ import logging
 import os
 import shutil
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -37,10 +39,22 @@ _DESCRIPTION = "teacher.json"
 _STALE_AFTER_SECONDS = 24 * 3600
 _KEPT_IMAGES = 2**30
 """Bytes of images that stay in memory between hashing them and showing them to the teacher."""
+_CHECKS_AT_ONCE = 4
+"""Maps whose data are read and compared with their checksums while photos are opened."""
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 ImageSource = Callable[[], UInt8[Tensor, "H W 3"]]
 Precision = Literal["bf16", "fp32"]
 """In which a teacher computes: bfloat16 has 8 significant bits, the stored half precision 11."""
+
+
+@dataclass(frozen=True)
+class _Checking:
+    """An image whose map is being looked for."""
+
+    key: str
+    image: UInt8[Tensor, "H W 3"]
+    source: ImageSource
+    found: Future[bool]
 
 
 def teacher_precision(device: str | torch.device) -> Precision:
@@ -155,24 +169,37 @@ class FeatureCache:
             UserError: If an image is smaller than a patch, the disk is full or no folder can be written to, or the
                 teacher's output is not finite in half precision.
         """
-        keys = []
+        keys: list[str] = []
         views: dict[str, _View] = {}
         missing: list[_View] = []
         room = _KEPT_IMAGES
-        with progress("Reading photos", len(images)) as advance:
+        seen: set[str] = set()
+        checking: deque[_Checking] = deque()
+
+        def sort_in(one: _Checking) -> None:
+            nonlocal room
+            absent = not one.found.result()
+            kept = absent and one.image.nbytes <= room
+            room -= one.image.nbytes * kept
+            size = (one.image.shape[0], one.image.shape[1])
+            views[one.key] = _View(one.key, size, (lambda image=one.image: image) if kept else one.source)
+            if absent:
+                missing.append(views[one.key])
+
+        # Maps are checked while the next photos are opened: what does it is outside Python, and lets go of its lock.
+        with progress("Reading photos", len(images)) as advance, ThreadPoolExecutor(_CHECKS_AT_ONCE) as pool:
             for source in images:
                 image = source()
                 advance(1)
                 keys.append(key := image_key(image))
-                if key in views:
+                if key in seen:
                     continue
-                absent = not self.has(key)
-                kept = absent and image.nbytes <= room
-                room -= image.nbytes * kept
-                size = (image.shape[0], image.shape[1])
-                views[key] = _View(key, size, (lambda image=image: image) if kept else source)
-                if absent:
-                    missing.append(views[key])
+                seen.add(key)
+                checking.append(_Checking(key, image, source, pool.submit(self.has, key)))
+                if len(checking) > _CHECKS_AT_ONCE:
+                    sort_in(checking.popleft())
+            while checking:
+                sort_in(checking.popleft())
         if missing:
             self._say_damaged()
             folder = self._writable_folder()
