@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
+from queue import Empty
 from typing import Any
 
 from benchmarks.faults.commands import Command, build_world, import_everything
@@ -75,11 +76,20 @@ def run_all(config: FaultsConfig) -> tuple[list[dict[str, Any]], dict[str, list[
     processes = [context.Process(target=_work, args=(config, job, queue, start, records)) for job in range(config.jobs)]
     for process in processes:
         process.start()
-    finished, reads = 0, {}
+    finished, reads, killed = 0, {}, set()
     config.output.parent.mkdir(parents=True, exist_ok=True)
     with config.log.open("a") as log:
         while finished < len(processes):
-            record = queue.get()
+            try:
+                record = queue.get(timeout=10.0)
+            except Empty:
+                for job, process in enumerate(processes):
+                    ended_by = -(process.exitcode or 0)
+                    if ended_by > 0 and job not in killed:
+                        killed.add(job)
+                        finished += 1  # it could not say so
+                        print(f"Process {job} was ended by signal {ended_by}: start again for its cases.", flush=True)
+                continue
             if record is None:
                 finished += 1
                 continue
