@@ -39,8 +39,8 @@ _DESCRIPTION = "teacher.json"
 _STALE_AFTER_SECONDS = 24 * 3600
 _KEPT_IMAGES = 2**30
 """Bytes of images that stay in memory between hashing them and showing them to the teacher."""
-_CHECKS_AT_ONCE = 4
-"""Maps whose data are read and compared with their checksums while photos are opened."""
+_CHECKS_AHEAD = 4
+"""Photos that may be open while their maps are compared with their checksums."""
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 ImageSource = Callable[[], UInt8[Tensor, "H W 3"]]
 Precision = Literal["bf16", "fp32"]
@@ -186,8 +186,8 @@ class FeatureCache:
             if absent:
                 missing.append(views[one.key])
 
-        # Maps are checked while the next photos are opened: what does it is outside Python, and lets go of its lock.
-        with progress("Reading photos", len(images)) as advance, ThreadPoolExecutor(_CHECKS_AT_ONCE) as pool:
+        # Maps are checked while the next photos are opened; more threads than one were slower on two cores.
+        with progress("Reading photos", len(images)) as advance, ThreadPoolExecutor(1) as pool:
             for source in images:
                 image = source()
                 advance(1)
@@ -196,7 +196,7 @@ class FeatureCache:
                     continue
                 seen.add(key)
                 checking.append(_Checking(key, image, source, pool.submit(self.has, key)))
-                if len(checking) > _CHECKS_AT_ONCE:
+                if len(checking) > _CHECKS_AHEAD:
                     sort_in(checking.popleft())
             while checking:
                 sort_in(checking.popleft())

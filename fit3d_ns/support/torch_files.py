@@ -11,6 +11,13 @@ import torch
 
 from fit3d_ns.support.errors import DamagedFile
 
+_AT_ONCE = 8
+"""Records that are read at once."""
+_CHUNK = 2**20
+"""Bytes."""
+_whole: set[tuple[int, ...]] = set()
+"""Files whose data were compared by this process: a command that reads its run's checkpoint twice does so once."""
+
 
 def read_torch(path: Path, mmap: bool = False, device: str | torch.device = "cpu") -> Any:
     """Reads a file with torch's restricted loader.
@@ -42,12 +49,6 @@ def read_torch(path: Path, mmap: bool = False, device: str | torch.device = "cpu
         ) from error
 
 
-_AT_ONCE = 8
-"""Records that are read at once."""
-_CHUNK = 2**20
-"""Bytes."""
-
-
 def _is_whole(archive: zipfile.ZipFile, record: zipfile.ZipInfo) -> bool:
     """Whether a record has its checksum."""
     with archive.open(record) as file:
@@ -62,7 +63,8 @@ def _is_whole(archive: zipfile.ZipFile, record: zipfile.ZipInfo) -> bool:
 def _compare_checksums(path: Path) -> None:
     """Reads every record of the archive; torch compares none of its checksums. Formats before torch 1.6 have none."""
     try:
-        if not zipfile.is_zipfile(path):
+        state = _state(path)
+        if state in _whole or not zipfile.is_zipfile(path):
             return
         with zipfile.ZipFile(path) as archive:
             records = sorted(archive.infolist(), key=lambda record: -record.file_size)
@@ -75,3 +77,10 @@ def _compare_checksums(path: Path) -> None:
         raise DamagedFile(f"it is damaged or was not written by torch, {type(error).__name__}") from error
     if broken is not None:
         raise DamagedFile("it is damaged, its data differ from their checksums")
+    _whole.add(state)
+
+
+def _state(path: Path) -> tuple[int, ...]:
+    """What changes when a file does."""
+    found = path.stat()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns

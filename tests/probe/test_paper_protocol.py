@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fit3d_ns.backbones import BackboneOutput
+from probe.feature_sources import CachedSource
 from probe.features.rows import Row
 from probe.protocols import FastRecipe, choose_exact_recipe, choose_fast_recipe, choose_recipe
 from probe.run import _choose
@@ -193,3 +194,35 @@ def test_the_score_of_depth_counts_what_is_in_range_and_in_the_crop(crop):
     expected = np.sqrt(1.0)
     assert float(task.scores(sums)["rmse"]) == pytest.approx(expected, rel=1e-12)
     assert float(metric.scores()["rmse"]) == pytest.approx(expected, rel=1e-12)
+
+
+class _Mirrors:
+    """Photos whose features are their truth, and their mirror images: normals that turn evenly from left to right."""
+
+    def __init__(self, height: int = 6, width: int = 8) -> None:
+        angle = torch.linspace(0.2, 1.2, width).expand(height, width)
+        self._normals = torch.stack([angle.sin(), 0 * angle, -angle.cos()])  # [3, h, w]
+
+    def load_target(self, index: int) -> np.ndarray:
+        return self._normals.permute(1, 2, 0).numpy()
+
+    def load(self, indices: list[int], mirrored: list[int], device: torch.device) -> dict[str, BackboneOutput]:
+        seen = self._normals.flip(-1) * torch.tensor([-1.0, 1, 1])[:, None, None]
+        maps = [seen if mirror else self._normals for mirror in mirrored]
+        self.mirrored = sum(mirrored)
+        return {"original": BackboneOutput(torch.stack(maps), None)}
+
+
+def test_the_fast_protocol_mirrors_photo_and_truth_together():
+    """A head that shows what it sees is right about photos and about their mirror images."""
+    data: Any = SimpleNamespace(max_depth=10.0, train=list(range(5)))
+    task: Any = TASKS["normals"](data, choose_recipe("normals", "rooms"))  # type: ignore[arg-type]
+    source = CachedSource(task, choose_fast_recipe("normals"), (6, 8), torch.device("cpu"), 0)
+    store = _Mirrors()
+    source._stores["train"] = store  # type: ignore[assignment]
+    (features, losses), *_ = source.training(seed=0, start=0, stop=1, batch_size=16)
+    assert 0 < store.mirrored < 16
+    seen = features["original"].patch_tokens  # [B, 3, P, 1]
+    assert seen.shape == (16, 3, 384, 1)
+    assert float(losses([seen])[0]) == pytest.approx(0.0, abs=1e-4)
+    assert float(losses([seen.flip(2)])[0]) > 0.01  # positions of others
