@@ -73,10 +73,9 @@ def spelled_otherwise(path: Path) -> Path | None:
     except OSError:
         return None
     wanted = _plain(path.name)
+    meant = {wanted, _plain(path.stem)}
     alike = [one for one in entries if not is_leftover(one) and _plain(one.name) == wanted and one.is_file()]
-    stems = [
-        one for one in entries if is_photo(one) and _plain(one.stem) in (wanted, _plain(path.stem)) and one.is_file()
-    ]
+    stems = [one for one in entries if is_photo(one) and meant & {_plain(one.stem), _plain(one.name)} and one.is_file()]
     return next(iter([*alike, *stems]), None)
 
 

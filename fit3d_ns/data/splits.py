@@ -12,9 +12,12 @@ HOLD_OUT = (
     "which the default, --train-split-fraction 0.9, holds one out)"
 )
 """How a scene gets held-out views; without a full stop."""
+_ADD = "add one of them (an empty one holds nothing out)"
 
 
-def complete_lists(lists: dict[str, Any], names: dict[str, str], source: str) -> dict[str, list[str]]:
+def complete_lists(
+    lists: dict[str, Any], names: dict[str, str], source: str, remedy: str = _ADD
+) -> dict[str, list[str]]:
     """Completes the lists of views that a scene names: val and test stand for each other.
 
     Args:
@@ -22,6 +25,7 @@ def complete_lists(lists: dict[str, Any], names: dict[str, str], source: str) ->
             held-out views does not stand in the way of the other.
         names: What each list is called in the scene, for sentences.
         source: File or folder that names them, for sentences.
+        remedy: What to do where nothing is said of held-out views; without a full stop.
 
     Returns:
         All three lists; none if the scene names none.
@@ -40,10 +44,7 @@ def complete_lists(lists: dict[str, Any], names: dict[str, str], source: str) ->
             f"{source} names {names[next(iter(given))]} but no {names['train']}: add the list, or remove the other."
         )
     if "val" not in given and "test" not in given:
-        raise UserError(
-            f"{source} names {names['train']} but neither {names['val']} nor {names['test']}: add one of them (an "
-            "empty one holds nothing out)."
-        )
+        raise UserError(f"{source} names {names['train']} but neither {names['val']} nor {names['test']}: {remedy}.")
     val, test = given.get("val") or [], given.get("test") or []
     return {"train": given["train"], "val": val or test, "test": test or val}
 

@@ -390,6 +390,21 @@ def test_stored_paths_are_absolute(scene, make_config, monkeypatch):
     assert loaded.pipeline.model.init_from == scene / "init_from"
 
 
+@pytest.mark.parametrize("mode", ["SO3xR3", "off"])
+def test_init_from_takes_over_what_was_learned_about_the_cameras(scene, make_config, make_trainer, caplog, mode):
+    first = make_trainer(make_config(scene, steps=3, camera_optimizer=CameraOptimizerConfig(mode="SO3xR3")))
+    first.train()
+    learned = first.pipeline.model.camera_optimizer.pose_adjustment.detach()
+    assert learned.any()
+    run = first.checkpoint_dir.parent
+    config = make_config(scene, steps=1, init_from=run, camera_optimizer=CameraOptimizerConfig(mode=mode))
+    model = make_trainer(config).pipeline.model
+    said = "was trained with camera optimization; features are lifted at the original poses" in caplog.text
+    assert said == (mode == "off")
+    if mode == "SO3xR3":
+        assert torch.equal(model.camera_optimizer.pose_adjustment.detach(), learned)
+
+
 def test_init_from_refuses_other_coordinates(scene, make_config, make_trainer):
     first = make_trainer(make_config(scene, steps=1))
     first.train()
@@ -634,6 +649,26 @@ def test_camera_optimization_leaves_the_separation_intact(scene, make_config, ma
     assert pipeline.model.camera_optimizer.pose_adjustment.grad is None
     trainer.train()
     assert pipeline.model.camera_optimizer.pose_adjustment.any()
+
+
+def test_features_are_rendered_where_camera_optimization_moved_a_training_view(scene, make_config, make_trainer):
+    """In training, by the camera's number; in evaluation a camera is where it says."""
+    config = make_config(scene)
+    config.pipeline.model.camera_optimizer.mode = "SO3xR3"
+    pipeline = make_trainer(config).pipeline
+    model = pipeline.model
+    model.camera_optimizer.pose_adjustment.data.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
+    model.gauss_params["fit3d_features"].data.normal_(generator=torch.Generator().manual_seed(1))
+    camera, _ = pipeline.datamanager.next_train(0)
+    camera = camera.to(model.device)
+    for render in (lambda camera: model.render_low(camera)[0], model.decode_view):
+        with torch.no_grad():
+            pipeline.train()
+            trained = render(camera)
+            pipeline.eval()
+            moved, still = render(model.corrected(camera)), render(camera)
+        torch.testing.assert_close(trained, moved, rtol=1e-5, atol=1e-5)
+        assert float((trained - still).abs().max()) > 0.1
 
 
 def test_training_touches_no_network_when_weights_are_local(scene, make_config, make_trainer, monkeypatch):

@@ -226,7 +226,9 @@ class BlenderReader(TransformsReader):
         names = {split: f"transforms_{split}.json" for split in SPLITS}
         files = {split: path.parent / name for split, name in names.items()}
         found = {split: [name] for split, name in names.items() if files[split].is_file()}
-        complete_lists(found, names, str(path.parent))
+        # A file without poses is none: whoever wants nothing held out can name the training views there again.
+        remedy = "add one of them, with at least one view (a copy of the first, where nothing is to be held out)"
+        complete_lists(found, names, str(path.parent), remedy)
         if path.is_file() or not found:
             return path
         return files["test" if path.name == names["val"] else "val"]

@@ -135,6 +135,7 @@ SPELLINGS = {
     "blank at the end": ("images/a.png", "images/a.png "),
     "no suffix": ("images/a.png", "images/a"),
     "another suffix": ("images/a.png", "images/a.jpg"),
+    "a suffix too many": ("images/a.png", "images/a.png.png"),
 }
 
 

@@ -4,7 +4,7 @@ from itertools import product
 from pathlib import Path
 
 import pytest
-from scene_formats import as_colmap, edit, read, transforms, write_format
+from scene_formats import as_colmap, edit, parser_config, read, transforms, write_format
 
 from fit3d_ns.support.errors import UserError
 
@@ -82,12 +82,27 @@ def test_synthetic_scenes_have_a_file_for_each_list(scene, tmp_path, splits):
         missing = (
             "no transforms_train.json" if splits == ("val",) else "neither transforms_val.json nor transforms_test"
         )
-        with pytest.raises(UserError, match=missing):
+        with pytest.raises(UserError, match=missing) as caught:
             read("blender", tmp_path / "data")
+        if splits == ("train",):  # what the sentence says helps
+            assert "a copy of the first, where nothing is to be held out" in str(caught.value)
+            files["val"].write_bytes(files["train"].read_bytes())
+            assert len(read("blender", tmp_path / "data").image_filenames) == 12
         return
     assert len(read("blender", tmp_path / "data").image_filenames) == 12
     for split in ("val", "test"):
         assert len(read("blender", tmp_path / "data", split).image_filenames) == 4
+
+
+def test_a_synthetic_scene_whose_training_views_are_its_held_out_ones_trains(
+    scene, tmp_path, make_config, make_trainer
+):
+    data = tmp_path / "data"
+    write_format(scene, "blender", data)
+    (data / "transforms_val.json").write_bytes((data / "transforms_train.json").read_bytes())
+    config = make_config(data)
+    config.pipeline.datamanager.dataparser = parser_config("blender", data)
+    assert len(make_trainer(config).pipeline.datamanager.train_dataset) == 12
 
 
 @pytest.mark.parametrize("value", [None, "images/frame_00001.png", 7, [7], {}, [None], ["nowhere.png"]])
