@@ -12,7 +12,7 @@ from fit3d_ns.support.progress import progress
 def shown(monkeypatch):
     """What the console shows, and a function that makes it a terminal."""
     stream = io.StringIO()
-    monkeypatch.setattr(CONSOLE, "file", stream)
+    monkeypatch.setattr(CONSOLE, "_file", stream)  # not `file`, whose undoing would pin the standard error of this test
     show_log()
     return stream, lambda: monkeypatch.setattr(CONSOLE, "_force_terminal", True)
 
