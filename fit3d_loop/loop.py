@@ -19,7 +19,6 @@ from fit3d_loop.records import (
     stored_settings,
     try_lock,
 )
-from fit3d_loop.report import write_report
 from fit3d_loop.rounds import Begun, Ending, failures, run_rounds
 from fit3d_loop.scenes.machine import PhotoCounts, choose_packing, default_threads, free_disk, look_at_photos, num_cores
 from fit3d_loop.scenes.runner import open_engine
@@ -99,6 +98,8 @@ def _run(loop: Begun, photos: PhotoCounts) -> Ending:
         end_all()
     failed = failures(loop)
     if ending.complete:
+        from fit3d_loop.report import write_report  # torchmetrics and matplotlib come with it
+
         path = write_report(loop)
         CONSOLE.print(f"Backbone: {loop.places.root / 'backbone.safetensors'}", highlight=False, soft_wrap=True)
         CONSOLE.print(f"Report:   {path}  ({time.time() - start:.0f} s)", highlight=False, soft_wrap=True)

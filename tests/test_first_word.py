@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from paths import DATA
 
 HEAVY = (
     "nerfstudio",
@@ -63,7 +64,7 @@ print("imported", *sorted({{name.split(".")[0] for name in sys.modules}}))
     lines = result.stdout.splitlines()
     assert result.returncode == 0 and lines[-2] in ("ended 0", "ended None"), result.stdout + result.stderr
     if not stop_at:
-        assert "usage:" in result.stdout
+        assert "usage:" in result.stdout or "in all, about" in result.stdout
     return set(lines[-1].split()[1:])
 
 
@@ -81,6 +82,13 @@ def test_the_first_line_of_work_waits_for_torch_at_most(command, tmp_path):
     (tmp_path / "scene.json").touch()  # of a bundle, which is opened after that line
     imported = imported_by(COMMANDS[command], arguments, line, tmp_path)
     assert imported.isdisjoint(HEAVY), imported & {*HEAVY}
+
+
+def test_a_plan_imports_what_describes_the_backbone_and_nothing_that_works(tmp_path):
+    words = [str(DATA), "--plan", "--output-dir", "out", "--backbone", "dinov2_small"]  # a scene and a trained run
+    imported = imported_by(COMMANDS["fit3d"], words, "", tmp_path)
+    allowed = {"timm", "torchvision"}  # which timm imports
+    assert imported.isdisjoint({*HEAVY} - allowed), imported & ({*HEAVY} - allowed)
 
 
 @pytest.mark.parametrize("module", ["distill.session", "fit3d_ns.backbones.dense_features"])
