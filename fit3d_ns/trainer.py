@@ -3,6 +3,7 @@
 import logging
 import os
 import tempfile
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +19,7 @@ from fit3d_ns.runs.names import CONFIG, EXTRA_STATE, RECORD
 from fit3d_ns.support.errors import UserError, first_line
 from fit3d_ns.support.files import atomic_write_text, explain_unwritable, sync_to_disk
 from fit3d_ns.support.output_folders import hold_folder
+from fit3d_ns.support.threads import one_thread_for_small
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -154,6 +156,14 @@ class Fit3DTrainer(Trainer):
         """
         hold_folder(self.base_dir, "--timestamp")
         super().setup(test_mode)
+
+    def train(self) -> None:
+        """Trains the model; on a CPU with the threads that its photos are worth."""
+        cameras = self.pipeline.datamanager.train_dataset.cameras  # type: ignore[union-attr]
+        with ExitStack() as stack:
+            if self.pipeline.device.type == "cpu":
+                stack.enter_context(one_thread_for_small(int((cameras.width * cameras.height).max())))
+            super().train()
 
     def _load_checkpoint(self) -> None:
         """Loads the checkpoint asked for by ``--load-dir`` or ``--load-checkpoint``.

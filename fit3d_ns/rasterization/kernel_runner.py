@@ -20,12 +20,13 @@ import torch
 from numba import types
 
 from fit3d_ns.rasterization import kernels
+from fit3d_ns.support.threads import kernel_threads
 
 _compile_lock = threading.Lock()
 
 
 def run_parts(kernel: Callable, num_parts: int, *arguments) -> None:
-    """Calls ``kernel(part, *arguments)`` for every part, on as many threads as torch uses.
+    """Calls ``kernel(part, *arguments)`` for every part, on the threads of `threads.kernel_threads`.
 
     The parts must write disjoint memory; which thread takes which part is then without effect on the result.
 
@@ -40,7 +41,7 @@ def run_parts(kernel: Callable, num_parts: int, *arguments) -> None:
         for part in parts:
             kernel(part, *arguments)
 
-    num_helpers = min(torch.get_num_threads(), num_parts) - 1
+    num_helpers = min(kernel_threads(), num_parts) - 1
     if num_helpers <= 0:
         work()
         return

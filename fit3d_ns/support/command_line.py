@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable
 
 from fit3d_ns.support.errors import UserError
+from fit3d_ns.support.threads import wait_without_spinning
 
 
 def run_command(command: Callable[[], None]) -> None:
@@ -15,6 +16,7 @@ def run_command(command: Callable[[], None]) -> None:
     from fit3d_ns.support.console import show_log  # needs rich, which a backbone on its own does without
 
     show_log()
+    wait_without_spinning()
     try:
         command()
     except UserError as error:

@@ -1,9 +1,10 @@
 """Our method from nerfstudio's list in nerfstudio's own loop, as its `tests/test_train.py` runs the others.
 
-Two steps on a Blender scene of one photo, without seed points, on the CPU.
+Two steps on a Blender scene of one photo, without seed points, on the CPU; and on how many threads it runs.
 """
 
 import json
+import sys
 from copy import deepcopy
 
 import numpy as np
@@ -77,3 +78,28 @@ def test_what_nerfstudio_logs_is_measured(scene, make_config, make_trainer, step
     for name in ("psnr", "feature_cosine"):
         assert [event.step for event in log.Scalars(f"Train Metrics Dict/{name}")] == [*range(0, 7, steps_per_log)]
     assert measured == [*range(0, 7, steps_per_log)]
+
+
+@pytest.mark.parametrize("command, wanted", [("ns-train", 1), ("my_training.py", 2)])
+def test_small_photos_train_on_one_thread_of_torchs(
+    command, wanted, scene, make_config, make_trainer, monkeypatch, tmp_path
+):
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / command)])
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        trainer = make_trainer(make_config(scene, steps=2))
+        seen = []
+        get_outputs = trainer.pipeline.model.get_outputs
+        monkeypatch.setattr(
+            trainer.pipeline.model,
+            "get_outputs",
+            lambda camera: (seen.append(torch.get_num_threads()), get_outputs(camera))[1],
+        )
+        trainer.train()
+        assert len(seen) >= 2 and set(seen) == {wanted}
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
