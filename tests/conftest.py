@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import viewer_page
+from paths import LONGEST_FIRST
 from safetensors.torch import save_file
 
 TINY_TEACHER = "test_vit"
@@ -12,7 +13,9 @@ TINY_TEACHER = "test_vit"
 
 
 def pytest_collection_modifyitems(config, items):
-    """Skips tests marked ``gpu`` where no CUDA device is present, ``browser`` where no browser is, ``slow`` unasked."""
+    """Puts long files first; skips tests marked ``gpu`` without CUDA, ``browser`` without one, ``slow`` unasked."""
+    ranks = {name: rank for rank, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: ranks.get(item.path.name, len(ranks)))
     asked = "slow" in config.getoption("markexpr")
     reasons = {
         "gpu": None if torch.cuda.is_available() else "needs a CUDA device",

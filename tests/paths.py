@@ -1,7 +1,23 @@
-"""Where the repository and the tests' data lie."""
+"""Where the repository and the tests' data lie, and which tests take long."""
 
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "tests" / "data"
 TINY_ROOM = DATA / "tiny_room"
+
+LONGEST_FIRST = (
+    "test_loop.py",
+    "test_training.py",
+    "test_notebook.py",
+    "test_distributed.py",
+    "test_viewer_browser.py",
+    "test_commands.py",
+    "test_lifting_runs.py",
+    "test_demo.py",
+    "test_engines.py",
+    "test_faults.py",
+    "test_probe_run.py",
+    "test_exact_run.py",
+)
+"""Files that take more than about half a minute: begun last, they would run while the other processes have no work."""

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 from house import FLOORS, OUTSIDE, PICTURE, ROOT, circles, files, imports, picture, room_of
+from paths import LONGEST_FIRST
 
 
 def test_every_room_has_its_floor():
@@ -95,3 +96,8 @@ def test_json_comes_in_through_one_door():
             if path != door and ("read" in ast.unparse(node.args[0]) or ast.unparse(node.func) == "json.load"):
                 wrong.append(f"{path}:{node.lineno} reads JSON: use read_json")
     assert not wrong, "\n".join(wrong)
+
+
+def test_long_tests_that_go_first_are_there():
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert [name for name in LONGEST_FIRST if names.count(name) != 1] == []
