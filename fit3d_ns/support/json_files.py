@@ -80,7 +80,8 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def _checksum(content: Mapping[str, Any]) -> str:
-    text = json.dumps(without_non_finite(content), sort_keys=True)  # what is written, and what is read back
+    stored = json.loads(json.dumps(without_non_finite(content)))  # as it is read back: numbers as keys become texts
+    text = json.dumps(stored, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 

@@ -14,8 +14,9 @@ from torch import Tensor
 from fit3d_ns.data.photos.picture_files import open_depth
 from fit3d_ns.features.correspondences import SurfaceView
 from fit3d_ns.support.errors import UserError
-from fit3d_ns.support.files import atomic_write_json, atomic_write_text
+from fit3d_ns.support.files import atomic_write_text
 from fit3d_ns.support.html_report import Report
+from fit3d_ns.support.json_files import write_record
 from fit3d_ns.support.processes import join_world, require_one_process
 from fit3d_ns.support.progress import progress
 from probe.config import CorrespondenceConfig
@@ -210,7 +211,7 @@ def _write(
             "recall_in_photo_pixels": {f"{pixels}px": recall(values, pixels) for pixels in RECALL_PIXELS},
         }
         rows.append([name, *("–" if value is None else f"{value:.3f}" for value in (*overall, *by_angle))])
-    atomic_write_json(folder / "metrics.json", {**summary, "pairs_by_angle": counts, "rows": numbers})
+    write_record(folder / "metrics.json", {**summary, "pairs_by_angle": counts, "rows": numbers})
     title = f"Correspondence: {summary['backbone']['name']} on {summary['data']['name']}"
     height, width = summary["data"]["size"]
     sentence = (

@@ -19,7 +19,7 @@ from fit3d_ns.backbones.students.other_formats import (
 )
 from fit3d_ns.support.errors import DamagedFile, UserError
 from fit3d_ns.support.files import atomic_path, atomic_write_json, atomic_write_text
-from fit3d_ns.support.json_files import build, read_json, read_record, write_record
+from fit3d_ns.support.json_files import build, read_record, write_record
 
 WEIGHTS_NAME = "backbone.safetensors"
 """The result: a plain timm state dict, averaged with the original's weights if the recipe says so."""
@@ -294,10 +294,9 @@ def _measured(folder: Path) -> list[str]:
 
 def _read_optional(path: Path) -> dict[str, Any]:
     try:
-        content = read_json(path)
+        return read_record(path)
     except (FileNotFoundError, DamagedFile):
         return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _is_mean(card: Mapping[str, Any]) -> bool:
