@@ -10,7 +10,7 @@ from demo.stages import Places, places
 from fit3d_ns.runs.names import RECORD
 from fit3d_ns.support.errors import UserError
 from fit3d_ns.support.files import atomic_write_json
-from fit3d_ns.support.json_files import UNREADABLE, read_json
+from fit3d_ns.support.json_files import UNREADABLE, read_record
 
 
 @dataclass(frozen=True)
@@ -130,6 +130,6 @@ def _read_room(where: Places, room: Path) -> RoomResult:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return read_json(path)
+        return read_record(path)
     except UNREADABLE as error:
         raise UserError(f"{path} is missing or damaged: delete the demo's folder and start again.") from error

@@ -10,7 +10,7 @@ from fit3d_ns.backbones.students.result_folder import read_card
 from fit3d_ns.support.errors import UserError, first_line
 from fit3d_ns.support.files import atomic_write_json
 from fit3d_ns.support.html_report import Report
-from fit3d_ns.support.json_files import UNREADABLE, build, read_json
+from fit3d_ns.support.json_files import UNREADABLE, build, read_record
 from probe.output_folder import COLUMNS, MEANINGS, format_summary
 
 
@@ -218,7 +218,7 @@ def add_commands(report: Report, loop: Begun) -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return build(dict[str, Any], read_json(path))
+        return build(dict[str, Any], read_record(path))
     except UNREADABLE as error:
         raise UserError(
             f"{path} is missing or damaged ({first_line(error)}): restore it, or delete its folder."

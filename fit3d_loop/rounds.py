@@ -22,7 +22,7 @@ from fit3d_ns.backbones.students.fine_tuned import student_spec
 from fit3d_ns.backbones.students.result_folder import CARD_NAME, WEIGHTS_NAME, read_card
 from fit3d_ns.support.errors import DamagedFile, UserError, first_line
 from fit3d_ns.support.files import atomic_path
-from fit3d_ns.support.json_files import UNREADABLE, build, read_json
+from fit3d_ns.support.json_files import UNREADABLE, build, read_record
 
 _LOGGER = logging.getLogger(__name__)
 _STEPS_LOCK = "steps"
@@ -265,7 +265,7 @@ def _is_probed(folder: Path) -> bool:
 def _has_metrics(folder: Path, *needed: str) -> bool:
     path = folder / "metrics.json"
     try:
-        found = build(dict[str, Any], read_json(path))
+        found = build(dict[str, Any], read_record(path))
         if missing := [name for name in needed if not isinstance(found.get(name), dict)]:
             raise DamagedFile(f"{missing[0]} is missing")
     except UNREADABLE as error:

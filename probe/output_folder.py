@@ -18,7 +18,7 @@ import torch
 from fit3d_ns.support.errors import DamagedFile, UserError
 from fit3d_ns.support.files import atomic_write_json, atomic_write_text, discard, without_non_finite
 from fit3d_ns.support.html_report import Report
-from fit3d_ns.support.json_files import build, read_json
+from fit3d_ns.support.json_files import build, read_json, write_record
 from fit3d_ns.support.output_folders import hold_folder
 from fit3d_ns.support.processes import world_size
 from probe.features.rows import Row, row_width
@@ -221,9 +221,7 @@ def write_report(
                 name: summarize(list(values)) for name, values in zip(task.data.classes, per_class)
             }
     timing = {f"seed_{content['seed']}": content["timing"] for content in finished}
-    atomic_write_json(
-        results.folder / "metrics.json", {**summary, "seeds": list(seeds), "timing": timing, "rows": numbers}
-    )
+    write_record(results.folder / "metrics.json", {**summary, "seeds": list(seeds), "timing": timing, "rows": numbers})
     header = ["features", "channels", *(title for _, title in columns)]
     cells = [
         [name, str(values["channels"]), *(format_summary(values[key]) for key, _ in columns)]

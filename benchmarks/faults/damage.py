@@ -138,6 +138,8 @@ def judge(world: World, command: Command, case: Case) -> Verdict | None:
         stopped_earlier = case.kind == "missing" and path.suffix == ".ckpt" and others  # as far as anyone can tell
         theirs = case.file.startswith(_THEIRS) or case.file.endswith("config.yml")
         theirs = theirs or (case.anew and case.file in _NAMED_ANEW)
+        # A run is what its newest checkpoint holds, whichever there was before.
+        theirs = theirs or (case.kind == "missing" and any(path.parent.glob("step-*.ckpt")))
         theirs = (theirs and "cache" not in case.file) or any(said in ended.text for said in _SAID)
         theirs = theirs or stopped_earlier
         differing = [name for name in {**expected, **found} if expected.get(name) != found.get(name)]

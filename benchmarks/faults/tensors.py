@@ -1,6 +1,7 @@
 """Damage to files of tensors, as safetensors and torch write them."""
 
 import json
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -93,8 +94,8 @@ def _in_torch_file(change: Callable[[Any], Any]) -> Mutation:
         # Files of the harness's own making, just written by the command under test; hostile ones never come here.
         damaged = walk(torch.load(path, weights_only=False), changed)
         if not any(changed):
-            raise NotApplicable  # a file that is only newer is another matter
-        torch.save(damaged, path)
+            raise NotApplicable
+        _save(damaged, path)
 
     return mutate
 
@@ -103,9 +104,16 @@ def _entry(change: Callable[[dict, random.Random], None]) -> Mutation:
     def mutate(path: Path, rng: random.Random) -> None:
         state = torch.load(path, weights_only=False)  # likewise
         change(state, rng)
-        torch.save(state, path)
+        _save(state, path)
 
     return mutate
+
+
+def _save(state: Any, path: Path) -> None:
+    """Leaves a checkpoint's time as it was: which run is the newest goes by it, and that is another matter."""
+    before = path.stat()
+    torch.save(state, path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
 def _nested_dicts(state: dict) -> list[dict]:

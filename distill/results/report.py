@@ -10,9 +10,8 @@ import torch
 from distill.evaluation import SceneResult, average, average_curve
 from fit3d_ns.backbones.students.result_folder import CARD_NAME, MEASURES, METRICS_NAME
 from fit3d_ns.features.pca import ColorBasis
-from fit3d_ns.support.files import atomic_write_json
 from fit3d_ns.support.html_report import Report
-from fit3d_ns.support.json_files import UNREADABLE, read_json
+from fit3d_ns.support.json_files import UNREADABLE, read_json, write_record
 
 _METRICS = tuple(MEASURES.items())
 _TITLES = {
@@ -73,7 +72,7 @@ def write_metrics(output_dir: Path, card: Mapping[str, Any], findings: Findings)
                 **{name: [values.get(name) for _, values in watched] for name in MEASURES},
             },
         }
-    atomic_write_json(output_dir / METRICS_NAME, content)
+    write_record(output_dir / METRICS_NAME, content)
 
 
 def _by_scene(results: Sequence[SceneResult]) -> dict[str, Any]:

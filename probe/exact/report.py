@@ -5,8 +5,9 @@ from typing import Any
 
 from torch import Tensor
 
-from fit3d_ns.support.files import atomic_write_json, atomic_write_text
+from fit3d_ns.support.files import atomic_write_text
 from fit3d_ns.support.html_report import Report
+from fit3d_ns.support.json_files import write_record
 from probe.exact.intervals import Bootstrap, Interval
 from probe.exact.patches import Unit
 from probe.exact.solved_rows import SolvedRows
@@ -95,7 +96,7 @@ def write_exact_report(
         "rows": numbers,
         "differences": differences,
     }
-    atomic_write_json(results.folder / "metrics.json", content)
+    write_record(results.folder / "metrics.json", content)
     header = ["features", "channels", *(title for _, title in columns)]
     cells = [
         [name, str(values["channels"]), *(format_summary(values[key]) for key, _ in columns)]

@@ -18,6 +18,7 @@ from paths import ROOT, TINY_ROOM
 from demo.cli import run_demo
 from demo.config import DemoConfig
 from fit3d_ns.support.errors import UserError
+from fit3d_ns.support.json_files import read_record
 from fit3d_rooms.dataset import RoomSettings, write_index
 
 RUN = "loop/geometry/room_000/fit3d-splat/geometry"
@@ -126,7 +127,7 @@ def test_numbers_of_the_page_are_those_of_the_files(demo):
             gain = one["value"] if kind == "segmentation" else -one["value"]
             assert any(row[1:4] == [one["row"], one["baseline"], f"{gain:+.4f}"] for row in rows)
     together = json.loads((folder / "metrics.json").read_text())
-    assert together["depth"] == json.loads((folder / "loop/probes/depth/metrics.json").read_text())
+    assert together["depth"] == read_record(folder / "loop/probes/depth/metrics.json")
     scores = json.loads((folder / "eval/room_000/eval.json").read_text())["results"]
     lift = json.loads((folder / RUN / "lift.json").read_text())
     expected = [str(lift["gaussians"]), *(f"{scores[name]:.4g}" for name in ("psnr", "ssim", "feature_cosine"))]

@@ -24,6 +24,7 @@ from fit3d_loop.scenes.scene_list import SceneSource
 from fit3d_loop.scenes.stages import Job
 from fit3d_ns.data.points.splat_ply import write_splat_ply
 from fit3d_ns.runs.checkpoints import read_checkpoint
+from fit3d_ns.support.json_files import read_record
 
 
 def make_jobs(folder: Path, names: str) -> list[Job]:
@@ -167,6 +168,11 @@ def test_the_end_is_probed_beside_the_control(scenes, loop_config, tmp_path, tea
     before = {path: path.stat().st_mtime_ns for path in (out / "probes").rglob("*") if path.is_file()}
     assert run_loop(config).complete  # nothing is probed again
     assert {path: path.stat().st_mtime_ns for path in before} == before
+    numbers = out / "probes" / "depth" / "metrics.json"
+    whole = json.loads(numbers.read_text())
+    numbers.write_text(json.dumps({**whole, "facts": 7}))  # what the loop's own page has no use for
+    assert run_loop(config).complete
+    assert read_record(numbers)["facts"].keys() == whole["facts"].keys()
 
 
 @pytest.mark.slow
