@@ -22,8 +22,8 @@ _THEIRS = ("scene", "colmap", "blocks/", "camera_path", "names.txt", "e/splat.pl
 """Beginnings of files of the user's, whose word is taken where it is a valid one."""
 _NAMED_ANEW = ("teacher.safetensors",)
 """Likewise, where no run knows yet what was in it."""
-_SAID = ("no card says otherwise", "is older than another run of")
-"""What a command says when it goes on without a file that may be missing, or with another that is newer now."""
+_SAID = ("no card says otherwise",)
+"""What a command says when it goes on without a file that may be missing."""
 
 
 @dataclass(frozen=True)
@@ -138,8 +138,6 @@ def judge(world: World, command: Command, case: Case) -> Verdict | None:
         stopped_earlier = case.kind == "missing" and path.suffix == ".ckpt" and others  # as far as anyone can tell
         theirs = case.file.startswith(_THEIRS) or case.file.endswith("config.yml")
         theirs = theirs or (case.anew and case.file in _NAMED_ANEW)
-        # A run is what its newest checkpoint holds, whichever there was before.
-        theirs = theirs or (case.kind == "missing" and any(path.parent.glob("step-*.ckpt")))
         theirs = (theirs and "cache" not in case.file) or any(said in ended.text for said in _SAID)
         theirs = theirs or stopped_earlier
         differing = [name for name in {**expected, **found} if expected.get(name) != found.get(name)]
