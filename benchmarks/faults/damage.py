@@ -134,12 +134,9 @@ def judge(world: World, command: Command, case: Case) -> Verdict | None:
     except Exception as error:  # noqa: BLE001  whatever a broken result raises
         return Verdict(case, "silent", None, f"the result does not open: {error}")
     if found != expected:
-        others = [one for one in path.parent.glob("step-*.ckpt") if one != path]
-        stopped_earlier = case.kind == "missing" and path.suffix == ".ckpt" and others  # as far as anyone can tell
         theirs = case.file.startswith(_THEIRS) or case.file.endswith("config.yml")
         theirs = theirs or (case.anew and case.file in _NAMED_ANEW)
         theirs = (theirs and "cache" not in case.file) or any(said in ended.text for said in _SAID)
-        theirs = theirs or stopped_earlier
         differing = [name for name in {**expected, **found} if expected.get(name) != found.get(name)]
         return Verdict(case, "its word" if theirs else "silent", None, f"{differing[:3]} {ended.text[-600:]}")
     if case.anew:
