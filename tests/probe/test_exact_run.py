@@ -217,12 +217,13 @@ def test_the_test_split_chooses_nothing(make_config, tmp_path):
         assert torch.equal(weight, _maps(tmp_path / "turned")[name])
 
 
-def test_a_student_is_probed_as_its_card_says(make_config, make_result, weights, tmp_path, capsys):
+def test_a_student_is_probed_as_its_card_says(make_config, make_result, weights, tmp_path, caplog):
     """At a middle block, before the norm and with its own normalisation, as `load` gives its features."""
+    caplog.set_level("INFO", "probe")
     student = make_result("student", layer=2, norm=False, normalization="own")
     config = make_config("out", backbone=None, tuned=(student,), assemblies=("tuned",))
     run_trained_probe(config, "segmentation")
-    assert "block 2 of 0 to 5, before the final norm" in capsys.readouterr().err
+    assert "block 2 of 0 to 5, before the final norm" in caplog.text
     module = load(student, "tuned")
     photo = torch.from_numpy(np.array(Image.open(config.data / "test" / "photo_0.png"))).permute(2, 0, 1)[None]
     with torch.no_grad():
