@@ -155,7 +155,11 @@ class Fit3DTrainer(Trainer):
             UserError: If another process trains in the folder, or the run cannot be trained as asked.
         """
         hold_folder(self.base_dir, "--timestamp")
-        super().setup(test_mode)
+        try:
+            super().setup(test_mode)
+        except UserError:
+            self._take_back()
+            raise
 
     def train(self) -> None:
         """Trains the model; on a CPU with the threads that its photos are worth."""
@@ -164,6 +168,16 @@ class Fit3DTrainer(Trainer):
             if self.pipeline.device.type == "cpu":
                 stack.enter_context(one_thread_for_small(int((cameras.width * cameras.height).max())))
             super().train()
+
+    def _take_back(self) -> None:
+        """Removes the configuration of a run that is refused, where nothing was trained in its folder."""
+        if [entry.name for entry in self.base_dir.iterdir()] != [CONFIG]:
+            return
+        (self.base_dir / CONFIG).unlink()
+        for folder in (self.base_dir, *self.base_dir.parents):
+            if folder == self.config.output_dir or any(folder.iterdir()):
+                break
+            folder.rmdir()
 
     def _load_checkpoint(self) -> None:
         """Loads the checkpoint asked for by ``--load-dir`` or ``--load-checkpoint``.

@@ -52,6 +52,21 @@ def test_missing_photo(scene, make_config, make_trainer):
     fails(make_trainer, make_config(scene), f"{photos(scene)[0].parent}.*missing", train=True)
 
 
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_run_that_is_refused_leaves_nothing(scene, make_config, make_trainer, trained):
+    config = make_config(scene)
+    checkpoint = config.get_checkpoint_dir() / "step-000000004.ckpt"
+    if trained:
+        checkpoint.parent.mkdir(parents=True)
+        checkpoint.touch()
+    photos(scene)[0].unlink()
+    config.save_config()
+    assert (config.get_base_dir() / "config.yml").is_file()
+    fails(make_trainer, config, "is missing")
+    assert checkpoint.exists() == (config.get_base_dir() / "config.yml").exists() == trained
+    assert list(config.output_dir.iterdir()) == ([config.output_dir / config.experiment_name] if trained else [])
+
+
 @pytest.mark.parametrize("damage", ["truncated", "text"])
 def test_damaged_photo(scene, make_config, make_trainer, damage):
     for path in photos(scene)[2:]:  # the dataparser opens the first
