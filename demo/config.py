@@ -85,7 +85,7 @@ def settings(config: DemoConfig) -> dict[str, Any]:
     return values
 
 
-# Chosen so that two idle cores need about ten minutes with the fast probes (docs/benchmarks.md).
+# Chosen so that two idle cores need about twelve minutes (docs/benchmarks.md).
 _CPU_SIZES = {
     "views": 30,
     "width": 280,
