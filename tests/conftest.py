@@ -1,7 +1,9 @@
-"""Shared test set-up: the markers of what a machine may lack, and a tiny teacher."""
+"""Shared test set-up: the markers of what a machine may lack, the random seed, and a tiny teacher."""
 
+import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import viewer_page
@@ -10,6 +12,20 @@ from safetensors.torch import save_file
 
 TINY_TEACHER = "test_vit"
 """A timm ViT of 64 channels with patches of 16 pixels, made for tests."""
+
+
+def pytest_addoption(parser):
+    """Another seed shows whether a test passes by the luck of its random numbers."""
+    parser.addoption("--random-seed", type=int, default=0, help="seed of the random numbers of every test")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Seeds every test, and the fixtures that it is the first to need: the same numbers in every run."""
+    seed = item.config.getoption("random_seed")
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
 
 
 def pytest_collection_modifyitems(config, items):

@@ -149,21 +149,23 @@ def sample_teacher(teacher: Float[Tensor, "C h w"], offset: tuple[float, float])
     if offset == (0.0, 0.0):
         return teacher
     height, width = teacher.shape[1:]
-    points = _patch_points(height, width, height, width, offset, teacher.device)
+    points = _patch_points(height, width, height, width, offset, teacher)
     return F.grid_sample(
         teacher[None], points[None].to(teacher.dtype), mode="bilinear", padding_mode="border", align_corners=False
     )[0]
 
 
 def _patch_points(
-    rows: int, columns: int, height: int, width: int, offset: tuple[float, float], device: torch.device
+    rows: int, columns: int, height: int, width: int, offset: tuple[float, float], sampled: Tensor
 ) -> Float[Tensor, "h w 2"]:
     """Patch centres plus offset in ``grid_sample``'s coordinates (x, y in [-1, 1], edges at the ends).
 
-    Points stay within the outermost pixel centres, as ``interpolate`` keeps them.
+    Points stay within the outermost pixel centres, as ``interpolate`` keeps them. They are on the device of the map
+    to be ``sampled`` and as precise as it is, at least float32.
     """
-    y = (torch.arange(rows, device=device, dtype=torch.float32) + 0.5 + offset[0]) / rows * height  # [h] pixels
-    x = (torch.arange(columns, device=device, dtype=torch.float32) + 0.5 + offset[1]) / columns * width  # [w] pixels
+    like = {"device": sampled.device, "dtype": torch.promote_types(sampled.dtype, torch.float32)}
+    y = (torch.arange(rows, **like) + 0.5 + offset[0]) / rows * height  # [h] pixels
+    x = (torch.arange(columns, **like) + 0.5 + offset[1]) / columns * width  # [w] pixels
     y = y.clamp(0.5, height - 0.5) / height * 2 - 1
     x = x.clamp(0.5, width - 0.5) / width * 2 - 1
     return torch.stack([x[None, :].expand(rows, columns), y[:, None].expand(rows, columns)], dim=-1)
@@ -184,9 +186,9 @@ def _bilinear_windows(
 ) -> Float[Tensor, "D 9 h w"]:
     """Bilinear samples of ``low`` at the nine one-pixel shifts of every patch centre, zero outside the map."""
     (rows, columns), (height, width) = grid, low.shape[1:]
-    centres = _patch_points(rows, columns, height, width, offset, low.device)  # [h, w, 2]
-    pixel = torch.tensor([2.0 / width, 2.0 / height], device=low.device)
-    shifts = torch.tensor([[x, y] for y in (-1.0, 0.0, 1.0) for x in (-1.0, 0.0, 1.0)], device=low.device) * pixel
+    centres = _patch_points(rows, columns, height, width, offset, low)  # [h, w, 2]
+    pixel = centres.new_tensor([2.0 / width, 2.0 / height])
+    shifts = centres.new_tensor([[x, y] for y in (-1.0, 0.0, 1.0) for x in (-1.0, 0.0, 1.0)]) * pixel
     points = (centres[None] + shifts[:, None, None]).reshape(1, 9 * rows, columns, 2).to(low.dtype)
     sampled = F.grid_sample(low[None], points, mode="bilinear", padding_mode="zeros", align_corners=False)
     return sampled[0].reshape(low.shape[0], 9, rows, columns)
