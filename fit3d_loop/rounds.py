@@ -242,7 +242,9 @@ def probe_steps(loop: Begun) -> list[Step]:
         if (weights := _weights(config)) is not None:
             words += ["--backbone-weights", weights]
         words += ["--tuned", folders[0], *(["--control", *folders[1:]] if folders[1:] else [])]
-        words += ["--output-dir", loop.places.probe(task), *config.given_flags("probe_flags")]
+        # Tasks on the same photos share their features.
+        words += ["--output-dir", loop.places.probe(task), "--cache-dir", loop.places.probe("features")]
+        words += config.given_flags("probe_flags")
         settings = Settings(loop.settings["distill_threads"])
         typed, folder = tuple(map(str, words)), loop.places.probe(task)
         steps.append(Step(f"probe_{task}", f"Probe {task}", typed, settings, key, folder, is_whole=_is_probed))

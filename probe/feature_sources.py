@@ -145,7 +145,7 @@ class CachedSource(FeatureSource):
                 continue
             training = split == "train"
             settings = {**description, **truth} if training else description
-            store = FeatureStore(folder, settings, samples, mirrored=training and self._recipe.flip)
+            store = FeatureStore(folder, settings, samples, training and self._recipe.flip, with_truth=True)
             read = partial(_whole_sample, self._task, samples, self._size, training)
             store.fill(read, backbones, self._device, self._workers, f"features ({split})")
             self._stores[split] = store

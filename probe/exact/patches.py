@@ -1,8 +1,9 @@
 """Training patches for the exact protocol: from memory where they fit, else read from disk at every pass."""
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -11,7 +12,9 @@ from torch import Tensor
 from fit3d_ns.backbones import Assembly, BackboneOutput, assemble
 from fit3d_ns.support.console import rank
 from fit3d_ns.support.processes import world_size
+from fit3d_ns.support.progress import progress
 from probe.data.base import IGNORE
+from probe.data.batches import ordered_samples
 from probe.features.rows import Row
 from probe.features.store import FeatureStore
 from probe.solvers.logistic import Batches
@@ -81,39 +84,50 @@ class TrainingPatches:
     def __init__(
         self,
         stores: dict[str, FeatureStore],
+        read_truth: Callable[[int], dict[str, Any]],
+        workers: int,
         held_out: Sequence[int],
-        num_classes: int | None,
+        num_outputs: int,
+        labelled: bool,
         width: int,
         device: torch.device,
     ) -> None:
         """Reads the truth of every patch.
 
         Args:
-            stores: Features of the training photos, with the truth of their patches, by backbone.
+            stores: Features of the training photos, by backbone.
+            read_truth: Returns the ``target`` of a photo's patches, by its place in the list: class ids uint8 [h, w] or
+                numbers float32 [h, w, T] (`Task.patch_truth`).
+            workers: Processes that read ahead.
             held_out: Places of the photos that a decay is chosen on.
-            num_classes: Of class ids; None if the truth is numbers.
+            num_outputs: Classes, or numbers T.
+            labelled: Whether the truth is class ids.
             width: Channels C of a backbone's token.
             device: Where patches go.
+
+        Raises:
+            UserError: If a truth cannot be read.
         """
         self._width = width
         self._stores, self._held_out, self._device = stores, frozenset(held_out), device
-        self._labelled = num_classes is not None
+        self._labelled = labelled
         first = next(iter(stores.values()))
-        self._shards = first.shards()[rank() :: world_size()]
+        self._shards = {shard: first.places(shard) for shard in first.shards()[rank() :: world_size()]}
         self._tokens: dict[tuple[str, bool], Tensor] = {}
-        self._truth: dict[bool, Tensor] = {}
-        self.photos_without_truth = 0
+        self._known: dict[int, Tensor] = {}
+        """Which patches [h, w] of a photo have a truth, by its place."""
         found: dict[bool, list[Tensor]] = {False: [], True: []}
-        for shard in self._shards:
-            places, tensors = first.load_shard(shard)
-            known = self._known(tensors["target"])
-            self.photos_without_truth += int((~known.flatten(1).any(1)).sum())
-            for held, parts in found.items():
-                mine = self._mine(places, held)
-                parts.append(tensors["target"][mine][known[mine]])
-        for held, parts in found.items():
-            truth = torch.cat(parts) if parts else self._known_of_nothing(first)
-            self._truth[held] = truth.to(device)
+        indices = [place for places in self._shards.values() for place in places]
+        with progress("truth of patches", len(indices)) as advance:
+            for place, sample in ordered_samples(read_truth, indices, workers):
+                target = sample["target"]
+                known = target != IGNORE if labelled else torch.isfinite(target).all(-1)
+                self._known[place] = known
+                found[place in self._held_out].append(target[known])
+                advance(1)
+        self.photos_without_truth = sum(not known.any() for known in self._known.values())
+        nothing = torch.zeros(0, dtype=torch.uint8) if labelled else torch.zeros(0, num_outputs)
+        self._truth = {held: torch.cat([nothing, *parts]).to(device) for held, parts in found.items()}
         count = sum(len(truth) for truth in self._truth.values())
         # A CPU would turn half precision into single at every pass.
         dtypes = (torch.float32, torch.float16) if device.type == "cpu" else (torch.float16,)
@@ -191,22 +205,12 @@ class TrainingPatches:
         return self._tokens[name, held]
 
     def _from_disk(self, name: str, held: bool) -> Iterator[Tensor]:
-        store = self._stores[name]
-        for shard in self._shards:
-            places, tensors = store.load_shard(shard)
-            mine = self._mine(places, held)
-            known = self._known(tensors["target"][mine])
-            yield tensors[name][mine].permute(0, 2, 3, 1)[known]  # [p, C]
-
-    def _mine(self, places: range, held: bool) -> list[int]:
-        return [number for number, place in enumerate(places) if (place in self._held_out) == held]
-
-    def _known(self, target: Tensor) -> Tensor:
-        return target != IGNORE if self._labelled else torch.isfinite(target).all(-1)
-
-    def _known_of_nothing(self, store: FeatureStore) -> Tensor:
-        _, tensors = store.load_shard(0)
-        return tensors["target"][:0][self._known(tensors["target"][:0])]
+        for shard, places in self._shards.items():
+            tokens = self._stores[name].load_shard(shard)[name]
+            mine = [number for number, place in enumerate(places) if (place in self._held_out) == held]
+            if mine:
+                known = torch.stack([self._known[places[number]] for number in mine])  # [photos, h, w]
+                yield tokens[mine].permute(0, 2, 3, 1)[known]  # [p, C]
 
 
 def _free_memory(device: torch.device) -> float:

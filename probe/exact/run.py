@@ -51,6 +51,8 @@ class _Setup:
     recipe: ExactRecipe
     size: tuple[int, int]
     """Height and width of every photo as the backbones see it, pixels."""
+    grid: tuple[int, int]
+    """Height and width of their maps, patches."""
     units: list[Unit]
     held_out: list[int]
     device: torch.device
@@ -98,7 +100,8 @@ def run_exact(config: TrainedProbeConfig, kind: Kind, world: World) -> None:
     wait_for_all()
     units = [unit for row in rows for unit in _units_of(row, partners)]
     size = whole_size(task, backbones.info.patch_size, recipe.long_side)
-    setup = _Setup(task, recipe, size, units, held_out, device, config.workers, results, SolvedRows(results))
+    grid = (size[0] // backbones.info.patch_size, size[1] // backbones.info.patch_size)
+    setup = _Setup(task, recipe, size, grid, units, held_out, device, config.workers, results, SolvedRows(results))
     start = time.monotonic()
     stores = _fill_stores(setup, config, backbones)
     seconds = time.monotonic() - start
@@ -178,9 +181,7 @@ def _fill_stores(
 ) -> dict[str, dict[str, FeatureStore]]:
     """Computes the features that are not on disk; returns where they are, by split and backbone."""
     task, data = setup.task, setup.task.data
-    grid = (setup.size[0] // backbones.info.patch_size, setup.size[1] // backbones.info.patch_size)
     folder = config.cache_dir or setup.results.folder / "features"
-    truth = {"labels": asdict(data.labels) if data.labels else None, "depth_scale": data.depth_scale}
     stores: dict[str, dict[str, FeatureStore]] = {"train": {}, "test": {}}
     for name, alone in backbones.one_by_one():
         description = {
@@ -188,27 +189,29 @@ def _fill_stores(
             "backbones": alone.identities,
             "precision": config.precision,
             "size": list(setup.size),
-            "kind": data.kind,
-            "data": [data.name, data.fit, data.max_depth],
+            # How photos are cut and resized before that.
+            "fit": data.fit,
+            "kitti_window": getattr(task.recipe, "kitti_window", False),
         }
-        for split, samples, more in (("train", data.train, truth), ("test", data.test, {})):
-            store = FeatureStore(folder, {**description, **more}, samples, mirrored=False)
-            read = partial(_read_photo, task, samples, setup.size, grid if split == "train" else None)
+        for split, samples in (("train", data.train), ("test", data.test)):
+            store = FeatureStore(folder, description, samples, False, with_truth=data.fit == "image_to_target")
+            read = partial(_read_photo, task, samples, setup.size)
             store.fill(read, alone, setup.device, setup.workers, f"features of {name} ({split})")
             stores[split][name] = store
     return stores
 
 
-def _read_photo(
-    task: Task, samples: Sequence[Sample], size: tuple[int, int], grid: tuple[int, int] | None, index: int
-) -> dict[str, Any]:
-    """Reads a photo at the features' size, antialiased, and the truth of its patches."""
-    image, target = task.test_target(*task.read(samples[index]))
+def _read_photo(task: Task, samples: Sequence[Sample], size: tuple[int, int], index: int) -> dict[str, Any]:
+    """Reads a photo at the features' size, antialiased."""
+    image, _ = task.test_target(*task.read(samples[index]))
     resized = np.asarray(Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BILINEAR))
-    sample = {"views": torch.from_numpy(resized.transpose(2, 0, 1).copy())[None]}
-    if grid is not None:
-        sample["target"] = torch.from_numpy(task.patch_truth(np.ascontiguousarray(target), grid))
-    return sample
+    return {"views": torch.from_numpy(resized.transpose(2, 0, 1).copy())[None]}
+
+
+def _read_patches(task: Task, grid: tuple[int, int], index: int) -> dict[str, Any]:
+    """Reads the truth of a training photo's patches."""
+    _, target = task.test_target(*task.read(task.data.train[index]))
+    return {"target": torch.from_numpy(task.patch_truth(np.ascontiguousarray(target), grid))}
 
 
 def _fit_missing(setup: _Setup, stores: dict[str, dict[str, FeatureStore]], width: int) -> dict[str, Any]:
@@ -217,7 +220,10 @@ def _fit_missing(setup: _Setup, stores: dict[str, dict[str, FeatureStore]], widt
     wait_for_all()
     labelled = setup.task.data.kind == "segmentation"
     num_outputs = setup.task.num_outputs
-    patches = TrainingPatches(stores["train"], setup.held_out, num_outputs if labelled else None, width, setup.device)
+    read = partial(_read_patches, setup.task, setup.grid)
+    patches = TrainingPatches(
+        stores["train"], read, setup.workers, setup.held_out, num_outputs, labelled, width, setup.device
+    )
     without = torch.tensor(float(patches.photos_without_truth), dtype=torch.float64, device=setup.device)
     sum_over_processes(without)
     facts: dict[str, Any] = {"training_photos_without_truth": int(without), "seconds": {}}

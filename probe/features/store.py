@@ -32,7 +32,9 @@ _TARGET = "target"
 class FeatureStore:
     """Features of a list of photos, each resized to one size, and maybe of their mirror images."""
 
-    def __init__(self, folder: Path, description: dict[str, Any], samples: Sequence[Sample], mirrored: bool) -> None:
+    def __init__(
+        self, folder: Path, description: dict[str, Any], samples: Sequence[Sample], mirrored: bool, with_truth: bool
+    ) -> None:
         """Names the files; touches nothing but the photos' sizes and times of change.
 
         Args:
@@ -40,11 +42,15 @@ class FeatureStore:
             description: What decides the features beside the photos; JSON-able.
             samples: The photos, in order.
             mirrored: Whether there is a second map for each photo, of its mirror image.
+            with_truth: Whether the truth is stored too, or decides how photos are resized. Without, all tasks on the
+                same photos share a store.
         """
         files = [
-            (str(path.resolve()), *file_stamp(path)) for sample in samples for path in (sample.image, sample.target)
+            (str(path.resolve()), *file_stamp(path))
+            for sample in samples
+            for path in ((sample.image, sample.target) if with_truth else (sample.image,))
         ]
-        lenses = [sample.intrinsics for sample in samples]
+        lenses = [sample.intrinsics for sample in samples] if with_truth else None
         content = json.dumps([SCHEMA, SHARD, mirrored, description, files, lenses], sort_keys=True)
         self._samples = samples
         self._folder = folder / hashlib.blake2b(content.encode(), digest_size=12).hexdigest()
@@ -76,13 +82,13 @@ class FeatureStore:
         shards = self._missing(backbones)
         wait_for_all()  # until all processes have looked, nobody may add a shard
         shards = shards[rank() :: world_size()]
-        indices = [index for shard in shards for index in self._range(shard)]
+        indices = [index for shard in shards for index in self.places(shard)]
         pending: list[dict[str, Any]] = []
         with progress(title, len(indices)) as advance:
             for index, sample in ordered_samples(read, indices, workers):
                 pending.append(sample)
                 shard = index // SHARD
-                if index == self._range(shard)[-1]:
+                if index == self.places(shard)[-1]:
                     tensors = self._compute(pending, backbones, device)
                     self._check(tensors, shard)
                     discard(self._path(shard))
@@ -130,23 +136,28 @@ class FeatureStore:
         """Returns the numbers of the shards."""
         return range(-(-self._count // SHARD))
 
-    def load_shard(self, shard: int) -> tuple[range, dict[str, Tensor]]:
-        """Reads a shard as it is stored.
+    def load_shard(self, shard: int) -> dict[str, Tensor]:
+        """Reads the tokens of a shard as they are stored.
 
         Args:
             shard: Its number, from 0.
 
         Returns:
-            The places of its photos in the list; half-precision patch tokens [photos, C, h, w] of the photos
-            themselves by backbone, and their ``target``, if it was stored.
+            Half-precision patch tokens [photos, C, h, w] of the photos themselves, by backbone.
         """
-        handle = self._handle(shard)
-        tensors = {
-            name.rpartition(".")[0]: tensor[:, 0] for name, tensor in handle.items() if name.endswith(".patch_tokens")
+        return {
+            name.rpartition(".")[0]: tensor[:, 0]
+            for name, tensor in self._handle(shard).items()
+            if name.endswith(".patch_tokens")
         }
-        if _TARGET in handle:
-            tensors[_TARGET] = handle[_TARGET]
-        return self._range(shard), tensors
+
+    def places(self, shard: int) -> range:
+        """Returns the places of a shard's photos in the list.
+
+        Args:
+            shard: Its number, from 0.
+        """
+        return range(shard * SHARD, min((shard + 1) * SHARD, self._count))
 
     def size_bytes(self) -> int:
         """Returns the bytes on disk."""
@@ -172,7 +183,7 @@ class FeatureStore:
         for name, values in tensors.items():
             finite = torch.isfinite(values).flatten(1).all(1)
             if name != _TARGET and not finite.all():
-                sample = self._samples[self._range(shard)[int((~finite).nonzero()[0])]]
+                sample = self._samples[self.places(shard)[int((~finite).nonzero()[0])]]
                 raise UserError(
                     f"The features of {name.rpartition('.')[0]} are not finite in half precision, for example for "
                     f"{sample.image}: its weights are damaged, or its training broke down; leave it out."
@@ -206,7 +217,7 @@ class FeatureStore:
 
     def _check_shard(self, tensors: dict[str, Tensor], shard: int, backbones: FrozenBackbones) -> None:
         """Refuses tensors that are not this shard's, whose checksum is right."""
-        photos = len(self._range(shard))
+        photos = len(self.places(shard))
         for name in backbones.names:
             tokens = tensors.get(f"{name}.patch_tokens")
             if tokens is None or tokens.dtype != torch.float16 or tokens.shape[:2] != (photos, 1 + self._mirrored):
@@ -214,6 +225,3 @@ class FeatureStore:
 
     def _path(self, shard: int) -> Path:
         return self._folder / f"features_{shard:06d}.safetensors"
-
-    def _range(self, shard: int) -> range:
-        return range(shard * SHARD, min((shard + 1) * SHARD, self._count))

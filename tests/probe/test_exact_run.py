@@ -159,6 +159,21 @@ def test_patches_read_from_disk_give_the_same_maps(make_config, tmp_path, monkey
         torch.testing.assert_close(found[name], weight, rtol=2e-2, atol=2e-3)
 
 
+def test_tasks_on_the_same_photos_share_their_features(weights, tmp_path):
+    shared = tmp_path / "shared"
+    arguments = f"--dataset rooms --data {TINY_ROOM} --backbone {TINY} --backbone-weights {weights['original']}"
+    files = []
+    for kind in ("segmentation", "depth", "normals"):
+        common = [kind, *arguments.split(), "--workers", "0", "--device", "cpu", "--assemblies", "original"]
+        main([*common, "--cache-dir", str(shared), "--output-dir", str(tmp_path / kind)])
+        main([*common, "--output-dir", str(tmp_path / f"{kind}_alone")])
+        files.append({path: path.stat().st_mtime_ns for path in shared.rglob("*") if path.is_file()})
+        rows, alone = (_metrics(tmp_path / name)["rows"]["original"] for name in (kind, f"{kind}_alone"))
+        assert rows.pop("seconds") and alone.pop("seconds")
+        assert json.dumps(rows) == json.dumps(alone), "classes without a patch are NaN"
+    assert files[0] and files[0] == files[1] == files[2]
+
+
 @pytest.mark.parametrize("kind", ["segmentation", "depth"])
 def test_two_processes_give_what_one_gives(make_config, weights, tmp_path, kind):
     """Six training photos in one shard: the second process has none at all; three test photos, one for the second."""
@@ -231,7 +246,7 @@ def test_a_student_is_probed_as_its_card_says(make_config, make_result, weights,
     (test_store,) = [
         found
         for path in (tmp_path / "out" / "features").glob("*/*.safetensors")
-        if "target" not in (found := load_file(path))
+        if len((found := load_file(path))["tuned.patch_tokens"]) == 3  # photos; training has six
     ]
     torch.testing.assert_close(test_store["tuned.patch_tokens"][0, 0].float(), expected, rtol=1e-2, atol=1e-2)
     default = load(str(weights["tuned"]), "tuned", backbone=TINY)(photo)[0]

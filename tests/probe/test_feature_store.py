@@ -39,7 +39,7 @@ def test_a_slow_process_misses_no_shard(tmp_path, weights, colored_blocks, monke
 
     def run(rank):
         process.rank = rank
-        store = FeatureStore(tmp_path, {}, samples, mirrored=False)
+        store = FeatureStore(tmp_path, {}, samples, mirrored=False, with_truth=True)
         read = lambda index: {"views": torch.zeros(1, 3, 16, 16, dtype=torch.uint8)}  # noqa: E731
         try:
             store.fill(read, backbones, torch.device("cpu"), 0, "features")
@@ -59,7 +59,7 @@ def test_a_photo_that_is_gone_is_named(tmp_path, colored_blocks):
     samples = load_data(DataChoice("folder", colored_blocks(), "segmentation")).train
     samples[0].image.unlink()
     with pytest.raises(UserError, match=r"photo_0.png cannot be read"):
-        FeatureStore(tmp_path, {}, samples, mirrored=False)
+        FeatureStore(tmp_path, {}, samples, mirrored=False, with_truth=True)
 
 
 @pytest.mark.parametrize("kind", [*ANY, *SAFETENSORS])
@@ -70,7 +70,7 @@ def test_damaged_features_heal(tmp_path, weights, colored_blocks, monkeypatch, c
 
     def start():
         asked = []
-        store = FeatureStore(tmp_path, {}, samples, mirrored=True)
+        store = FeatureStore(tmp_path, {}, samples, mirrored=True, with_truth=True)
 
         def read(index):
             asked.append(index)
