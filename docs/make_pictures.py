@@ -97,7 +97,7 @@ def look(command: MakePictures, config_path: Path) -> dict[str, np.ndarray]:
         pictures = {}
         for output in OUTPUTS:
             page.choose(output)
-            pictures[output] = page.settled(180)
+            pictures[output] = page.settled()
             if output == "similarity":
                 page.page.get_by_text("are similar to the clicked point").scroll_into_view_if_needed()
                 pictures["window"] = page.window()

@@ -23,6 +23,8 @@ _FLAGS = (
     "--disable-sync --use-gl=angle --use-angle=swiftshader --enable-unsafe-swiftshader --ignore-gpu-blocklist"
 )
 """WebGL on the CPU, and no traffic but the page's."""
+_LONGEST = 900_000
+"""Milliseconds that anything may take: on a machine that is busy with other work a picture takes minutes."""
 _STEADY_CLOCK = """(() => {
     let now = performance.now();
     const tick = () => { now += 1000 / 60; requestAnimationFrame(tick); };
@@ -78,8 +80,8 @@ class ViewerPage:
 
     def __init__(self, page: Any) -> None:
         self.page = page
-        page.get_by_text("Resolution: ").wait_for(timeout=120_000)
-        page.get_by_label("Output type", exact=True).wait_for(timeout=120_000)
+        page.get_by_text("Resolution: ").wait_for(timeout=_LONGEST)
+        page.get_by_label("Output type", exact=True).wait_for(timeout=_LONGEST)
 
     def choose(self, output: str) -> None:
         """Chooses an output."""
@@ -96,7 +98,7 @@ class ViewerPage:
 
     def wait_for_text(self, text: str) -> None:
         """Waits until the page says something."""
-        self.page.get_by_text(text).wait_for(timeout=60_000)
+        self.page.get_by_text(text).wait_for(timeout=_LONGEST)
 
     def click_scene(self, x: float, y: float) -> None:
         """Clicks at shares of the scene's width and height, from its upper left corner."""
@@ -111,7 +113,7 @@ class ViewerPage:
         """Returns what the window shows of the scene, [H, W, 3] uint8."""
         return _decoded(self.page.screenshot(clip=self._scene()))
 
-    def settled(self, seconds: float = 60.0) -> np.ndarray:
+    def settled(self, seconds: float = _LONGEST / 1000) -> np.ndarray:
         """Returns what the window shows once it has not changed for a while.
 
         Raises:
@@ -155,7 +157,7 @@ def browser(width: int = 900, height: int = 560, sharp: bool = False) -> Iterato
 
         def open_viewer(url: str) -> ViewerPage:
             page = chromium.new_context(viewport={"width": width, "height": height}).new_page()
-            page.set_default_timeout(60_000)
+            page.set_default_timeout(_LONGEST)
             if sharp:
                 page.add_init_script(_STEADY_CLOCK)
             page.goto(url, wait_until="commit")
