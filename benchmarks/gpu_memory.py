@@ -11,12 +11,8 @@ _SECONDS = 0.5
 
 
 @contextmanager
-def peak_gpu_memory(process: int | None = None) -> Iterator[list[float]]:
-    """Looks twice a second.
-
-    Args:
-        process: Number of the process whose memory is meant; without it, all that comes into use on the GPUs that this
-            process may use.
+def peak_gpu_memory() -> Iterator[list[float]]:
+    """Looks twice a second at all that comes into use on the GPUs that this process may use.
 
     Yields:
         A list with one number, the gigabytes (10^9 bytes) found so far; 0 without a GPU.
@@ -25,11 +21,11 @@ def peak_gpu_memory(process: int | None = None) -> Iterator[list[float]]:
     if program is None:
         yield peak
         return
-    before = 0.0 if process is not None else _used(program, None)
+    before = _used(program)
 
     def look() -> None:
         while not over.wait(_SECONDS):
-            peak[0] = max(peak[0], _used(program, process) - before)
+            peak[0] = max(peak[0], _used(program) - before)
 
     looking = threading.Thread(target=look, daemon=True)
     looking.start()
@@ -40,12 +36,9 @@ def peak_gpu_memory(process: int | None = None) -> Iterator[list[float]]:
         looking.join()
 
 
-def _used(program: str, process: int | None) -> float:
+def _used(program: str) -> float:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     chosen = ["-i", visible] if visible else []
-    asked = "--query-gpu=memory.used" if process is None else "--query-compute-apps=pid,used_memory"
-    command = [program, *chosen, asked, "--format=csv,noheader,nounits"]
+    command = [program, *chosen, "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
     rows = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    cells = [row.split(",") for row in rows]
-    mine = [row[-1] for row in cells if process is None or int(row[0]) == process]
-    return sum(map(float, mine)) * 2**20 / 1e9
+    return sum(map(float, rows)) * 2**20 / 1e9

@@ -27,7 +27,6 @@ import tyro
 from PIL import Image
 from safetensors.torch import save_file
 
-from benchmarks.gpu_memory import peak_gpu_memory
 from fit3d_ns.data.points.splat_ply import rgb_to_sh, write_splat_ply
 from fit3d_ns.rasterization import rasterize
 from fit3d_ns.support.console import CONSOLE
@@ -46,7 +45,11 @@ MADE = {
     "distill": ["student", "photos"],
 }
 """What a command makes, for it to be made anew."""
-LAUNCH = "import sys; from {module} import {function} as main; sys.argv[0] = '{function}'; sys.exit(main())"
+LAUNCH = (
+    "import atexit, pathlib, sys, torch; peak = pathlib.Path(sys.argv.pop(1)); "
+    "atexit.register(lambda: peak.write_text(str(torch.cuda.max_memory_reserved()))); "
+    "from {module} import {function} as main; sys.argv[0] = '{function}'; sys.exit(main())"
+)
 
 
 @dataclass
@@ -185,19 +188,20 @@ def measure(module: str, function: str, arguments: Sequence[str], log: Path) -> 
         log: File for what it prints.
 
     Returns:
-        ``peak_gigabytes``, the largest resident set in GiB; ``gpu_gigabytes`` in 10^9 bytes, the GPU's context
-        included; ``seconds``.
+        ``peak_gigabytes``, the largest resident set in GiB; ``gpu_gigabytes`` in 10^9 bytes, the most that torch held
+        at once, to which CUDA itself adds half a gigabyte; ``seconds``.
     """
-    command = [sys.executable, "-c", LAUNCH.format(module=module, function=function), *arguments]
+    gpu = log.with_suffix(".gpu")
+    gpu.unlink(missing_ok=True)
+    command = [sys.executable, "-c", LAUNCH.format(module=module, function=function), str(gpu), *arguments]
     start = time.perf_counter()
     with open(log, "w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
-        with peak_gpu_memory(process.pid) as gpu:
-            _, status, usage = os.wait4(process.pid, 0)
-    if status:
+        _, status, usage = os.wait4(process.pid, 0)
+    if status or not gpu.is_file():
         raise SystemExit(f"{module} failed, see {log}")
     host, seconds = usage.ru_maxrss / 2**20, time.perf_counter() - start
-    return {"peak_gigabytes": host, "gpu_gigabytes": gpu[0], "seconds": seconds}
+    return {"peak_gigabytes": host, "gpu_gigabytes": int(gpu.read_text()) / 1e9, "seconds": seconds}
 
 
 def main() -> None:
