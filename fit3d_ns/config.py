@@ -11,7 +11,11 @@ from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataPars
 from nerfstudio.engine.optimizers import AdamOptimizerConfig
 from nerfstudio.plugins.types import MethodSpecification
 
-from fit3d_ns.compat import read_pictures_by_their_interface, register_safe_globals
+from fit3d_ns.compat import (
+    name_callers_without_their_sources,
+    read_pictures_by_their_interface,
+    register_safe_globals,
+)
 from fit3d_ns.datamanager import Fit3DDataManagerConfig
 from fit3d_ns.model import Fit3DSplatModelConfig
 from fit3d_ns.pipeline import Fit3DPipelineConfig
@@ -23,6 +27,7 @@ from fit3d_ns.schedulers import FloatExponentialDecaySchedulerConfig
 from fit3d_ns.trainer import Fit3DTrainerConfig
 
 register_safe_globals()
+name_callers_without_their_sources()
 install_error_hook()
 read_pictures_by_their_interface()
 guard_nerfstudio(parse_run_configuration, read_checkpoint)

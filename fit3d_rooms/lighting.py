@@ -7,6 +7,7 @@ Values are irradiance divided by pi: times a surface's albedo they give its radi
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cache
 
 import numpy as np
 
@@ -240,30 +241,38 @@ def _mend(scene: PackedScene, values: np.ndarray, buried: np.ndarray, width: Cal
         bad = buried[part].reshape(ns, nt)
         grid = values[part].reshape(ns, nt, 3)
         if bad.any() and not bad.all():
-            weight = (~bad).astype(grid.dtype)[..., None]
-            grid = grid * weight
+            weighted = np.concatenate([grid, np.ones_like(grid[..., :1])], axis=2) * ~bad[..., None]
             for _ in range(12):
-                if weight.all():
+                spread = _smooth(_smooth(weighted, 2, 0), 2, 1)
+                new = (weighted[..., 3:] == 0) & (spread[..., 3:] > 0)
+                if not new.any():
                     break
-                spread, share = (_smooth(_smooth(v, 2, 0), 2, 1) for v in (grid, weight))
-                new = (weight == 0) & (share > 0)
-                grid = np.where(new, spread / np.maximum(share, 1e-12), grid)
-                weight = np.where(new, 1.0, weight)
+                weighted = np.where(new, spread / np.maximum(spread[..., 3:], 1e-12), weighted)
+            grid = weighted[..., :3]
         values[part] = _smooth(_smooth(grid, width(ns), 0), width(nt), 1).reshape(-1, 3)
 
 
 def _smooth(grid: np.ndarray, width: int, axis: int) -> np.ndarray:
     """Box filter of an even ``width`` along one axis of [A, B, K], with half weight at its two ends."""
-    half = width // 2
-    padding = [(0, 0)] * 3
-    padding[axis] = (half, half)
-    padded = np.pad(grid, padding, mode="reflect" if grid.shape[axis] > half else "edge")
     count = grid.shape[axis]
+    padded = grid.take(_padding(count, width // 2), axis=axis)
     total = np.zeros_like(grid)
     for k in range(width + 1):
         share = (0.5 if k in (0, width) else 1.0) / width
-        total += share * padded.take(range(k, k + count), axis=axis)
+        total += share * (padded[k : k + count] if axis == 0 else padded[:, k : k + count])
     return total
+
+
+@cache
+def _spaced(count: int) -> np.ndarray:
+    """Places [count] of nodes along a side, 0..1."""
+    return np.linspace(0, 1, count)
+
+
+@cache
+def _padding(count: int, half: int) -> np.ndarray:
+    """Places [half + count + half] of a row's values, mirrored beyond its ends, or repeated where it is too short."""
+    return np.pad(np.arange(count), half, mode="reflect" if count > half else "edge")
 
 
 def _coarse_nodes(scene: PackedScene) -> np.ndarray:
@@ -335,13 +344,11 @@ def bake(scene: PackedScene, lights: Lights, rng: np.random.Generator, workers: 
         seen = chunked(gather, len(coarse))
         direct = _fold(direct, sheets, len(positions))
         _mend(scene, direct, buried, lambda count: 2)
-        albedo = np.empty((len(positions), 3))
-        for (ns, nt), start, index in zip(scene.nodes, scene.node_start, range(len(scene.patches))):
-            st = np.stack(np.meshgrid(np.linspace(0, 1, ns), np.linspace(0, 1, nt), indexing="ij"), -1).reshape(-1, 2)
-            patch = np.full(len(st), index)
-            albedo[start : start + ns * nt] = scene.albedo(
-                patch, st.astype(np.float32), np.full(len(st), _ALBEDO_FOOTPRINT)
-            )
+        places = [
+            np.stack(np.meshgrid(_spaced(ns), _spaced(nt), indexing="ij"), -1).reshape(-1, 2) for ns, nt in scene.nodes
+        ]
+        footprint = np.full(len(positions), _ALBEDO_FOOTPRINT)
+        albedo = scene.albedo(owner, np.concatenate(places).astype(np.float32), footprint).astype(np.float64)
         # Lamps and panes count as direct light only; the last row stands for darkness.
         albedo[lamps[owner]] = 0.0
         indirect = np.zeros_like(direct)

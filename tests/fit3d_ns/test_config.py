@@ -94,3 +94,19 @@ def test_pictures_are_read_by_what_pillow_offers_everybody(monkeypatch):
     for module in (base_dataset, data_utils):
         found = module.pil_to_numpy(Image.fromarray(values))  # type: ignore[attr-defined]
         assert found.dtype == np.uint8 and (found == values).all() and found.flags.writeable
+
+
+def test_methods_to_install_are_listed_without_reading_sources_and_still_offered(monkeypatch, capsys):
+    """Upstream asks for the source of each caller of each of them; one that a user chooses says how to install it."""
+    import inspect
+
+    from nerfstudio.configs import external_methods
+
+    monkeypatch.setattr(inspect, "findsource", lambda object: pytest.fail("a source was read"))
+    methods, _ = external_methods.get_external_methods()
+    assert len(methods) > 10
+    name, config = next((name, one) for name, one in methods.items() if one.method.pip_package)
+    monkeypatch.setattr(external_methods.Confirm, "ask", lambda *_, **__: False)
+    with pytest.raises(SystemExit) as ended:
+        type(config)(method_name=name, method=config.method)
+    assert ended.value.code == 0 and "For more information visit" in capsys.readouterr().out
