@@ -126,6 +126,8 @@ class Difference:
     """Of the full protocol, instead of the recipe's."""
     fast_iterations: int | None = None
     """Of the fast protocol, likewise."""
+    batch_size: int | None = None
+    """Photos of a step of both protocols, instead of the recipe's."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Of both."""
     device: str = "auto"
@@ -287,6 +289,7 @@ def difference(benchmark: Difference) -> dict[str, Any]:
             seeds=benchmark.seeds,
             protocol=protocol,
             iterations=benchmark.fast_iterations if name == "fast" else benchmark.iterations,
+            batch_size=benchmark.batch_size,
             device=benchmark.device,
             workers=benchmark.workers,
             output_dir=benchmark.runs / f"{benchmark.kind}_{name}",

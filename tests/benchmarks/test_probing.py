@@ -38,8 +38,8 @@ def test_the_difference_has_rows_of_controls_and_every_value_behind_it(tmp_path,
     command = [sys.executable, "-m", "benchmarks.probing", "difference", "--data", blocks, "--backbone", TINY]
     command += ["--backbone-weights", tmp_path / "original.safetensors", "--tuned", tmp_path / "tuned.safetensors"]
     command += ["--control", tmp_path / "control.safetensors", "--seeds", "0", "1", "--device", "cpu", "--workers", "0"]
-    command += ["--iterations", "2", "--fast-iterations", "4", "--runs", tmp_path / "runs"]
-    command += ["--output", tmp_path / "difference.json"]
+    command += ["--iterations", "2", "--fast-iterations", "4", "--batch-size", "2"]
+    command += ["--runs", tmp_path / "runs", "--output", tmp_path / "difference.json"]
     ended = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     (line,) = json.loads((tmp_path / "difference.json").read_text())
