@@ -59,10 +59,13 @@ def _check(config: DistillConfig, world: "World") -> None:
     """Refuses what cannot be carried out, as far as that can be known before any scene is opened."""
     from distill.checkpoint import check_writable
     from distill.results.result import check_hub
+    from fit3d_ns.backbones.students.result_folder import FILES
+    from fit3d_ns.support.output_folders import check_names_are_free
 
     check_choices(config, world.size)
     if world.is_main and not config.bundles_only:
         check_writable(config.output_dir)
+        check_names_are_free(config.output_dir, FILES, "--output-dir")
         if config.push_to_hub is not None:
             check_hub(config.push_to_hub)
 

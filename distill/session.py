@@ -20,7 +20,7 @@ from distill.targets import LiftedTargets, TargetSource
 from distill.trainer import Trainer, TrainingResult, read_resumed
 from fit3d_ns.backbones.students.averaging import interpolate
 from fit3d_ns.backbones.students.other_formats import check_dinov2, check_onnx
-from fit3d_ns.backbones.students.result_folder import METRICS_NAME, write_model_card, write_weights
+from fit3d_ns.backbones.students.result_folder import METRICS_NAME, PAGE_NAME, write_model_card, write_weights
 from fit3d_ns.support.curve_log import CurveLog
 from fit3d_ns.support.errors import UserError
 from fit3d_ns.support.processes import World, wait_for_all
@@ -194,7 +194,7 @@ class Session:
         findings = Findings(*measured, result.losses, result.validation)
         write_metrics(config.output_dir, card, findings)
         write_report(config.output_dir, card, findings)
-        files += [config.output_dir / METRICS_NAME, config.output_dir / "report.html"]
+        files += [config.output_dir / METRICS_NAME, config.output_dir / PAGE_NAME]
         _LOGGER.info(f"Report:  {files[-1]}")
         files.append(write_model_card(config.output_dir))
         if config.push_to_hub is not None:

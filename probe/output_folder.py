@@ -19,7 +19,7 @@ from fit3d_ns.support.errors import DamagedFile, UserError
 from fit3d_ns.support.files import atomic_write_json, atomic_write_text, discard, without_non_finite
 from fit3d_ns.support.html_report import Report
 from fit3d_ns.support.json_files import build, read_json, write_record
-from fit3d_ns.support.output_folders import hold_folder
+from fit3d_ns.support.output_folders import check_names_are_free, hold_folder
 from fit3d_ns.support.processes import world_size
 from probe.features.rows import Row, row_width
 from probe.panels import Panels
@@ -27,6 +27,10 @@ from probe.tasks.metrics import DEPTH_METRICS, NORMAL_METRICS
 from probe.tasks.task import Task
 
 _LOGGER = logging.getLogger(__name__)
+TABLE_NAME = "table.md"
+PAGE_NAME = "report.html"
+METRICS_NAME = "metrics.json"
+"""Written last: it vouches for the others."""
 _PACKAGES = ("fit3d-ns", "torch", "torchmetrics", "timm", "numpy")
 
 
@@ -70,6 +74,7 @@ class ResultFolder:
             UserError: If another process writes there, or it cannot be written to.
         """
         hold_folder(self.folder, "--output-dir")
+        check_names_are_free(self.folder, (TABLE_NAME, PAGE_NAME, METRICS_NAME), "--output-dir")
         atomic_write_json(self.folder / "question.json", self._settings)
 
     def checkpoint(self, seed: int) -> Path:
@@ -196,7 +201,7 @@ _PANEL_ROWS = ("original", "concat", "tuned", "duplicate")
 def write_report(
     results: ResultFolder, task: Task, rows: Sequence[Row], width: int, seeds: Sequence[int], summary: dict[str, Any]
 ) -> None:
-    """Writes metrics.json, table.md and report.html from the finished seeds.
+    """Writes table.md, report.html and then metrics.json from the finished seeds.
 
     Args:
         results: The output folder.
@@ -221,7 +226,6 @@ def write_report(
                 name: summarize(list(values)) for name, values in zip(task.data.classes, per_class)
             }
     timing = {f"seed_{content['seed']}": content["timing"] for content in finished}
-    write_record(results.folder / "metrics.json", {**summary, "seeds": list(seeds), "timing": timing, "rows": numbers})
     header = ["features", "channels", *(title for _, title in columns)]
     cells = [
         [name, str(values["channels"]), *(format_summary(values[key]) for key, _ in columns)]
@@ -230,8 +234,10 @@ def write_report(
     sentences = _sentences(summary, seeds)
     text = f"# {report_title(summary)}\n\n" + "\n".join(sentences) + "\n\n" + markdown_table(header, cells)
     text += f"\n`{summary['command']}`\n"
-    atomic_write_text(results.folder / "table.md", text)
+    atomic_write_text(results.folder / TABLE_NAME, text)
     _write_page(results, task, numbers, header, cells, sentences, summary)
+    content = {**summary, "seeds": list(seeds), "timing": timing, "rows": numbers}
+    write_record(results.folder / METRICS_NAME, content)
 
 
 def format_summary(value: dict[str, Any]) -> str:
@@ -318,7 +324,7 @@ def _write_page(
             ("features", "chosen, by seed"),
         )
     add_provenance(report, summary)
-    report.write(results.folder / "report.html")
+    report.write(results.folder / PAGE_NAME)
 
 
 def add_provenance(report: Report, summary: dict[str, Any]) -> None:

@@ -25,7 +25,7 @@ from probe.exact.run import run_exact
 from probe.feature_sources import CachedSource, FeatureSource, OnlineSource, whole_size
 from probe.features.partners import note_in_model_cards, require_one_each
 from probe.features.rows import FrozenBackbones, Row, choose_rows, load_backbones, row_features
-from probe.output_folder import ResultFolder, provenance, report_title, write_report
+from probe.output_folder import PAGE_NAME, TABLE_NAME, ResultFolder, provenance, report_title, write_report
 from probe.protocols import DepthRecipe, FastRecipe, Optimization, choose_fast_recipe, choose_recipe, override
 from probe.tasks import TASKS, Task
 from probe.training import Head, HeadTrainer, mean_losses
@@ -173,8 +173,8 @@ def _run(config: TrainedProbeConfig, kind: Kind, world: World) -> None:
             **provenance(device),
         }
         write_report(results, task, rows, widths[0], config.seeds, summary)
-        note_in_model_cards(partners, f"{report_title(summary)} ({summary['protocol']})", results.folder / "table.md")
-        _LOGGER.info("Report: %s", results.folder / "report.html")
+        note_in_model_cards(partners, f"{report_title(summary)} ({summary['protocol']})", results.folder / TABLE_NAME)
+        _LOGGER.info("Report: %s", results.folder / PAGE_NAME)
 
 
 def _make_source(

@@ -81,6 +81,14 @@ SAFETENSORS: dict[str, Mutation] = {
 }
 
 
+def _another_dtype(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor.float()
+
+
+def _half(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(-1)[: tensor.numel() // 2].clone() if tensor.numel() > 1 else tensor.reshape(1, 1)
+
+
 def _in_torch_file(change: Callable[[Any], Any]) -> Mutation:
     def walk(value: Any, changed: list[bool]) -> Any:
         if isinstance(value, torch.Tensor):
@@ -96,6 +104,24 @@ def _in_torch_file(change: Callable[[Any], Any]) -> Mutation:
         if not any(changed):
             raise NotApplicable
         _save(damaged, path)
+
+    return mutate
+
+
+def _in_one_tensor(change: Callable[[torch.Tensor], torch.Tensor]) -> Mutation:
+    def mutate(path: Path, rng: random.Random) -> None:
+        state = torch.load(path, weights_only=False)  # likewise
+        places = [
+            (holder, key)
+            for holder in _nested_dicts(state)
+            for key, value in holder.items()
+            if isinstance(value, torch.Tensor) and value.numel()
+        ]
+        if not places:
+            raise NotApplicable
+        holder, key = rng.choice(places)
+        holder[key] = change(holder[key])
+        _save(state, path)
 
     return mutate
 
@@ -127,14 +153,18 @@ def _drop_entry(state: dict, rng: random.Random) -> None:
 
 def _replace_entry(state: dict, rng: random.Random) -> None:
     holder = rng.choice([found for found in _nested_dicts(state) if found])
-    holder[rng.choice(list(holder))] = rng.choice([None, "word", 7, [], {}, torch.zeros(3)])
+    key = rng.choice(list(holder))
+    others = [None, "word", 7, [], {}, torch.zeros(3)]
+    holder[key] = rng.choice([other for other in others if type(other) is not type(holder[key])])
 
 
 TORCH: dict[str, Mutation] = {
     "half of every tensor": _in_torch_file(lambda tensor: tensor.reshape(-1)[: max(1, tensor.numel() // 2)].clone()),
     "NaN": _in_torch_file(lambda tensor: tensor * float("nan") if tensor.is_floating_point() else tensor),
     "infinity": _in_torch_file(lambda tensor: tensor + float("inf") if tensor.is_floating_point() else tensor),
-    "another dtype": _in_torch_file(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor.float()),
+    "another dtype": _in_torch_file(_another_dtype),
+    "half of one tensor": _in_one_tensor(_half),
+    "another dtype of one tensor": _in_one_tensor(_another_dtype),
     "entry missing": _entry(_drop_entry),
     "entry of another kind": _entry(_replace_entry),
 }

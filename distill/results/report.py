@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from distill.evaluation import SceneResult, average, average_curve
-from fit3d_ns.backbones.students.result_folder import CARD_NAME, MEASURES, METRICS_NAME
+from fit3d_ns.backbones.students.result_folder import CARD_NAME, MEASURES, METRICS_NAME, PAGE_NAME
 from fit3d_ns.features.pca import ColorBasis
 from fit3d_ns.support.html_report import Report
 from fit3d_ns.support.json_files import UNREADABLE, read_json, write_record
@@ -122,7 +122,7 @@ def write_report(output_dir: Path, card: Mapping[str, Any], findings: Findings) 
         f'backbone = load("path/to/this/folder", assembly="{card["assembly"]}")\n'
         f"features = backbone(images)  # [B, 3, H, W], RGB in [0, 1], to [B, {channels}, h, w]"
     )
-    report.write(output_dir / "report.html")
+    report.write(output_dir / PAGE_NAME)
 
 
 def _what_was_done(card: Mapping[str, Any]) -> str:

@@ -1,17 +1,17 @@
 """What a checkpoint must hold: checked wherever one is read, before anything is made of it."""
 
 import logging
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fit3d_ns.backbones.identity import check_identity
-from fit3d_ns.features.grid import FeatureGrid
-from fit3d_ns.runs.names import DECODER_WEIGHT, EXTRA_STATE, FEATURES, GAUSSIANS
+from fit3d_ns.runs.names import DECODER_WEIGHT, EXTRA_STATE, FEATURES, GAUSSIANS, GEOMETRY
+from fit3d_ns.runs.training_state import check_training_state, shown, tensors_of
 from fit3d_ns.support.errors import DamagedFile
 from fit3d_ns.support.json_files import build
 from fit3d_ns.support.tensor_files import is_finite
@@ -30,24 +30,12 @@ _SHAPES: dict[str, tuple[int | None, ...]] = {
 
 
 @dataclass(frozen=True)
-class _ExtraState:
-    """Of ``Fit3DPipeline.get_extra_state``; what older versions did not write has a default."""
+class _Geometry:
+    """Where the Gaussians of a lift are; see `geometry_reference`."""
 
-    teacher: dict[str, Any]
-    feature_grid: FeatureGrid
-    strategy: dict[str, Any]
-    sampler: dict[str, Any]
-    random: dict[str, Any]
-    teacher_identity: dict[str, Any] | None = None
-    teacher_precision: Literal["bf16", "fp32"] | None = None
-    photos: list[str] | None = None
-
-    def __post_init__(self) -> None:
-        if self.teacher_identity is not None:
-            check_identity(self.teacher_identity, "teacher_identity")
-        for name in ("torch", "cuda", "numpy", "python"):
-            if name not in self.random:
-                raise ValueError(f"random.{name} is missing")
+    path: str
+    bytes: int
+    num_gaussians: int
 
 
 def check_state(state: Any, checkpoint: Path) -> None:
@@ -55,7 +43,7 @@ def check_state(state: Any, checkpoint: Path) -> None:
 
     Args:
         state: nerfstudio's dictionary.
-        checkpoint: Where it came from, for a remark.
+        checkpoint: Where it came from; ``step-N.ckpt`` holds step N.
 
     Raises:
         DamagedFile: If an entry is missing, of another kind, type or shape, or a tensor is NaN or infinite throughout.
@@ -63,11 +51,14 @@ def check_state(state: Any, checkpoint: Path) -> None:
     if not isinstance(state, dict):
         raise DamagedFile("it holds no dictionary")
     pipeline = state.get("pipeline")
-    if not isinstance(pipeline, dict):
-        raise DamagedFile("it holds no `pipeline` entry")
+    if not isinstance(pipeline, dict) or not pipeline:
+        raise DamagedFile("it holds no `pipeline` entry, or an empty one")
     step = state.get("step")
     if isinstance(step, bool) or not isinstance(step, int) or step < 0:
         raise DamagedFile(f"its step is {str(step)[:40]}, no whole number")
+    named = re.search(r"step-(\d+)\.ckpt$", checkpoint.name)
+    if named is not None and int(named[1]) != step:
+        raise DamagedFile(f"its step is {step}, and its name says {int(named[1])}")
     for name in ("optimizers", "schedulers", "scalers"):
         if not isinstance(state.get(name, {}), dict):
             raise DamagedFile(f"its entry {name} is no dictionary")
@@ -76,36 +67,41 @@ def check_state(state: Any, checkpoint: Path) -> None:
             raise DamagedFile(f"its entry pipeline.{str(name)[:60]} is no tensor")
     _check_gaussians(pipeline)
     _check_values(state, checkpoint)
-    extra = pipeline.get(EXTRA_STATE)
-    if extra is not None:
-        build(_ExtraState, extra, EXTRA_STATE)
+    if GEOMETRY in state:
+        build(_Geometry, state[GEOMETRY], GEOMETRY)
+    elif EXTRA_STATE in pipeline and f"{GAUSSIANS}means" not in pipeline:
+        raise DamagedFile("it holds no Gaussians, nor where they are")
+    if GEOMETRY in state or any(name == EXTRA_STATE or name.startswith(GAUSSIANS) for name in pipeline):
+        check_training_state(state)
 
 
 def _check_gaussians(pipeline: Mapping[str, Any]) -> None:
     gaussians = {name.removeprefix(GAUSSIANS): value for name, value in pipeline.items() if name.startswith(GAUSSIANS)}
+    if not gaussians:
+        return
     counts = set()
     for name, shape in _SHAPES.items():
         tensor = gaussians.get(name)
         if tensor is None:
+            if name != FEATURES:
+                raise DamagedFile(f"its Gaussians have no {name}")
             continue
         found = tuple(tensor.shape)
         fits = len(found) == len(shape) + 1 and all(b in (a, None) for a, b in zip(found[1:], shape))
         if not fits or tensor.dtype != torch.float32:
-            raise DamagedFile(f"{name} is {_shown(tensor)} instead of {_wanted(shape)} float32")
+            raise DamagedFile(f"{name} is {shown(tensor)} instead of {_wanted(shape)} float32")
         counts.add(len(tensor))
     if len(counts) > 1 or 0 in counts:
         raise DamagedFile(f"its Gaussians are {' and '.join(map(str, sorted(counts)))} in number")
     kernel, features = pipeline.get(DECODER_WEIGHT), gaussians.get(FEATURES)
     if kernel is not None and features is not None:
         if kernel.dtype != torch.float32 or tuple(kernel.shape[1:]) != (features.shape[1], 3, 3):
-            raise DamagedFile(
-                f"{DECODER_WEIGHT} is {_shown(kernel)} instead of C x {features.shape[1]} x 3 x 3 float32"
-            )
+            raise DamagedFile(f"{DECODER_WEIGHT} is {shown(kernel)} instead of C x {features.shape[1]} x 3 x 3 float32")
 
 
 def _check_values(state: Mapping[str, Any], checkpoint: Path) -> None:
     """Refuses tensors without a number in them; some Gaussians that training spoiled are only counted."""
-    for name, tensor in _tensors(state):
+    for name, tensor in tensors_of(state):
         if is_finite(tensor):
             continue
         broken = ~torch.isfinite(tensor)
@@ -116,18 +112,6 @@ def _check_values(state: Mapping[str, Any], checkpoint: Path) -> None:
             raise DamagedFile(f"{name} is NaN or infinite throughout")
         if name.startswith("pipeline."):
             _LOGGER.warning("%d of %d Gaussians in %s have NaN or infinite %s.", rows, len(tensor), checkpoint, name)
-
-
-def _tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    if isinstance(value, Tensor):
-        yield name, value
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            yield from _tensors(item, f"{name}.{key}" if name else str(key))
-
-
-def _shown(tensor: Tensor) -> str:
-    return f"{' x '.join(map(str, tensor.shape)) or 'a number'} {str(tensor.dtype).removeprefix('torch.')}"
 
 
 def _wanted(shape: tuple[int | None, ...]) -> str:

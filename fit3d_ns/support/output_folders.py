@@ -4,7 +4,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -69,6 +69,25 @@ def hold_folder(folder: Path, flag: str) -> None:
         raise UserError(f"Another process is writing to {folder}: wait for it to end, or choose another {flag}.")
     _held[name] = handle
     remove_leftovers(folder)
+
+
+def check_names_are_free(folder: Path, names: Iterable[str], flag: str) -> None:
+    """Checks before any long work that no folder stands where a file of the result will go.
+
+    Args:
+        folder: The output folder; it need not exist.
+        names: Of the files.
+        flag: By which the user names the folder, for the sentence.
+
+    Raises:
+        UserError: If one does.
+    """
+    for name in names:
+        if (folder / name).is_dir():
+            raise UserError(
+                f"{folder / name} is a folder, and a file of the result goes there: move it away, or choose another "
+                f"{flag}."
+            )
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -16,6 +16,9 @@ from probe.features.rows import Row, row_width
 from probe.output_folder import (
     COLUMNS,
     MEANINGS,
+    METRICS_NAME,
+    PAGE_NAME,
+    TABLE_NAME,
     ResultFolder,
     add_class_table,
     add_pictures,
@@ -40,7 +43,7 @@ def write_exact_report(
     width: int,
     summary: dict[str, Any],
 ) -> None:
-    """Writes metrics.json, table.md and report.html from the rows' files.
+    """Writes table.md, report.html and then metrics.json from the rows' files.
 
     Args:
         results: The output folder.
@@ -96,7 +99,6 @@ def write_exact_report(
         "rows": numbers,
         "differences": differences,
     }
-    write_record(results.folder / "metrics.json", content)
     header = ["features", "channels", *(title for _, title in columns)]
     cells = [
         [name, str(values["channels"]), *(format_summary(values[key]) for key, _ in columns)]
@@ -107,7 +109,7 @@ def write_exact_report(
     if differences:
         text += "\n" + markdown_table(*_difference_table(task, differences))
     text += f"\n`{summary['command']}`\n"
-    atomic_write_text(results.folder / "table.md", text)
+    atomic_write_text(results.folder / TABLE_NAME, text)
     report = Report(report_title(summary))
     for sentence in sentences:
         report.add_text(sentence)
@@ -134,7 +136,8 @@ def write_exact_report(
     tried = [[name, f"{score:.4g}"] for name, score in (decay["held_out"] or {}).items()]
     report.add_table(tried, ("decay", measure))
     add_provenance(report, summary)
-    report.write(results.folder / "report.html")
+    report.write(results.folder / PAGE_NAME)
+    write_record(results.folder / METRICS_NAME, content)
 
 
 def _sums(solved: SolvedRows, unit: Unit) -> Tensor:

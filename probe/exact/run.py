@@ -30,7 +30,7 @@ from probe.feature_sources import whole_size
 from probe.features.partners import Partner, note_in_model_cards
 from probe.features.rows import FrozenBackbones, Row, choose_rows, load_backbones
 from probe.features.store import FeatureStore
-from probe.output_folder import ResultFolder, provenance, report_title
+from probe.output_folder import PAGE_NAME, TABLE_NAME, ResultFolder, provenance, report_title
 from probe.protocols import ExactRecipe, choose_exact_recipe, choose_recipe
 from probe.solvers.logistic import approach_logistic, choose_logistic
 from probe.solvers.ridge import Choice, GramSums, LinearMap, choose_ridge, fit_ridge
@@ -129,8 +129,8 @@ def run_exact(config: TrainedProbeConfig, kind: Kind, world: World) -> None:
             **provenance(device),
         }
         write_exact_report(results, task, recipe, units, partners, width, summary)
-        note_in_model_cards(partners, f"{report_title(summary)} ({summary['protocol']})", results.folder / "table.md")
-        _LOGGER.info("Report: %s", results.folder / "report.html")
+        note_in_model_cards(partners, f"{report_title(summary)} ({summary['protocol']})", results.folder / TABLE_NAME)
+        _LOGGER.info("Report: %s", results.folder / PAGE_NAME)
     wait_for_all()
 
 

@@ -24,7 +24,7 @@ from probe.data.base import read_image
 from probe.data.own import PosedScene, read_posed_scene
 from probe.features.partners import require_one_each
 from probe.features.rows import FrozenBackbones, Row, choose_untrained_rows, load_backbones, row_features
-from probe.output_folder import ResultFolder, markdown_table, provenance
+from probe.output_folder import METRICS_NAME, PAGE_NAME, TABLE_NAME, ResultFolder, markdown_table, provenance
 from probe.zero_shot.matching import (
     ANGLE_BINS,
     Matches,
@@ -102,7 +102,7 @@ def run_correspondence(config: CorrespondenceConfig) -> None:
             **provenance(device),
         }
         _write(results.folder, errors, pairs, photos, shown, summary, config)
-        _LOGGER.info("Report: %s", results.folder / "report.html")
+        _LOGGER.info("Report: %s", results.folder / PAGE_NAME)
 
 
 def load_photos(scene: PosedScene, long_side: int) -> list[PosedPhoto]:
@@ -211,7 +211,6 @@ def _write(
             "recall_in_photo_pixels": {f"{pixels}px": recall(values, pixels) for pixels in RECALL_PIXELS},
         }
         rows.append([name, *("–" if value is None else f"{value:.3f}" for value in (*overall, *by_angle))])
-    write_record(folder / "metrics.json", {**summary, "pairs_by_angle": counts, "rows": numbers})
     title = f"Correspondence: {summary['backbone']['name']} on {summary['data']['name']}"
     height, width = summary["data"]["size"]
     sentence = (
@@ -222,7 +221,7 @@ def _write(
         f"{width}x{height}. '{SAME_PLACE}' matches every point with the same place of the other photo."
     )
     atomic_write_text(
-        folder / "table.md", f"# {title}\n\n{sentence}\n\n{markdown_table(header, rows)}\n`{summary['command']}`\n"
+        folder / TABLE_NAME, f"# {title}\n\n{sentence}\n\n{markdown_table(header, rows)}\n`{summary['command']}`\n"
     )
     report = Report(title)
     report.add_text(sentence)
@@ -241,7 +240,8 @@ def _write(
     report.add_code(summary["command"])
     versions = ", ".join(f"{name} {version}" for name, version in summary["versions"].items() if version)
     report.add_text(f"{versions}; {summary['device']}.")
-    report.write(folder / "report.html")
+    report.write(folder / PAGE_NAME)
+    write_record(folder / METRICS_NAME, {**summary, "pairs_by_angle": counts, "rows": numbers})
 
 
 def _shown_pair(pairs: list[tuple[int, int, float]]) -> int:

@@ -25,7 +25,7 @@ from probe.data.loading import load_data
 from probe.features.partners import require_one_each
 from probe.features.rows import FrozenBackbones, Row, choose_untrained_rows, load_backbones, row_features
 from probe.heads import resize_maps
-from probe.output_folder import ResultFolder, provenance, write_report
+from probe.output_folder import PAGE_NAME, ResultFolder, provenance, write_report
 from probe.tasks.segmentation import SegmentationTask
 
 _LOGGER = logging.getLogger(__name__)
@@ -108,7 +108,7 @@ def _run(config: RetrievalConfig, device: torch.device) -> None:
         **provenance(device),
     }
     write_report(results, task, rows, backbones.info.width, (config.seed,), summary)
-    _LOGGER.info("Report: %s", results.folder / "report.html")
+    _LOGGER.info("Report: %s", results.folder / PAGE_NAME)
 
 
 def build_memory(

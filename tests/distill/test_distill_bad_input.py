@@ -19,6 +19,7 @@ from distill.cli import distil
 from distill.photo_store import PhotoStore
 from distill.step import DistillLoss, EagerStep, GraphStep, StepInput
 from fit3d_ns.backbones import BackboneSpec
+from fit3d_ns.backbones.students.result_folder import FILES
 from fit3d_ns.support.errors import UserError
 
 FILL = PhotoStore.fill
@@ -103,6 +104,14 @@ def test_an_output_folder_that_cannot_take_the_result(make_scene, make_config, t
     folder, usage = make_scene(), shutil.disk_usage("/")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10**6))
     refused(make_config(folder), r"Checkpoints and weights need .* has 0\.00 GB left: .*--output-dir")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_folder_where_a_file_of_the_result_goes(make_scene, make_config, tmp_path, name):
+    config = make_config(make_scene("room"))
+    (config.output_dir / name).mkdir(parents=True)
+    refused(config, f"{name} is a folder, and a file of the result goes there: move it away, or choose another --out")
+    assert [path.name for path in config.output_dir.iterdir()] == [name]
 
 
 def test_a_repository_that_cannot_be_pushed_to(make_scene, make_config, monkeypatch):

@@ -15,10 +15,12 @@ from safetensors.torch import load_file, save_file
 
 from fit3d_ns.backbones import BackboneSpec, backbone_identity, hash_state_dict, load
 from fit3d_ns.support.errors import UserError
+from probe import output_folder
 from probe.cli import main
 from probe.config import DepthConfig, SegmentationConfig
-from probe.exact import patches
+from probe.exact import patches, report
 from probe.exact import run as exact_run
+from probe.features.store import FeatureStore
 from probe.run import run_trained_probe
 
 
@@ -314,6 +316,32 @@ def test_mistakes_are_said_in_one_sentence(make_config, weights, colored_blocks,
         save_png(path, np.zeros_like(np.array(Image.open(path))))
     fails("Only one class occurs in the training photos", data=one)
     assert not list(tmp_path.glob("bad_*/metrics.json"))
+
+
+@pytest.mark.parametrize("name", ["table.md", "report.html", "metrics.json"])
+@pytest.mark.parametrize("protocol", ["exact", "fast"])
+def test_a_folder_where_a_file_of_the_result_goes(make_config, tmp_path, monkeypatch, name, protocol):
+    monkeypatch.setattr(FeatureStore, "fill", lambda *_: pytest.fail("features were computed"))
+    (tmp_path / "out" / name).mkdir(parents=True)
+    options = {"protocol": "fast", "iterations": 3} if protocol == "fast" else {}
+    with pytest.raises(UserError, match=f"{name} is a folder, and a file of the result goes there"):
+        run_trained_probe(make_config("out", **options), "segmentation")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [name]
+
+
+def test_the_numbers_come_after_all_that_they_vouch_for(make_config, tmp_path, monkeypatch):
+    for number, (protocol, module) in enumerate((("exact", report), ("fast", output_folder))):
+        write_record = module.write_record
+
+        def write(path, content):
+            assert path.name == "metrics.json" and (path.parent / "table.md").is_file()
+            assert (path.parent / "report.html").is_file()
+            write_record(path, content)
+
+        monkeypatch.setattr(module, "write_record", write)
+        options = {"protocol": "fast", "iterations": 3} if protocol == "fast" else {}
+        run_trained_probe(make_config(f"out_{number}", assemblies=("original",), **options), "segmentation")
+        assert (tmp_path / f"out_{number}" / "metrics.json").is_file()
 
 
 def test_what_the_truth_lacks_is_said(make_config, colored_blocks, tmp_path):

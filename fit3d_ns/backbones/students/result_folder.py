@@ -41,6 +41,10 @@ PROBES_NAME = "probes.json"
 """Tables of the probes that were run on the result, for the model card."""
 CARD_NAME = "card.json"
 """Where the weights come from, beside them."""
+PAGE_NAME = "report.html"
+"""What was learned, to look at."""
+FILES = (WEIGHTS_NAME, STUDENT_NAME, METRICS_NAME, README_NAME, PROBES_NAME, CARD_NAME, PAGE_NAME)
+"""That every result may have."""
 
 _CHECKSUM = "checksum"
 """Field of a card: hash of all others."""
