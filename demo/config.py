@@ -91,7 +91,7 @@ _CPU_SIZES = {
     "width": 280,
     "height": 210,
     "splat_steps": 400,
-    "distill_steps": 200,
+    "distill_steps": 140,
 }
 _GPU_SIZES = {
     "views": 40,
