@@ -16,7 +16,8 @@ from fit3d_ns.compat import resume_adds_steps
 from fit3d_ns.runs.checkpoints import find_checkpoint, read_checkpoint, run_folder
 from fit3d_ns.runs.config_reader import read_config
 from fit3d_ns.runs.names import CONFIG, EXTRA_STATE, RECORD
-from fit3d_ns.support.errors import UserError, first_line
+from fit3d_ns.runs.training_state import check_optimizers
+from fit3d_ns.support.errors import DamagedFile, UserError, first_line
 from fit3d_ns.support.files import atomic_write_text, explain_unwritable, sync_to_disk
 from fit3d_ns.support.output_folders import hold_folder
 from fit3d_ns.support.threads import one_thread_for_small
@@ -191,6 +192,12 @@ class Fit3DTrainer(Trainer):
         if wanted is not None:
             checkpoint = find_checkpoint(wanted, self.config.load_step)
             state = read_checkpoint(checkpoint)  # a damaged file is said in one sentence
+            try:
+                check_optimizers(state)
+            except DamagedFile as error:
+                raise UserError(
+                    f"The checkpoint {checkpoint} cannot be gone on with ({error}): use another checkpoint of that run."
+                ) from error
             self.pipeline.check_resumes(checkpoint, state["pipeline"].get(EXTRA_STATE) or {})  # type: ignore[operator]
             self.config.load_dir, self.config.load_checkpoint = None, checkpoint
         try:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fit3d_ns.runs.names import DECODER_WEIGHT, EXTRA_STATE, FEATURES, GAUSSIANS, GEOMETRY
-from fit3d_ns.runs.training_state import check_training_state, shown, tensors_of
+from fit3d_ns.runs.training_state import check_extra_state, shown, tensors_of
 from fit3d_ns.support.errors import DamagedFile
 from fit3d_ns.support.json_files import build
 from fit3d_ns.support.tensor_files import is_finite
@@ -72,7 +72,7 @@ def check_state(state: Any, checkpoint: Path) -> None:
     elif EXTRA_STATE in pipeline and f"{GAUSSIANS}means" not in pipeline:
         raise DamagedFile("it holds no Gaussians, nor where they are")
     if GEOMETRY in state or any(name == EXTRA_STATE or name.startswith(GAUSSIANS) for name in pipeline):
-        check_training_state(state)
+        check_extra_state(state)
 
 
 def _check_gaussians(pipeline: Mapping[str, Any]) -> None:

@@ -74,8 +74,8 @@ class _ExtraState:
                 raise ValueError(f"random.{name} is no state of that random generator")
 
 
-def check_training_state(state: Mapping[str, Any]) -> None:
-    """Checks what training goes on with, where a checkpoint is of this project's method or of splatfacto.
+def check_extra_state(state: Mapping[str, Any]) -> None:
+    """Checks this project's own state and the types of all tensors of the model, Gaussians or not.
 
     Args:
         state: nerfstudio's dictionary, its Gaussians, or where they are, checked.
@@ -83,11 +83,8 @@ def check_training_state(state: Mapping[str, Any]) -> None:
     Raises:
         DamagedFile: Naming the entry that is missing, of another type, or of another shape than what it belongs to.
     """
-    pipeline, optimizers = state["pipeline"], state.get("optimizers")
-    for name in ("optimizers", "scalers"):
-        if not isinstance(state.get(name), dict):
-            raise DamagedFile(f"its entry {name} is missing or no dictionary")
-    for name, tensor in tensors_of({"pipeline": {**pipeline, EXTRA_STATE: {}}, "optimizers": optimizers}):
+    pipeline = state["pipeline"]
+    for name, tensor in tensors_of({**pipeline, EXTRA_STATE: {}}):
         if tensor.is_floating_point() and tensor.dtype != torch.float32:
             raise DamagedFile(f"{name} is {shown(tensor)} instead of float32")
     if EXTRA_STATE in pipeline:
@@ -96,9 +93,26 @@ def check_training_state(state: Mapping[str, Any]) -> None:
         _check_extra_state(build(_ExtraState, pipeline[EXTRA_STATE], EXTRA_STATE), count, pipeline.get(DECODER_WEIGHT))
     elif f"{GAUSSIANS}{FEATURES}" in pipeline or GEOMETRY in state:
         raise DamagedFile(f"its entry {EXTRA_STATE} is missing")
-    _check_optimizers(state["optimizers"], pipeline)
-    schedulers = state.get("schedulers", {})
-    if EXTRA_STATE in pipeline and "means" in state["optimizers"] and "means" not in schedulers:
+
+
+def check_optimizers(state: Mapping[str, Any]) -> None:
+    """Checks optimizers and schedulers, for a training that goes on; nothing else has a use for them.
+
+    Args:
+        state: nerfstudio's dictionary, of this project's method, and otherwise checked.
+
+    Raises:
+        DamagedFile: Naming the entry that is missing, of another type, or of another shape than what it belongs to.
+    """
+    for name in ("optimizers", "schedulers", "scalers"):
+        if not isinstance(state.get(name), dict):
+            raise DamagedFile(f"its entry {name} is missing or no dictionary")
+    optimizers, schedulers = state["optimizers"], state["schedulers"]
+    for name, tensor in tensors_of(optimizers, "optimizers"):
+        if tensor.is_floating_point() and tensor.dtype != torch.float32:
+            raise DamagedFile(f"{name} is {shown(tensor)} instead of float32")
+    _check_groups(optimizers, state["pipeline"])
+    if "means" in optimizers and "means" not in schedulers:
         raise DamagedFile("its entry schedulers.means is missing")
     for group, scheduler in schedulers.items():
         _check_scheduler(f"schedulers.{group}", scheduler)
@@ -127,7 +141,7 @@ def shown(tensor: Tensor) -> str:
     return f"{' x '.join(map(str, tensor.shape)) or 'a number'} {str(tensor.dtype).removeprefix('torch.')}"
 
 
-def _check_optimizers(optimizers: Mapping[str, Any], pipeline: Mapping[str, Any]) -> None:
+def _check_groups(optimizers: Mapping[str, Any], pipeline: Mapping[str, Any]) -> None:
     """Refuses groups that are torn; all may be gone, and start anew then (`drop_optimizer_state`)."""
     for group, optimizer in optimizers.items():
         name = f"optimizers.{group}"

@@ -9,7 +9,9 @@ from paths import DATA
 from torch import Tensor
 
 from fit3d_ns.runs.checkpoint_checks import check_state
-from fit3d_ns.support.errors import DamagedFile
+from fit3d_ns.runs.checkpoints import read_checkpoint
+from fit3d_ns.runs.training_state import check_optimizers
+from fit3d_ns.support.errors import DamagedFile, UserError
 
 CHECKPOINT = next((DATA / "run_0.1.0").rglob("*.ckpt"))
 
@@ -66,13 +68,19 @@ def _lift() -> dict[str, Any]:
     return {**state, "pipeline": pipeline, "optimizers": {}, "schedulers": {}, "scalers": {}, "geometry": geometry}
 
 
+def _check(state: dict[str, Any]) -> None:
+    """As a training that goes on does."""
+    check_state(state, CHECKPOINT)
+    check_optimizers(state)
+
+
 STATES = {"run": _read, "lift": _lift}
 
 
 def test_it_is_whole():
     assert len(PATHS) > 35 and ("pipeline", "_extra_state", "random", "torch") in PATHS
     for read in STATES.values():
-        check_state(read(), CHECKPOINT)
+        _check(read())
 
 
 @pytest.mark.parametrize("other", OTHERS)
@@ -96,13 +104,30 @@ def test_an_entry_of_another_kind_is_refused(which, other):
         if absent or valid or last in USED_BY_NOBODY or name in NEVER_STEPPED or (same_kind and before == {}):
             continue
         try:
-            check_state(state, CHECKPOINT)
+            _check(state)
             accepted.append(name)
         except DamagedFile:
             pass
     # All optimizers may be gone together, and start anew.
-    fine = {"missing": {"run": [], "lift": ["schedulers"]}, "dictionary": {"run": ["optimizers"], "lift": []}}
+    fine = {"missing": {"run": [], "lift": []}, "dictionary": {"run": ["optimizers"], "lift": []}}
     assert accepted == fine.get(other, {}).get(which, []), accepted
+
+
+def test_only_a_training_that_goes_on_needs_the_optimizers(tmp_path, scene, make_config, make_trainer):
+    state = _read()
+    state["optimizers"]["means"]["state"][0]["exp_avg"] = torch.zeros(3)
+    check_state(state, CHECKPOINT)
+    config = make_config(scene, steps=2)
+    make_trainer(config).train()
+    checkpoint = config.get_checkpoint_dir() / "step-000000001.ckpt"
+    state = torch.load(checkpoint, weights_only=True)
+    state["optimizers"]["means"]["state"][0]["exp_avg"] = torch.zeros(3)
+    torch.save(state, checkpoint)
+    read_checkpoint(checkpoint)
+    config = make_config(scene, steps=4)
+    config.load_checkpoint = checkpoint
+    with pytest.raises(UserError, match=r"step-000000001.ckpt cannot be gone on with \(optimizers.means.*exp_avg is 3"):
+        make_trainer(config).train()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -117,6 +142,6 @@ def test_one_tensor_that_is_not_what_it_was_is_named(path, kind):
         return  # nothing to halve
     holder[path[-1]] = damaged
     with pytest.raises(DamagedFile) as error:
-        check_state(state, CHECKPOINT)
+        _check(state)
     named = path[-1].rpartition(".")[2] if path[0] == "pipeline" else path[1]
     assert named in str(error.value) or "Gaussians are 122 and" in str(error.value)
