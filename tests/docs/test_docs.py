@@ -178,7 +178,7 @@ def test_every_page_with_commands_is_read():
     """A block that the reader overlooks would be checked by nobody."""
     shown = {shlex.join(command.words) for command in _shown()}
     assert "ns-train fit3d-splat --data path/to/scene" in shown, "fenced"
-    assert "fit3d-distill --runs lifts/k1 --lr 3e-5 --steps 3000 --output-dir distilled/k1" in shown, "indented"
+    assert "fit3d-distill --runs lifts/k1 --steps 140 --seed 1 --output-dir distilled/k1" in shown, "indented"
     assert any("--camera-path camera_path.json" in line and "--no-splat" in line for line in shown), "on two lines"
     assert {command.page for command in _shown()} >= {"README.md", "docs/lifting.md", "docs/commands/probe.md"}
 
