@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fit3d_ns.compat import listing_without
 from fit3d_ns.data.folders import is_leftover
+from fit3d_ns.data.photos.lenses import Lens, leaves_a_photo, lenses_of
 from fit3d_ns.data.points.seed_points import read_point_cloud, sift
 from fit3d_ns.data.poses import check_poses
 from fit3d_ns.data.scene_file import CAMERA_MODELS, FISHEYE624, FrameLens
@@ -210,7 +211,8 @@ def check_cameras(outputs: DataparserOutputs, source: str) -> None:
         source: The scene, for sentences.
 
     Raises:
-        UserError: Naming the first photo whose camera is of another type, or has an intrinsic that is out of range.
+        UserError: Naming the first photo whose camera is of another type, has an intrinsic that is out of range, or
+            coefficients that no lens has.
     """
     cameras = outputs.cameras
     for index, photo in enumerate(outputs.image_filenames):
@@ -225,3 +227,19 @@ def check_cameras(outputs: DataparserOutputs, source: str) -> None:
         for name, value in values.items():
             if not math.isfinite(value) or (name in ("fx", "fy") and value <= 0):
                 raise UserError(f"{name} of the camera of {photo} in {source} is {value:g}: mend or remove that view.")
+    try:
+        lenses = lenses_of(cameras)
+    except ValueError as error:
+        raise UserError(f"A camera in {source} cannot be undistorted ({error}): mend its distortion.") from error
+    judged: dict[Lens, bool] = {}
+    for photo, lens in zip(outputs.image_filenames, lenses):
+        if lens is None:
+            continue
+        if lens not in judged:
+            judged[lens] = leaves_a_photo(lens)
+        if not judged[lens]:
+            shown = ", ".join(f"{value:g}" for value in lens.distortion)
+            raise UserError(
+                f"The camera of {photo} in {source} has distortion coefficients that leave nothing of the photo once "
+                f"it is undistorted ({shown}): mend them."
+            )

@@ -19,6 +19,9 @@ _FISHEYE624 = 9
 _UNDISTORTED = {_PERSPECTIVE: 6, _FISHEYE: 6, _FISHEYE624: 12}
 """The camera types that are undistorted, and their numbers of distortion parameters."""
 
+_MOST_ZOOM = 20
+"""By which undistorting may enlarge or shrink the middle of a photo; lenses stay below 3."""
+
 
 @dataclass(frozen=True)
 class Lens:
@@ -88,6 +91,28 @@ def lenses_of(cameras: Any) -> list[Lens | None]:
             )
         )
     return lenses
+
+
+def leaves_a_photo(lens: Lens) -> bool:
+    """Returns whether anything to look at is left of a photo once it is undistorted.
+
+    Args:
+        lens: Of the photo. Coefficients that no lens has turn the picture into a point, or far beyond its frame.
+    """
+    import cv2
+
+    K = np.array([[lens.fx, 0, lens.cx - 0.5], [0, lens.fy, lens.cy - 0.5], [0, 0, 1]])
+    size, distortion = (lens.width, lens.height), np.array(lens.distortion, dtype=np.float64)
+    if lens.camera_type == _PERSPECTIVE:
+        k1, k2, k3, _, p1, p2 = distortion
+        made, (_, _, width, height) = cv2.getOptimalNewCameraMatrix(K, np.array([k1, k2, p1, p2, k3]), size, 0)
+    elif lens.camera_type == _FISHEYE:
+        made = cv2.fisheye.estimateNewCameraMatrixForUndistortRectify(K, distortion[:4], size, np.eye(3), balance=0)
+        width, height = size
+    else:
+        return True
+    zoom = np.array([made[0, 0] / lens.fx, made[1, 1] / lens.fy])
+    return bool(min(width, height) > 0 and (zoom > 1 / _MOST_ZOOM).all() and (zoom < _MOST_ZOOM).all())
 
 
 @dataclass(frozen=True)

@@ -110,6 +110,29 @@ def test_what_cannot_be_heeded_is_refused_by_frame_and_key(scene, tmp_path, kind
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "model, values",
+    [
+        ("OPENCV", {"p1": 7}),
+        ("OPENCV", {"p2": 7}),
+        ("OPENCV", {"p1": -1e12}),
+        ("OPENCV", {"k1": 1e12}),
+        ("OPENCV_FISHEYE", {"k1": 1e12}),
+        ("OPENCV_FISHEYE", {"k1": 1e30, "k2": -1e30}),
+    ],
+)
+def test_coefficients_that_leave_nothing_of_a_photo_are_refused(scene, model, values):
+    edit(scene / "transforms.json", lambda content: content.update(values, camera_model=model))
+    with pytest.raises(UserError, match=r"camera of \S*frame_0000\d.png .*leave nothing of the photo.*: mend them"):
+        read("nerfstudio", scene)
+
+
+@pytest.mark.parametrize("k1, k2", [(0.3, 0.1), (-0.4, 0.1), (1.2, 0.5)])
+def test_strong_lenses_are_not(scene, k1, k2):
+    edit(scene / "transforms.json", lambda content: content.update(k1=k1, k2=k2, p1=0.01, p2=-0.01))
+    assert lenses_of(read("nerfstudio", scene).cameras)[0] is not None
+
+
 @pytest.mark.parametrize("model", CAMERA_MODEL_TO_TYPE)
 def test_every_camera_type_is_undistorted_by_its_own_model_or_refused(scene, model):
     def change(content):
@@ -182,10 +205,13 @@ def test_other_dataparsers_are_judged_by_what_they_give(scene):
     assert outputs().cameras is given.cameras
     for kind in CameraType:
         given.cameras.camera_type[ODD] = kind.value
-        if kind in (CameraType.PERSPECTIVE, CameraType.FISHEYE, CameraType.FISHEYE624):
+        if kind in (CameraType.PERSPECTIVE, CameraType.FISHEYE):
             outputs()
             continue
-        with pytest.raises(UserError, match=f"{given.image_filenames[ODD].name}.*type {kind.name}"):
+        said = f"{given.image_filenames[ODD].name}.*type {kind.name}"
+        if kind == CameraType.FISHEYE624:
+            said = "camera in .* cannot be undistorted .distortion has 6 numbers instead of 12.: mend"
+        with pytest.raises(UserError, match=said):
             outputs()
     given.cameras.camera_type[ODD] = CameraType.PERSPECTIVE.value
     for name in ("fx", "fy"):
