@@ -364,9 +364,7 @@ class Fit3DPipeline(VanillaPipeline):
         assert run is not None
         folder = run_folder(find_checkpoint(run))
         stored = read_coordinates(folder)
-        if stored is None:
-            _LOGGER.warning(f"{folder / COORDINATES} is missing: whether the run's poses agree cannot be checked.")
-        elif not stored.agrees_with(Coordinates.of(self.datamanager.train_dataparser_outputs)):
+        if stored is not None and not stored.agrees_with(Coordinates.of(self.datamanager.train_dataparser_outputs)):
             raise UserError(
                 f"The run {run} was trained in other coordinates than this scene gives (its {COORDINATES} differs): "
                 "use the same --data and the same dataparser flags as that run."

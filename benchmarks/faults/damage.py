@@ -22,7 +22,7 @@ _THEIRS = ("scene", "colmap", "blocks/", "camera_path", "names.txt", "e/splat.pl
 """Beginnings of files of the user's, whose word is taken where it is a valid one."""
 _NAMED_ANEW = ("teacher.safetensors",)
 """Likewise, where no run knows yet what was in it."""
-_SAID = ("no card says otherwise",)
+_SAID = ("no card says otherwise", "coordinates follow from its scene's is not known")
 """What a command says when it goes on without a file that may be missing."""
 
 

@@ -1,5 +1,6 @@
 """The coordinates that a run was trained in, and whether a scene still gives the same."""
 
+import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from fit3d_ns.runs.names import COORDINATES
 from fit3d_ns.support.errors import UserError, first_line
 from fit3d_ns.support.json_files import UNREADABLE, read_json
 
+_LOGGER = logging.getLogger(__name__)
 _TOLERANCE = 1e-4
 """Of rotations and relative scale; of positions in the units of the training."""
 _ROUNDING = 1e-6
@@ -62,7 +64,7 @@ def read_coordinates(run: Path) -> Coordinates | None:
         run: Its folder.
 
     Returns:
-        Its coordinates; None if the file is missing.
+        Its coordinates; None, with a warning, if the file is missing.
 
     Raises:
         UserError: If the file is damaged.
@@ -74,6 +76,7 @@ def read_coordinates(run: Path) -> Coordinates | None:
         if transform.shape != (3, 4) or not np.isfinite(transform).all() or not 0 < scale < math.inf:
             raise ValueError("no 3x4 matrix and positive scale")
     except FileNotFoundError:
+        _LOGGER.warning("%s is missing: how the run's coordinates follow from its scene's is not known.", path)
         return None
     except (*UNREADABLE, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({first_line(error)}): restore it or train again.") from error

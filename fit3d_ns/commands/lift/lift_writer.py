@@ -56,7 +56,8 @@ def finished_request(folder: Path) -> dict[str, Any] | None:
         request = build(dict[str, Any], build(dict[str, Any], read_json(folder / RECORD)).get("request"), "request")
         read_config(folder)
         read_checkpoint(find_checkpoint(folder))
-        read_coordinates(folder)
+        if read_coordinates(folder) is None:
+            return None
     except FileNotFoundError:
         return None
     except DamagedFile as error:

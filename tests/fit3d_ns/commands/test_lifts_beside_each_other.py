@@ -112,7 +112,10 @@ def test_geometry_that_is_gone_or_another_one_is_said(splatfacto_run, lift_comma
     assert read_checkpoint(checkpoint)["pipeline"]["_model.gauss_params.fit3d_features"].any()
 
 
-@pytest.mark.parametrize("lost", ["config.yml", "lift.json", "lift.safetensors", "nerfstudio_models"])
+@pytest.mark.parametrize(
+    "lost",
+    ["config.yml", "lift.json", "lift.safetensors", "nerfstudio_models", "dataparser_transforms.json"],
+)
 def test_a_lift_that_is_not_whole_is_made_anew(splatfacto_run, lift_command, lost):
     source = splatfacto_run()
     (config,) = run_lift(lift_command(load_config=source))

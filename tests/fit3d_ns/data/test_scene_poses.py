@@ -168,9 +168,9 @@ def test_views_at_one_place_are_refused_in_every_format(scene, tmp_path, kind, p
         read(kind, tmp_path / "data")
 
 
-def test_coordinates_of_a_run_that_are_damaged_or_others(tmp_path):
+def test_coordinates_of_a_run_that_are_damaged_or_others(tmp_path, caplog):
     path = tmp_path / "dataparser_transforms.json"
-    assert read_coordinates(tmp_path) is None
+    assert read_coordinates(tmp_path) is None and f"{path} is missing: how the run's coordinates" in caplog.text
     good = {"transform": np.eye(4)[:3].tolist(), "scale": 0.5}
     text = json.dumps(good)
     damaged = [*(text[:length] for length in range(0, len(text), 7)), "null", "[]", "7", "[" * 100000]
