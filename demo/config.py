@@ -17,7 +17,7 @@ class DemoConfig:
     """Lifts rooms, distils them, probes the result on a further room, and writes OUTPUT_DIR/report.html.
 
     Stopped at any moment and started again, it goes on where it was. Sizes that are not given suit the machine:
-    about 1,100 seconds of processor time on a CPU.
+    about 850 seconds of processor time on a CPU.
     """
 
     output_dir: Path = Path("outputs/demo")
@@ -85,7 +85,7 @@ def settings(config: DemoConfig) -> dict[str, Any]:
     return values
 
 
-# Chosen so that two idle cores need about twelve minutes (docs/benchmarks.md).
+# Chosen so that two idle cores need about nine minutes (docs/benchmarks.md).
 _CPU_SIZES = {
     "views": 30,
     "width": 280,
