@@ -110,17 +110,19 @@ def run_all(config: FaultsConfig) -> tuple[list[dict[str, Any]], dict[str, list[
 
 
 def recorded(config: FaultsConfig) -> list[dict[str, Any]]:
-    """Returns what an earlier start did that was stopped, and leaves it in the log, without what is to be run again.
+    """Returns what an earlier start did, and leaves it in the log, without what is to be run again.
 
     Args:
-        config: The user's choices.
+        config: The user's choices. A start that was not stopped is gone on with only if asked for once more.
     """
     records = []
+    if config.again and config.output.is_file() and not config.log.is_file():
+        records = json.loads(config.output.read_text())["cases"]
     for line in config.log.read_text().splitlines() if config.log.is_file() else []:
         with suppress(json.JSONDecodeError):  # a line that a killed start did not end
             records.append(json.loads(line))
     records = [one for one in records if one["what"] != "harness" and (one["good"] or not config.again)]
-    if config.log.is_file():
+    if records or config.log.is_file():
         atomic_write_text(config.log, "".join(json.dumps(record) + "\n" for record in records))
     return records
 

@@ -186,6 +186,15 @@ def test_a_stopped_harness_goes_on_after_the_last_whole_line(tmp_path):
     assert recorded(replace(config, again=True)) == whole[:1]
 
 
+def test_a_harness_that_came_to_its_end_runs_again_what_ended_badly(tmp_path):
+    config = FaultsConfig(output=tmp_path / "faults.json")
+    cases = [{"what": "kill", "number": 0, "good": True, "seed": 0}, {"what": "kill", "number": 1, "good": False}]
+    config.output.write_text(json.dumps({"cases": cases}))
+    assert recorded(config) == [], "another start is another run"
+    assert recorded(replace(config, again=True)) == cases[:1]
+    assert [json.loads(line) for line in config.log.read_text().splitlines()] == cases[:1]
+
+
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory) -> list[dict]:
     folder = tmp_path_factory.mktemp("faults")
