@@ -20,7 +20,7 @@ _UNDISTORTED = {_PERSPECTIVE: 6, _FISHEYE: 6, _FISHEYE624: 12}
 """The camera types that are undistorted, and their numbers of distortion parameters."""
 
 _MOST_ZOOM = 20
-"""By which undistorting may enlarge or shrink the middle of a photo; lenses stay below 3."""
+"""By which undistorting may enlarge or shrink the middle of a photo: far more than any real lens needs."""
 
 
 @dataclass(frozen=True)
