@@ -3,7 +3,9 @@
 import re
 import zipfile
 import zlib
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 from fit3d_ns.support.errors import DamagedFile
 
 _AT_ONCE = 8
-"""Records that are read at once."""
+"""Threads that read records."""
 _CHUNK = 2**20
 """Bytes."""
 _whole: set[tuple[int, ...]] = set()
@@ -60,6 +62,12 @@ def _is_whole(archive: zipfile.ZipFile, record: zipfile.ZipInfo) -> bool:
     return True
 
 
+def _are_whole(path: Path, records: Sequence[zipfile.ZipInfo]) -> bool:
+    """Whether all these records have theirs; by an archive of its own, since threads cannot share one."""
+    with zipfile.ZipFile(path) as archive:
+        return all(_is_whole(archive, record) for record in records)
+
+
 def _compare_checksums(path: Path) -> None:
     """Reads every record of the archive; torch compares none of its checksums. Formats before torch 1.6 have none."""
     try:
@@ -68,14 +76,14 @@ def _compare_checksums(path: Path) -> None:
             return
         with zipfile.ZipFile(path) as archive:
             records = sorted(archive.infolist(), key=lambda record: -record.file_size)
-            with ThreadPoolExecutor(_AT_ONCE) as pool:
-                whole = pool.map(lambda record: _is_whole(archive, record), records)
-                broken = next((record for record, good in zip(records, whole) if not good), None)
+        shares = [records[first::_AT_ONCE] for first in range(_AT_ONCE)]
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            whole = all(pool.map(partial(_are_whole, path), filter(None, shares)))
     except FileNotFoundError:
         raise
     except (OSError, ValueError, RuntimeError, NotImplementedError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise DamagedFile(f"it is damaged or was not written by torch, {type(error).__name__}") from error
-    if broken is not None:
+    if not whole:
         raise DamagedFile("it is damaged, its data differ from their checksums")
     _whole.add(state)
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fit3d_ns.support.compiling import can_compile
 from probe.data.base import IGNORE
 from probe.tasks import losses
 from probe.tasks.losses import cell_cross_entropy, cross_entropy, full_resolution_cross_entropy
@@ -59,6 +60,8 @@ def test_fused_cross_entropy_on_cuda(size, grid):
     gradients = [torch.autograd.grad(full_resolution_cross_entropy(logits, labels), logits)[0] for _ in range(2)]
     torch.testing.assert_close(gradients[0], expected, rtol=1e-3, atol=1e-7)
     assert torch.equal(*gradients)
+    if not can_compile(logits.device):
+        pytest.skip("kernels cannot be compiled here, so that the loss is taken as it is written")
     big = torch.randn(4, 150, 37, 37, device="cuda", requires_grad=True)
     places = torch.randint(0, 150, (4, 512, 512), device="cuda")
     before = torch.cuda.memory_allocated()

@@ -1,6 +1,7 @@
 """Files of torch.save: read without running code, compared with their checksums once as long as they do not change."""
 
 import os
+import threading
 import zipfile
 
 import pytest
@@ -68,6 +69,23 @@ def test_a_file_that_takes_anothers_place_is_compared(path, compared):
     path.with_name("b.ckpt").replace(path)
     read_torch(path)
     assert len(compared) == 2 * number
+
+
+def test_no_archive_is_read_in_two_threads(tmp_path, monkeypatch):
+    """`zipfile` loses its place then, with Python 3.12 and 3.13 nearly always, and whole files would be refused."""
+    content = {str(number): torch.randn(3000 + number) for number in range(200)}
+    torch.save(content, tmp_path / "many.ckpt")
+    readers: dict[zipfile.ZipFile, set[int]] = {}
+    opened = zipfile.ZipFile.open
+
+    def noted(archive, *arguments, **settings):
+        readers.setdefault(archive, set()).add(threading.get_ident())
+        return opened(archive, *arguments, **settings)
+
+    monkeypatch.setattr(zipfile.ZipFile, "open", noted)
+    read = read_torch(tmp_path / "many.ckpt")
+    assert all(torch.equal(read[name], value) for name, value in content.items())
+    assert len(readers) > 1 and all(len(threads) == 1 for threads in readers.values())
 
 
 def test_what_is_missing_is_said_as_that(tmp_path):
