@@ -97,6 +97,6 @@ _GPU_SIZES = {
     "views": 40,
     "width": 400,
     "height": 300,
-    "splat_steps": 1500,
-    "distill_steps": 800,
+    "splat_steps": 1000,
+    "distill_steps": 400,
 }

@@ -187,7 +187,7 @@ def after_the_loop(config: DemoConfig) -> list[Step]:
     command = (
         f"fit3d-probe correspondence --data {_quoted(where.held_out_room)} {backbone} "
         f"--tuned {_quoted(where.distilled('lifted'))}{control} --assemblies original tuned concat --pairs-per-bin 8 "
-        f"--output-dir {_quoted(where.probe('correspondence'))}"
+        f"--workers 0 --output-dir {_quoted(where.probe('correspondence'))}"
     )
     return [*steps, _step("correspondence", "Find points again in other views of the held-out room", command)]
 

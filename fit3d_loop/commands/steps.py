@@ -2,14 +2,15 @@
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from fit3d_loop.commands.worker import CommandLost, Settings, Taken, run_words
+from fit3d_loop.commands.worker import CommandEnded, CommandLost, Settings, Taken, run_words
 from fit3d_loop.records import Places
 from fit3d_ns.support.console import CONSOLE
 from fit3d_ns.support.files import atomic_write_text
@@ -149,6 +150,28 @@ def run_step(places: Places, step: Step, machine: WholeMachine) -> StepRecord:
     return record
 
 
+def run_steps(places: Places, steps: Sequence[Step], machine: WholeMachine, at_once: int) -> list[StepRecord]:
+    """Does steps that do not need one another, as `run_step` does each.
+
+    Args:
+        places: Of the output folder.
+        steps: What to do.
+        machine: Where.
+        at_once: How many side by side, at most.
+
+    Returns:
+        Their records, in the order of the steps.
+
+    Raises:
+        UserError: If one failed; none is begun after it.
+    """
+    pool = ThreadPoolExecutor(at_once, thread_name_prefix="step")
+    try:
+        return list(pool.map(lambda step: run_step(places, step, machine), steps))
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
 def _do(places: Places, step: Step) -> Taken:
     words = step.words
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -158,7 +181,7 @@ def _do(places: Places, step: Step) -> Taken:
     for attempt in range(1, _ATTEMPTS + 1):
         try:
             return run_words(words, log, progress, lock, step.settings)
-        except CommandLost:
-            if attempt == _ATTEMPTS:
+        except CommandLost as error:
+            if attempt == _ATTEMPTS or isinstance(error, CommandEnded):
                 raise
     raise AssertionError

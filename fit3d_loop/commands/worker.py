@@ -17,7 +17,7 @@ import time
 import traceback
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import entry_points
 from multiprocessing import connection, forkserver
 from multiprocessing.context import BaseContext
@@ -39,9 +39,12 @@ _OWN = {
     "fit3d-export": "fit3d_ns.commands.export.cli",
     "fit3d-lift": "fit3d_ns.commands.lift.cli",
     "fit3d-loop-pictures": "fit3d_loop.comparison_pictures",
+    "fit3d-probe": "probe.cli",
     "fit3d-rooms": "fit3d_rooms.cli",
 }
 """Modules of this project's commands, each with a ``main``."""
+_OF_THE_MOMENT = ("CUDA_VISIBLE_DEVICES", "CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY")
+"""Variables that may differ from those of the process that commands are forked from."""
 _PROBE = "import sys; from probe.cli import main; sys.argv[0] = 'fit3d-probe'; main()"
 """The command, also where no script of its name is installed."""
 _MEMORY = re.compile("out of memory|memory does not suffice|cannot allocate memory|MemoryError", re.IGNORECASE)
@@ -60,6 +63,10 @@ class CommandFailed(UserError):
 
 class CommandLost(UserError):
     """A command was killed, or ran out of memory: it may succeed elsewhere, or with fewer neighbours."""
+
+
+class CommandEnded(CommandLost):
+    """A command was ended by `end_all`, and is not tried again."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +106,7 @@ def run_words(words: Sequence[str], log: Path, progress: Path, lock: Path, setti
 
     Raises:
         CommandFailed: If it ended with an error.
-        CommandLost: If it was killed or ran out of memory.
+        CommandLost: If it was killed or ran out of memory; as `CommandEnded` if `end_all` did it.
     """
     for path in (log, progress, lock):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -129,6 +136,7 @@ def run_words(words: Sequence[str], log: Path, progress: Path, lock: Path, setti
 def end_all() -> None:
     """Ends all processes that this one started."""
     for process in list(_running):
+        _running.discard(process)
         with suppress(ValueError, AttributeError):
             process.kill()
 
@@ -147,7 +155,7 @@ _SERVER_ENVIRONMENT = {
 
 
 def fork_context() -> BaseContext:
-    """Makes sure that the process to fork from is there.
+    """Makes sure that the process to fork from is there, or on its way: what it imports is not waited for.
 
     Returns:
         What starts processes.
@@ -168,15 +176,18 @@ def fork_context() -> BaseContext:
 
 
 def _start(words: Sequence[str], log: Path, progress: Path, lock: Path, settings: Settings) -> int:
-    if settings.gpu is None:  # of this process now, which may differ from when the one to fork from was started
-        settings = replace(settings, gpu=os.environ.get("CUDA_VISIBLE_DEVICES"))
+    environment = {name: os.environ.get(name) for name in _OF_THE_MOMENT}
+    if settings.gpu is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = settings.gpu
     process = fork_context().Process(  # type: ignore[attr-defined]
-        target=_run, args=(list(words), str(log), str(progress), str(lock), settings), name=words[0]
+        target=_run, args=(list(words), str(log), str(progress), str(lock), settings, environment), name=words[0]
     )
     _running.add(process)
     try:
         process.start()
         process.join()
+        if process not in _running:
+            raise CommandEnded(f"{words[0]} was ended with what had started it.")
         return process.exitcode or 0
     finally:
         _running.discard(process)
@@ -187,7 +198,9 @@ def _start(words: Sequence[str], log: Path, progress: Path, lock: Path, settings
         progress.unlink(missing_ok=True)
 
 
-def _run(words: list[str], log: str, progress: str, lock: str, settings: Settings) -> None:
+def _run(
+    words: list[str], log: str, progress: str, lock: str, settings: Settings, environment: dict[str, str | None]
+) -> None:
     """What the other process does."""
     os.setpgid(0, 0)  # Ctrl-C is the driver's
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -200,8 +213,8 @@ def _run(words: list[str], log: str, progress: str, lock: str, settings: Setting
     sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
     os.environ["OMP_NUM_THREADS"] = str(settings.threads)
-    if settings.gpu is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = settings.gpu
+    for name, value in environment.items():
+        os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
     code, begin = 1, time.perf_counter()
     with FileLock(lock):
         print(f"$ {shlex.join(words)}", flush=True)
@@ -247,7 +260,7 @@ def _carry_out(words: list[str], progress: Path, settings: Settings) -> int:
             run_command(lambda: train(words[1:], settings.keep_optimizer))
         elif words[0] == "torchrun":
             return _in_a_fresh_process("-m", "torch.distributed.run", *words[1:])
-        elif words[0] == "fit3d-probe":
+        elif words[0] == "fit3d-probe" and not _reads_alone(words):
             # Its readers of photos are forked, and hang as forks of a fork.
             return _in_a_fresh_process("-c", _PROBE, *words[1:])
         elif words[0] in _OWN:
@@ -263,6 +276,12 @@ def _carry_out(words: list[str], progress: Path, settings: Settings) -> int:
         print(f"Error: {stop.code}", file=sys.stderr)
         return 1
     return 0
+
+
+def _reads_alone(words: Sequence[str]) -> bool:
+    """Whether a probe reads photos in its own process."""
+    typed = " ".join(words).replace("=", " ")
+    return re.search(r" --workers 0(?!\S)", typed) is not None
 
 
 def _in_a_fresh_process(*words: str) -> int:

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from paths import ROOT, TINY_ROOM
 
-from demo.cli import run_demo
 from demo.config import DemoConfig
+from demo.run import run_demo
 from fit3d_ns.support.errors import UserError
 from fit3d_ns.support.json_files import read_record
 from fit3d_rooms.dataset import RoomSettings, write_index

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import tyro
 
-from demo.cli import run_demo
 from demo.config import DemoConfig, complete
 from demo.results import comparisons
+from demo.run import run_demo
 from demo.stages import after_the_loop, as_typed, before_the_loop, loop_config, places, write_scene_list
 from fit3d_loop.config import LoopConfig
 from fit3d_loop.records import Places, try_lock

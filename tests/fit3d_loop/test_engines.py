@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import re
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -13,7 +14,8 @@ from paths import TINY_ROOM
 from tiny_scenes import digest, leftovers
 
 from fit3d_loop.commands import worker
-from fit3d_loop.commands.worker import CommandFailed, CommandLost, Settings
+from fit3d_loop.commands.steps import Step, ThisMachine, is_done, run_step, run_steps
+from fit3d_loop.commands.worker import CommandEnded, CommandFailed, CommandLost, Settings, Taken
 from fit3d_loop.config import LoopConfig
 from fit3d_loop.loop import run_loop
 from fit3d_loop.records import ORIGINAL, Places, read_state
@@ -102,15 +104,79 @@ def test_only_what_may_succeed_elsewhere_is_tried_again(tmp_path, monkeypatch, s
     assert str(caught.value) == sentence and type(caught.value) is error
 
 
+def ended(folder: Path, words: list[str]) -> int | None:
+    """How a process ends that carries out a command."""
+    arguments = words, *(str(folder / name) for name in ("log", "progress", "lock")), Settings(1), {}
+    process = multiprocessing.get_context("fork").Process(target=worker._run, args=arguments)
+    process.start()
+    process.join()
+    return process.exitcode
+
+
 @pytest.mark.parametrize("status", [-signal.SIGKILL, -signal.SIGTERM, 3, 0])
 def test_a_command_ends_as_the_fresh_process_did_that_it_runs_in(tmp_path, monkeypatch, status):
     """Probes and torchrun have one: where it is killed, another attempt may help."""
     monkeypatch.setattr(worker, "_carry_out", lambda *_: status)
-    words = ["fit3d-probe"], *(str(tmp_path / name) for name in ("log", "progress", "lock")), Settings(1)
-    process = multiprocessing.get_context("fork").Process(target=worker._run, args=words)
-    process.start()
-    process.join()
-    assert process.exitcode == status
+    assert ended(tmp_path, ["fit3d-probe"]) == status
+
+
+@pytest.mark.parametrize(
+    ("words", "fresh"), [("--workers 0", False), ("--workers=0", False), ("--workers 04", True), ("--seeds 0", True)]
+)
+def test_a_probe_is_forked_where_it_forks_nothing_itself(tmp_path, monkeypatch, words, fresh):
+    monkeypatch.setattr(worker, "_in_a_fresh_process", lambda *_: 3)
+    monkeypatch.setattr("probe.cli.main", lambda: sys.exit(4))
+    assert ended(tmp_path, ["fit3d-probe", "depth", *words.split()]) == (3 if fresh else 4)
+
+
+def test_steps_side_by_side(tmp_path):
+    """Both wait until the other has begun."""
+    begun = threading.Barrier(2)
+
+    class Machine:
+        def whole(self, work, places, step):
+            begun.wait(timeout=60)
+            return Taken(1.0, 2.0)
+
+    steps = [Step(name, name, ("true",), Settings(1), "key") for name in ("a", "b")]
+    records = run_steps(Places(tmp_path), steps, Machine(), at_once=2)
+    assert [record.name for record in records] == ["a", "b"]
+    assert all(is_done(Places(tmp_path), step) for step in steps)
+
+
+def test_nothing_begins_after_a_step_that_failed(tmp_path):
+    begun = []
+
+    class Machine:
+        def whole(self, work, places, step):
+            begun.append(step.name)
+            raise CommandFailed("It ended.")
+
+    steps = [Step(name, name, ("true",), Settings(1), "key") for name in "abc"]
+    with pytest.raises(CommandFailed, match="^It ended.$"):
+        run_steps(Places(tmp_path), steps, Machine(), at_once=1)
+    assert begun[0] == "a" and "c" not in begun
+
+
+def test_a_step_that_is_ended_on_purpose_is_not_begun_again(tmp_path):
+    log = tmp_path / "logs" / "sleep.log"
+    step = Step("sleep", "Sleep", ("fit3d-rooms", str(tmp_path / "rooms"), "--views", "4000"), Settings(1), "key")
+    raised = []
+
+    def run():
+        try:
+            run_step(Places(tmp_path), step, ThisMachine())
+        except CommandEnded as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    until = time.monotonic() + 300
+    while not log.exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    worker.end_all()
+    thread.join(300)
+    assert raised and log.read_text().count("$ fit3d-rooms") == 1
 
 
 def test_a_process_of_torchruns_that_was_killed_is_lost(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
-"""A command forked from the process that has imported everything computes with the threads it was given."""
+"""A command forked from the process that has imported everything has the threads and the variables it was given."""
 
 import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -47,20 +48,33 @@ COMPUTE = textwrap.dedent(
 )
 
 
+TELL = """
+import json, os, sys
+def main():
+    with open(sys.argv[1], "w") as file:
+        json.dump(dict(os.environ), file)
+"""
+
+
 @pytest.fixture
-def command(tmp_path, monkeypatch) -> Path:
-    """An installed command that computes."""
-    (tmp_path / "computing.py").write_text(COMPUTE)
-    installed = tmp_path / "computing-1.0.dist-info"
-    installed.mkdir()
-    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: computing\nVersion: 1.0\n")
-    (installed / "entry_points.txt").write_text("[console_scripts]\ncomputing = computing:main\n")
+def install(tmp_path, monkeypatch):
+    """Installs a command of a name and a source."""
+
+    def make(name: str, source: str) -> Path:
+        (tmp_path / f"{name}.py").write_text(source)
+        installed = tmp_path / f"{name}-1.0.dist-info"
+        installed.mkdir()
+        (installed / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        (installed / "entry_points.txt").write_text(f"[console_scripts]\n{name} = {name}:main\n")
+        return tmp_path / f"{name}.py"
+
     monkeypatch.syspath_prepend(str(tmp_path))
-    return tmp_path / "computing.py"
+    return make
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_a_forked_command_has_its_threads_and_the_numbers_of_a_fresh_process(tmp_path, command, threads):
+def test_a_forked_command_has_its_threads_and_the_numbers_of_a_fresh_process(tmp_path, install, threads):
+    command = install("computing", COMPUTE)
     for name in ("forked", "again"):
         words = ["computing", str(tmp_path / name)]
         worker.run_words(words, tmp_path / "log", tmp_path / "progress", tmp_path / "lock", Settings(threads))
@@ -72,3 +86,25 @@ def test_a_forked_command_has_its_threads_and_the_numbers_of_a_fresh_process(tmp
     assert len(set(map(tuple, forked["digests"].values()))) == 1
     if forked["tasks"] is not None:
         assert forked["tasks"] == alone["tasks"] + 1  # the thread that watches who started it
+
+
+def test_a_forked_command_has_the_gpus_and_the_mps_of_the_moment(tmp_path, install, monkeypatch):
+    """What it is forked from may be older than the daemon, as in the demo, whose rooms come first."""
+    install("telling", TELL)
+
+    def told(gpu: str | None) -> dict[str, str]:
+        words = ["telling", str(tmp_path / "told")]
+        worker.run_words(words, tmp_path / "log", tmp_path / "progress", tmp_path / "lock", Settings(1, gpu))
+        found = json.loads((tmp_path / "told").read_text())
+        return {name: value for name, value in found.items() if name.startswith("CUDA_")}
+
+    for name in [name for name in os.environ if name.startswith("CUDA_")]:
+        monkeypatch.delenv(name)
+    assert told(None) == {} and told("1") == {"CUDA_VISIBLE_DEVICES": "1"}
+    there = {"CUDA_VISIBLE_DEVICES": "0,1", "CUDA_MPS_PIPE_DIRECTORY": "/pipes", "CUDA_MPS_LOG_DIRECTORY": "/logs"}
+    for name, value in there.items():
+        monkeypatch.setenv(name, value)
+    assert told(None) == there and told("1") == {**there, "CUDA_VISIBLE_DEVICES": "1"}
+    for name in there:
+        monkeypatch.delenv(name)
+    assert told(None) == {}
