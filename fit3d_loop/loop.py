@@ -53,7 +53,7 @@ def run_loop(config: LoopConfig) -> Ending:
     decisive = config.decisive()
     if config.plan:
         chosen = {name: begun.get(name) or value for name, value in free.items() if not decisive[name]}
-        loop = Begun(config, {**decisive, **chosen}, scenes, str(config.backbone))
+        loop = Begun(config, {**decisive, **chosen}, scenes, str(config.backbone), photos.total)
         packing = choose_packing(photos, loop.settings["threads"], config.scenes_at_once)
         _say_scenes(loop, notes)
         print(
@@ -71,7 +71,9 @@ def run_loop(config: LoopConfig) -> Ending:
     with try_lock(own) as had:
         if not had:
             raise UserError(busy)
-        loop = Begun(config, keep_settings(config.output_dir, decisive, free), scenes, str(config.backbone))
+        loop = Begun(
+            config, keep_settings(config.output_dir, decisive, free), scenes, str(config.backbone), photos.total
+        )
         for scene in scenes:
             loop.state(scene)  # one that was something else before is said at once
         if config.shard is None:

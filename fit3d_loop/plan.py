@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from distill.config import DistillConfig
 from distill.recipes import choose_recipe
-from fit3d_loop.records import SceneState
-from fit3d_loop.rounds import Begun
+from fit3d_loop.rounds import Begun, distillation
 from fit3d_loop.scenes.machine import Packing, PhotoCounts
 from fit3d_loop.scenes.scene_list import scenes_in_words
 from fit3d_ns.backbones import BackboneSpec, describe_backbone
@@ -97,7 +96,8 @@ def make_plan(loop: Begun, photos: PhotoCounts, packing: Packing, by_mps: bool =
             continue
         recipe = choose_recipe(DistillConfig(), round(photos.total * 0.9), 1)
         views = (recipe.steps or 1) * recipe.batch_size * (1 + (len(config.chosen_controls) if number == 1 else 0))
-        pace = (_GPU_VIEWS * packing.gpus if packing.gpus else _CPU_VIEWS) * (_SMALL_WIDTH / info.width) ** 2
+        gpus = distillation(loop).num_processes(packing.gpus)
+        pace = (_GPU_VIEWS * gpus if packing.gpus else _CPU_VIEWS) * (_SMALL_WIDTH / info.width) ** 2
         lines.append((f"round {number}: distil {recipe.steps} steps of {recipe.batch_size}", (20 + views / pace) / 60))
     if config.probe_data is not None:
         minutes = _PROBE_GPU if packing.gpus else _PROBE_CPU
@@ -167,13 +167,3 @@ def format_plan(plan: Plan, loop: Begun, packing: Packing, free: float) -> str:
     each, needed = plan.scene_gigabytes, plan.disk_gigabytes
     lines.append(f"{needed:8.1f} GB   of disk, about, {each:.2f} a scene; {free:.1f} are free")
     return "\n".join(lines)
-
-
-def photos_of(states: Sequence[SceneState]) -> int:
-    """Returns the photos of scenes that were trained, as their geometry says.
-
-    Args:
-        states: Of all scenes.
-    """
-    found = (state.geometry or {} for state in states)
-    return sum(one.get("training_views", 0) + one.get("held_out_views", 0) for one in found)

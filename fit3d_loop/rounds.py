@@ -3,13 +3,16 @@
 import hashlib
 import json
 import logging
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fit3d_loop.commands.steps import Step, StepRecord, is_done, read_step, run_step
+from distill.config import DistillConfig
+from distill.recipes import choose_recipe
+from fit3d_loop.commands.steps import Distributed, Step, StepRecord, is_done, read_step, run_step
 from fit3d_loop.commands.worker import Settings
 from fit3d_loop.comparison_pictures import picture_words
 from fit3d_loop.config import LoopConfig
@@ -40,6 +43,8 @@ class Begun:
     """All scenes, in order."""
     backbone: str
     """The original."""
+    num_photos: int
+    """Of all scenes."""
 
     @property
     def places(self) -> Places:
@@ -196,8 +201,24 @@ def round_steps(loop: Begun, included: Sequence[SceneSource], number: int, teach
         name = f"student{number}" if kind == "lifted" else kind
         threads = loop.settings["distill_threads"]
         typed = tuple(map(str, words))
-        steps.append(Step(name, title, typed, Settings(threads), key, folder, "distill", _is_trained))
+        steps.append(Step(name, title, typed, Settings(threads), key, folder, distillation(loop), _is_trained))
     return steps
+
+
+def distillation(loop: Begun) -> Distributed:
+    """Returns how GPUs share a training.
+
+    Args:
+        loop: With the flags of `fit3d-distill`, and the number of photos, by which that chooses what is not given.
+    """
+    typed = " ".join(loop.config.given_flags("distill_flags")).replace("=", " ")
+
+    def given(flag: str) -> int | None:
+        found = re.search(rf"--{flag} (\d+)", typed)
+        return int(found[1]) if found else None
+
+    batch_size = given("batch-size") or choose_recipe(DistillConfig(), loop.num_photos, 1).batch_size
+    return Distributed("distill", batch_size, given("gradient-accumulation") or 1)
 
 
 def _students_are_current(loop: Begun, number: int, teacher: str) -> bool:

@@ -17,6 +17,31 @@ from fit3d_ns.support.files import atomic_write_text
 from fit3d_ns.support.json_files import UNREADABLE, build, read_record, write_record
 
 _ATTEMPTS = 2
+_VIEWS_OF_A_GPU = 8
+"""In a step, at least. Several processes do without a CUDA graph: two H200s took 59 views/s of one view each, one alone
+424 of two; with 16 for each, two take 1.7 times those of one (docs/benchmarks.md)."""
+
+
+@dataclass(frozen=True)
+class Distributed:
+    """A training that several GPUs may share."""
+
+    module: str
+    """What torchrun starts."""
+    batch_size: int
+    """Views of a step, over all processes."""
+    num_parts: int = 1
+    """Into which a process cuts its share (`--gradient-accumulation`)."""
+
+    def num_processes(self, num_gpus: int) -> int:
+        """Returns how many processes are worth their while, one a GPU.
+
+        Args:
+            num_gpus: Of the machine.
+        """
+        most = min(num_gpus, self.batch_size // _VIEWS_OF_A_GPU)
+        fitting = (count for count in range(most, 1, -1) if self.batch_size % (count * self.num_parts) == 0)
+        return next(fitting, 1)
 
 
 @dataclass(frozen=True)
@@ -35,8 +60,8 @@ class Step:
     """Of what it is made from; with another one it is done anew."""
     folder: Path | None = None
     """Its output, which is deleted where it was begun with another key."""
-    distributed: str | None = None
-    """Module that torchrun starts instead where the machine has several GPUs."""
+    distributed: Distributed | None = None
+    """How the GPUs of the machine share it, if they may."""
     is_whole: Callable[[Path], bool] = Path.is_dir
     """Whether what a finished one left in its folder can be used; if not, it is done anew."""
 
@@ -175,8 +200,9 @@ def run_steps(places: Places, steps: Sequence[Step], machine: WholeMachine, at_o
 def _do(places: Places, step: Step) -> Taken:
     words = step.words
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if step.distributed is not None and gpus > 1:
-        words = ("torchrun", "--standalone", "--nproc-per-node", str(gpus), "-m", step.distributed, *step.words[1:])
+    shared = step.distributed
+    if shared is not None and (count := shared.num_processes(gpus)) > 1:
+        words = ("torchrun", "--standalone", "--nproc-per-node", str(count), "-m", shared.module, *step.words[1:])
     log, progress, lock = (place(step.name) for place in (places.log, places.progress, places.lock))
     for attempt in range(1, _ATTEMPTS + 1):
         try:

@@ -12,6 +12,7 @@ import fit3d_loop.loop as module
 from fit3d_loop import plan
 from fit3d_loop.loop import run_loop
 from fit3d_loop.records import Places, SceneState, check_folder, read_state, try_lock, write_state
+from fit3d_loop.rounds import distillation
 from fit3d_loop.scenes import machine
 from fit3d_loop.scenes.machine import PhotoCounts, choose_packing
 from fit3d_ns.support.errors import UserError
@@ -91,7 +92,7 @@ def test_a_disk_that_cannot_hold_it_is_refused(scenes, loop_config, tmp_path, mo
 def test_more_scenes_photos_and_rounds_take_more(scenes, loop_config, tmp_path):
     def disk(**fields):
         config = loop_config(scenes, tmp_path / "out", **fields)
-        begun = module.Begun(config, {}, module.read_scenes(scenes)[0], "dinov2_small")
+        begun = module.Begun(config, {}, module.read_scenes(scenes)[0], "dinov2_small", 100)
         packing = choose_packing(PhotoCounts((8, 8), 0.3), 1, None)
         return plan.make_plan(
             begun, PhotoCounts((600, 600) if fields.get("keep_checkpoints") else (8, 8), 0.3), packing
@@ -107,10 +108,23 @@ def test_scenes_that_use_a_gpu_side_by_side_are_planned_as_such(monkeypatch, tmp
     monkeypatch.setattr(machine, "num_cores", lambda: 8)
     photos = PhotoCounts((100,) * 8, 0.3)
     config = loop_config(scenes, tmp_path / "out", geometry_steps=5000)
-    begun = module.Begun(config, {}, module.read_scenes(scenes)[0], "dinov2_small")
+    begun = module.Begun(config, {}, module.read_scenes(scenes)[0], "dinov2_small", 100)
     packing = choose_packing(photos, 1, None)
     in_turns, by_mps = (plan.make_plan(begun, photos, packing, by_mps).lines[0][1] for by_mps in (False, True))
     assert in_turns > 2 * by_mps > 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "num_photos", "expected"),
+    [("", 800, (2, 1)), ("--steps 9 --batch-size 32 --gradient-accumulation 2", 800, (32, 2))]
+    + [("--batch-size=16", 800, (16, 1)), ("", 140_000, (16, 1))],
+)
+def test_the_batch_of_a_student_is_known_beforehand(scenes, loop_config, tmp_path, flags, num_photos, expected):
+    """By the flags or as the recipe has it, so that GPUs share what is enough for them."""
+    config = loop_config(scenes, tmp_path / "out", distill_flags=flags)
+    begun = module.Begun(config, {}, module.read_scenes(scenes)[0], "dinov2_small", num_photos)
+    shared = distillation(begun)
+    assert (shared.module, shared.batch_size, shared.num_parts) == ("distill", *expected)
 
 
 class FakeGPU:

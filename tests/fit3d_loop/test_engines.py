@@ -13,8 +13,8 @@ import pytest
 from paths import TINY_ROOM
 from tiny_scenes import digest, leftovers
 
-from fit3d_loop.commands import worker
-from fit3d_loop.commands.steps import Step, ThisMachine, is_done, run_step, run_steps
+from fit3d_loop.commands import steps, worker
+from fit3d_loop.commands.steps import Distributed, Step, ThisMachine, is_done, run_step, run_steps
 from fit3d_loop.commands.worker import CommandEnded, CommandFailed, CommandLost, Settings, Taken
 from fit3d_loop.config import LoopConfig
 from fit3d_loop.loop import run_loop
@@ -129,32 +129,52 @@ def test_a_probe_is_forked_where_it_forks_nothing_itself(tmp_path, monkeypatch, 
     assert ended(tmp_path, ["fit3d-probe", "depth", *words.split()]) == (3 if fresh else 4)
 
 
+@pytest.mark.parametrize(
+    ("num_gpus", "batch_size", "num_parts", "processes"),
+    [(1, 64, 1, 1), (2, 2, 1, 1), (8, 4, 1, 1), (2, 15, 1, 1), (2, 16, 1, 2), (8, 16, 1, 2), (4, 32, 1, 4)]
+    + [(3, 32, 1, 2), (4, 24, 1, 3), (2, 25, 1, 1), (2, 16, 8, 2), (4, 48, 4, 4), (4, 32, 16, 2)],
+)
+def test_gpus_share_a_training_where_each_has_enough_to_do(
+    tmp_path, monkeypatch, num_gpus, batch_size, num_parts, processes
+):
+    taken = []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: num_gpus)
+    monkeypatch.setattr(steps, "run_words", lambda words, *_: taken.append(words) or Taken(1.0, 1.0))
+    words = ("fit3d-distill", "--targets", "lifted")
+    shared = Distributed("distill", batch_size, num_parts)
+    run_step(Places(tmp_path), Step("a", "a", words, Settings(1), "key", distributed=shared), ThisMachine())
+    started = ("torchrun", "--standalone", "--nproc-per-node", str(processes), "-m", "distill", "--targets", "lifted")
+    assert taken == [words if processes == 1 else started]
+    assert batch_size % (processes * num_parts) == 0 or processes == 1
+
+
 def test_steps_side_by_side(tmp_path):
     """Both wait until the other has begun."""
     begun = threading.Barrier(2)
 
     class Machine:
-        def whole(self, work, places, step):
+        def whole(self, work, *arguments):
             begun.wait(timeout=60)
             return Taken(1.0, 2.0)
 
-    steps = [Step(name, name, ("true",), Settings(1), "key") for name in ("a", "b")]
-    records = run_steps(Places(tmp_path), steps, Machine(), at_once=2)
+    both = [Step(name, name, ("true",), Settings(1), "key") for name in ("a", "b")]
+    records = run_steps(Places(tmp_path), both, Machine(), at_once=2)
     assert [record.name for record in records] == ["a", "b"]
-    assert all(is_done(Places(tmp_path), step) for step in steps)
+    assert all(is_done(Places(tmp_path), step) for step in both)
 
 
 def test_nothing_begins_after_a_step_that_failed(tmp_path):
     begun = []
 
     class Machine:
-        def whole(self, work, places, step):
-            begun.append(step.name)
+        def whole(self, work, *arguments):
+            begun.append(arguments[1].name)
             raise CommandFailed("It ended.")
 
-    steps = [Step(name, name, ("true",), Settings(1), "key") for name in "abc"]
+    three = [Step(name, name, ("true",), Settings(1), "key") for name in "abc"]
     with pytest.raises(CommandFailed, match="^It ended.$"):
-        run_steps(Places(tmp_path), steps, Machine(), at_once=1)
+        run_steps(Places(tmp_path), three, Machine(), at_once=1)
     assert begun[0] == "a" and "c" not in begun
 
 
