@@ -6,13 +6,16 @@ from contextlib import suppress
 
 import torch
 
+HAS_CUDA = torch.cuda.is_available()
+"""Found out here: whoever is forked from this process could not use what asking may have started."""
+
 with suppress(ImportError):  # said by the command that needs it
     from fit3d_ns.commands.training import SLOW_IMPORTS
 
     for _module in (*SLOW_IMPORTS, "distill.session"):
         with suppress(ImportError):
             importlib.import_module(_module)
-    if not torch.cuda.is_available():
+    if not HAS_CUDA:
         for _module in ("cpu", "spherical_harmonics"):
             importlib.import_module(f"fit3d_ns.rasterization.{_module}")
         importlib.import_module("fit3d_ns.rasterization.kernel_runner").compile_kernels(torch.float32)

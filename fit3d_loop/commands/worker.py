@@ -244,7 +244,9 @@ def _end_with_parent() -> None:
 def _carry_out(words: list[str], progress: Path, settings: Settings) -> int:
     import torch
 
-    if torch.cuda._is_in_bad_fork():
+    # Without NVML even asking for GPUs counts as use, which does no harm where there is none.
+    server = sys.modules.get("fit3d_loop.commands.preload")
+    if torch.cuda._is_in_bad_fork() and getattr(server, "HAS_CUDA", True):
         return _BAD_FORK
     from fit3d_ns.support.command_line import run_command
     from fit3d_ns.support.progress import watch

@@ -7,7 +7,9 @@ import signal
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from paths import TINY_ROOM
@@ -126,7 +128,17 @@ def test_a_command_ends_as_the_fresh_process_did_that_it_runs_in(tmp_path, monke
 def test_a_probe_is_forked_where_it_forks_nothing_itself(tmp_path, monkeypatch, words, fresh):
     monkeypatch.setattr(worker, "_in_a_fresh_process", lambda *_: 3)
     monkeypatch.setattr("probe.cli.main", lambda: sys.exit(4))
+    monkeypatch.setattr("torch.cuda._is_in_bad_fork", lambda: False)
     assert ended(tmp_path, ["fit3d-probe", "depth", *words.split()]) == (3 if fresh else 4)
+
+
+@pytest.mark.parametrize("has_cuda", [True, False])
+def test_a_fork_that_cannot_use_cuda_will_do_where_there_is_none(tmp_path, monkeypatch, has_cuda):
+    """With torch's usual build on a machine without GPU, asking for one makes every later fork such a one."""
+    monkeypatch.setattr("torch.cuda._is_in_bad_fork", lambda: True)
+    monkeypatch.setattr("distill.cli.main", lambda: sys.exit(4))
+    monkeypatch.setitem(sys.modules, "fit3d_loop.commands.preload", SimpleNamespace(HAS_CUDA=has_cuda))
+    assert ended(tmp_path, ["fit3d-distill"]) == (worker._BAD_FORK if has_cuda else 4)
 
 
 @pytest.mark.parametrize(
@@ -179,24 +191,17 @@ def test_nothing_begins_after_a_step_that_failed(tmp_path):
 
 
 def test_a_step_that_is_ended_on_purpose_is_not_begun_again(tmp_path):
-    log = tmp_path / "logs" / "sleep.log"
-    step = Step("sleep", "Sleep", ("fit3d-rooms", str(tmp_path / "rooms"), "--views", "4000"), Settings(1), "key")
-    raised = []
-
-    def run():
-        try:
-            run_step(Places(tmp_path), step, ThisMachine())
-        except CommandEnded as error:
-            raised.append(error)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    until = time.monotonic() + 300
-    while not log.exists() and time.monotonic() < until:
-        time.sleep(0.05)
-    worker.end_all()
-    thread.join(300)
-    assert raised and log.read_text().count("$ fit3d-rooms") == 1
+    words = ("fit3d-rooms", str(tmp_path / "rooms"), "--scenes", "1", "--views", "4000")
+    step, places = Step("rooms", "Rooms", words, Settings(1), "key"), Places(tmp_path)
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(run_step, places, step, ThisMachine())
+        until = time.monotonic() + 900
+        while not (tmp_path / "rooms").exists() and not running.done() and time.monotonic() < until:
+            time.sleep(0.05)
+        worker.end_all()
+        with pytest.raises(CommandEnded, match="^fit3d-rooms was ended with what had started it.$"):
+            running.result(900)
+    assert places.log("rooms").read_text().count("$ fit3d-rooms") == 1
 
 
 def test_a_process_of_torchruns_that_was_killed_is_lost(tmp_path, monkeypatch):
