@@ -2,7 +2,7 @@
 
 import tyro
 
-from demo.config import DemoConfig
+from demo.config import DemoConfig, check
 from fit3d_loop.commands.worker import fork_context
 from fit3d_ns.support.command_line import run_command
 
@@ -14,6 +14,7 @@ def main() -> None:
 
 
 def _run(config: DemoConfig) -> None:
+    check(config)
     fork_context()  # commands are forked from a process that imports what they need while this one imports
     from demo.run import run_demo
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from fit3d_ns.backbones import BackboneSpec, describe_backbone
 from fit3d_ns.support.errors import UserError, flags_are
-from fit3d_rooms.cli import check_size
+from fit3d_rooms.cli import MINIMUM_SIZE, check_size
 
 _MOST_ROOMS = 4
 """`fit3d-probe` holds out a quarter of the rooms: exactly one of up to five."""
@@ -44,6 +44,25 @@ class DemoConfig:
     """Of rooms, splats and distillation."""
 
 
+def check(config: DemoConfig) -> None:
+    """Checks what can be checked without torch.
+
+    Args:
+        config: The user's choices.
+
+    Raises:
+        UserError: If a number is out of range, or a file is missing.
+    """
+    for name, least in (("rooms", 1), ("views", 6), ("splat_steps", 10), ("distill_steps", 1)):
+        if (value := getattr(config, name)) is not None and value < least:
+            raise UserError(f"--{name.replace('_', '-')} {value} is too small: at least {least}.")
+    if config.rooms > _MOST_ROOMS:
+        raise UserError(f"--rooms {config.rooms} is too large: at most {_MOST_ROOMS}, so that one is held out.")
+    check_size(config.width or MINIMUM_SIZE, config.height or MINIMUM_SIZE)
+    if config.backbone_weights is not None and not config.backbone_weights.expanduser().is_file():
+        raise UserError(f"There is no file {config.backbone_weights}: check --backbone-weights.")
+
+
 def complete(config: DemoConfig, cuda: bool) -> DemoConfig:
     """Fills in the sizes that were not given, and checks everything before a folder remembers it.
 
@@ -55,21 +74,14 @@ def complete(config: DemoConfig, cuda: bool) -> DemoConfig:
         All sizes filled in.
 
     Raises:
-        UserError: If a number is out of range, or the backbone is none.
+        UserError: As `check`, or if the backbone is none.
     """
+    check(config)
     sizes = _GPU_SIZES if cuda else _CPU_SIZES
     config = replace(config, **{name: size for name, size in sizes.items() if getattr(config, name) is None})
-    for name, least in (("rooms", 1), ("views", 6), ("splat_steps", 10), ("distill_steps", 1)):
-        if getattr(config, name) < least:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)} is too small: at least {least}.")
-    check_size(config.width or 0, config.height or 0)
     if config.backbone is not None:
         with flags_are(backbone="--backbone", backbone_weights="--backbone-weights", backbone_layer="--layer"):
             describe_backbone(BackboneSpec(config.backbone))
-    if config.backbone_weights is not None and not config.backbone_weights.expanduser().is_file():
-        raise UserError(f"There is no file {config.backbone_weights}: check --backbone-weights.")
-    if config.rooms > _MOST_ROOMS:
-        raise UserError(f"--rooms {config.rooms} is too large: at most {_MOST_ROOMS}, so that one is held out.")
     return config
 
 

@@ -4,7 +4,6 @@ import logging
 
 import tyro
 
-from fit3d_loop.commands.worker import fork_context
 from fit3d_loop.config import LoopConfig
 from fit3d_ns.support.command_line import run_command
 
@@ -19,8 +18,6 @@ def main() -> None:
 
 def _run(config: LoopConfig) -> None:
     _LOGGER.info("Scenes of %s into %s", config.scenes, config.output_dir)
-    if config.engine == "processes" and not config.plan:
-        fork_context()  # imports what commands need while this process imports what it needs
     from fit3d_loop.loop import run_loop  # torch comes with it, which --help does without
 
     run_loop(config)

@@ -2,6 +2,7 @@
 
 import gc
 import importlib
+import warnings
 from contextlib import suppress
 
 import torch
@@ -9,7 +10,8 @@ import torch
 HAS_CUDA = torch.cuda.is_available()
 """Found out here: whoever is forked from this process could not use what asking may have started."""
 
-with suppress(ImportError):  # said by the command that needs it
+with warnings.catch_warnings(), suppress(ImportError):  # said by the command that needs it
+    warnings.simplefilter("ignore")  # what others' modules say of themselves is no news of a command
     from fit3d_ns.commands.training import SLOW_IMPORTS
 
     for _module in (*SLOW_IMPORTS, "distill.session"):
