@@ -17,7 +17,7 @@ class DemoConfig:
     """Lifts rooms, distils them, probes the result on a further room, and writes OUTPUT_DIR/report.html.
 
     Stopped at any moment and started again, it goes on where it was. Sizes that are not given suit the machine:
-    about 850 seconds of processor time on a CPU.
+    about 900 seconds of processor time on a CPU.
     """
 
     output_dir: Path = Path("outputs/demo")
