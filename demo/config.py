@@ -58,7 +58,7 @@ def check(config: DemoConfig) -> None:
             raise UserError(f"--{name.replace('_', '-')} {value} is too small: at least {least}.")
     if config.rooms > _MOST_ROOMS:
         raise UserError(f"--rooms {config.rooms} is too large: at most {_MOST_ROOMS}, so that one is held out.")
-    check_size(config.width or MINIMUM_SIZE, config.height or MINIMUM_SIZE)
+    check_size(*(MINIMUM_SIZE if side is None else side for side in (config.width, config.height)))
     if config.backbone_weights is not None and not config.backbone_weights.expanduser().is_file():
         raise UserError(f"There is no file {config.backbone_weights}: check --backbone-weights.")
 

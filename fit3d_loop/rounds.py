@@ -211,7 +211,7 @@ def distillation(loop: Begun) -> Distributed:
     Args:
         loop: With the flags of `fit3d-distill`, and the number of photos, by which that chooses what is not given.
     """
-    typed = " ".join(loop.config.given_flags("distill_flags")).replace("=", " ")
+    typed = " ".join(loop.config.given_flags("distill_flags")).replace("=", " ").replace("_", "-")
 
     def given(flag: str) -> int | None:
         found = re.search(rf"--{flag} (\d+)", typed)

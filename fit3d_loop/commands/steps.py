@@ -19,7 +19,7 @@ from fit3d_ns.support.json_files import UNREADABLE, build, read_record, write_re
 _ATTEMPTS = 2
 _VIEWS_OF_A_GPU = 8
 """In a step, at least. Several processes do without a CUDA graph: two H200s took 59 views/s of one view each, one alone
-424 of two; with 16 for each, two take 1.7 times those of one (docs/benchmarks.md)."""
+351 of two; with 16 for each, two take 1.7 times those of one (docs/benchmarks.md)."""
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,8 @@ def test_sizes_suit_the_machine():
         ({"rooms": 0}, "--rooms 0 is too small"),
         ({"views": 2}, "--views 2 is too small"),
         ({"width": 20}, "--width 20 is out of range"),
+        ({"width": 0}, "--width 0 is out of range"),
+        ({"height": 0}, "--height 0 is out of range"),
         ({"backbone": "nosuch"}, "--backbone nosuch: neither fit3d-ns nor timm"),
         ({"backbone_weights": Path("nosuch.pth")}, "no file nosuch.pth: check --backbone-weights"),
     ],

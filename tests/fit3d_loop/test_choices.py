@@ -117,7 +117,7 @@ def test_scenes_that_use_a_gpu_side_by_side_are_planned_as_such(monkeypatch, tmp
 @pytest.mark.parametrize(
     ("flags", "num_photos", "expected"),
     [("", 800, (2, 1)), ("--steps 9 --batch-size 32 --gradient-accumulation 2", 800, (32, 2))]
-    + [("--batch-size=16", 800, (16, 1)), ("", 140_000, (16, 1))],
+    + [("--batch-size=16", 800, (16, 1)), ("--batch_size 64", 800, (64, 1)), ("", 140_000, (16, 1))],
 )
 def test_the_batch_of_a_student_is_known_beforehand(scenes, loop_config, tmp_path, flags, num_photos, expected):
     """By the flags or as the recipe has it, so that GPUs share what is enough for them."""

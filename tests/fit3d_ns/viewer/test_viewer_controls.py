@@ -31,6 +31,16 @@ def press(element):
     element.cb_hook(element)
 
 
+def put(element, value):
+    """Sets a control of a running viewer, and does what that does once; viser would do it again in its own thread."""
+    callbacks = element.gui_handle._impl.update_cb
+    kept = [*callbacks]
+    callbacks.clear()
+    element.value = value
+    callbacks.extend(kept)
+    press(element)
+
+
 def clicked(controls, viewer, browser, place=(0.5, 0.5)):
     """Presses the button, then clicks at a place of a browser's picture; returns the status line."""
     viewer.viser_server.get_clients = lambda: {0: browser}
@@ -61,16 +71,13 @@ def test_click_threshold_segment_export(viewed_run):
     with running_viewer(pipeline, viewed_run.base_dir) as viewer:
         browser = FakeBrowser(viewer, first_pose(pipeline))
         for element in (controls.g_export, controls.e_segment):
-            element.value = True
-            press(element)
+            put(element, True)
             assert "Nothing was clicked yet" in controls.a_status.text
         said = clicked(controls, viewer, browser)
         assert said.startswith(f"{int(view.similar().sum()):,} Gaussians are similar")
-        controls.d_threshold.value = 0.9
-        press(controls.d_threshold)
+        put(controls.d_threshold, 0.9)
         assert view.threshold == 0.9
-        controls.e_segment.value = True
-        press(controls.e_segment)
+        put(controls.e_segment, True)
         assert controls.a_status.text == f"{int(view.similar().sum()):,} similar Gaussians are shown alone."
         press(controls.g_export)
         path = viewed_run.base_dir / "segment.ply"
